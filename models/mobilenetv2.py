@@ -1,0 +1,94 @@
+"""MobileNetV2 for small images.
+
+Sandler, Howard, Zhu, Zhmoginov, Chen: "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018,
+arXiv:1801.04381. The network of its table 2, with two departures, marked below: two strides of 1.
+"""
+
+from torch import Tensor, nn
+
+# Table 2: expansion t, channels c, blocks n, stride s of the first block.
+STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),  # departure from the ImageNet network: stride 1 in place of 2
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+def scaled(channels: int, width: float) -> int:
+    """`channels` times the width multiplier, to the nearest multiple of 8, but never less than 90 % of the product.
+
+    The rounding is that of the authors' own code (github.com/tensorflow/models, `_make_divisible`).
+    """
+    exact = channels * width
+    rounded = max(8, int(exact + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * exact else rounded + 8
+
+
+def conv_norm(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels),
+    ]
+
+
+class InvertedResidual(nn.Module):
+    """1×1 expansion by t, 3×3 depthwise, linear 1×1 projection; a shortcut where input and output have one shape."""
+
+    def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int):
+        super().__init__()
+        hidden = in_channels * expansion
+        layers: list[nn.Module] = []
+        if expansion > 1:
+            layers += [*conv_norm(in_channels, hidden, 1), nn.ReLU6(inplace=True)]
+        layers += [*conv_norm(hidden, hidden, 3, stride=stride, groups=hidden), nn.ReLU6(inplace=True)]
+        layers += conv_norm(hidden, out_channels, 1)
+        self.layers = nn.Sequential(*layers)
+        self.shortcut = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.shortcut else self.layers(x)
+
+
+class MobileNetV2(nn.Module):
+    """Images, float (B, 3, H, W), to logits (B, num_classes)."""
+
+    def __init__(self, width: float, num_classes: int):
+        super().__init__()
+        channels = scaled(32, width)
+        # Departure from the ImageNet network: stride 1 in place of 2.
+        layers: list[nn.Module] = [*conv_norm(3, channels, 3), nn.ReLU6(inplace=True)]
+        for expansion, stage_channels, num_blocks, stride in STAGES:
+            for block in range(num_blocks):
+                out_channels = scaled(stage_channels, width)
+                layers.append(InvertedResidual(channels, out_channels, expansion, stride if block == 0 else 1))
+                channels = out_channels
+        # A multiplier below 1 leaves the last convolution at full width (section 5, "Trade-off hyper parameters").
+        last_channels = scaled(1280, max(1.0, width))
+        layers += [*conv_norm(channels, last_channels, 1), nn.ReLU6(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(last_channels, num_classes)
+
+        # He et al. 2015, arXiv:1502.01852. Counted over the outputs, so that a depthwise filter gets the scale of its
+        # own nine weights.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images).mean((2, 3)))
+
+
+def mobilenetv2(num_classes: int = 10, *, width: float = 1.0) -> MobileNetV2:
+    """Build a MobileNetV2 with a width multiplier; at 1.0 it has 2,236,682 parameters.
+
+    Raises ValueError for a multiplier that is not above 0.
+    """
+    if not width > 0:
+        raise ValueError(f"width is {width}; a width multiplier is above 0")
+    return MobileNetV2(width, num_classes)

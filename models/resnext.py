@@ -1,0 +1,71 @@
+"""ResNeXt-29 for small images.
+
+Xie, Girshick, Dollár, Tu, He: "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017,
+arXiv:1611.05431. The network of its section 5.3, made by the authors for CIFAR: nothing here departs from it but the
+flags, which choose cardinality and base width (the paper's are 8×64d and 16×64d).
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Bottleneck(nn.Module):
+    """1×1, grouped 3×3, 1×1, each with its norm, added to a shortcut (figure 3c)."""
+
+    def __init__(self, in_channels: int, width: int, out_channels: int, *, groups: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=groups, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = F.relu(self.norm1(self.conv1(x)))
+        new = F.relu(self.norm2(self.conv2(new)))
+        return F.relu(self.norm3(self.conv3(new)) + self.shortcut(x))
+
+
+class ResNeXt(nn.Module):
+    """Images, float (B, 3, H, W), to logits (B, num_classes): a 3×3 stem and three stages of three blocks."""
+
+    def __init__(self, cardinality: int, base_width: int, num_classes: int):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(64)
+        blocks, in_channels = [], 64
+        for stage in range(3):
+            # Halving the resolution doubles the width, of the groups and of the output alike.
+            width, out_channels = cardinality * base_width * 2**stage, 256 * 2**stage
+            for block in range(3):
+                stride = 2 if stage and block == 0 else 1
+                blocks.append(Bottleneck(in_channels, width, out_channels, groups=cardinality, stride=stride))
+                in_channels = out_channels
+        self.stages = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(in_channels, num_classes)
+
+        # He et al. 2015, arXiv:1502.01852.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(images)))
+        return self.classifier(self.stages(x).mean((2, 3)))
+
+
+def resnext29(num_classes: int = 10, *, cardinality: int = 2, base_width: int = 64) -> ResNeXt:
+    """Build a ResNeXt-29; 2×64d has 9,130,314 parameters, 8×64d 34,426,698, 16×64d 68,155,210.
+
+    Raises ValueError for a cardinality or base width below 1.
+    """
+    if cardinality < 1 or base_width < 1:
+        raise ValueError(f"cardinality × base_width is {cardinality}×{base_width}d; both are 1 or more")
+    return ResNeXt(cardinality, base_width, num_classes)

@@ -1,0 +1,148 @@
+"""Each network against its paper's parameter count, and against torchvision's own implementation."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from models import NETWORKS
+from models.densenet import BLOCKS, densenet
+from models.mobilenetv2 import mobilenetv2, scaled
+from models.resnext import resnext29
+
+SMALL = [
+    ("densenet", {"depth": 37, "growth_rate": 8}),
+    ("mobilenetv2", {"width": 0.25}),
+    ("resnext29", {"cardinality": 4, "base_width": 4}),
+]
+by_name = pytest.mark.parametrize(("name", "arguments"), SMALL, ids=[name for name, _ in SMALL])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "count"),
+    [
+        ("densenet", {}, 6_956_298),
+        ("mobilenetv2", {}, 2_236_682),
+        ("resnext29", {}, 9_130_314),
+        ("resnext29", {"cardinality": 8}, 34_426_698),
+        ("resnext29", {"cardinality": 16}, 68_155_210),
+    ],
+)
+def test_parameter_count(name, arguments, count):
+    with torch.device("meta"):
+        model = NETWORKS[name](10, **arguments)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def copy_weights(source, target):
+    """Hand over tensors one by one in the order in which both networks list them."""
+    ours, theirs = source.state_dict(), target.state_dict()
+    assert [tuple(value.shape) for value in ours.values()] == [tuple(value.shape) for value in theirs.values()]
+    target.load_state_dict(dict(zip(theirs, ours.values(), strict=True)))
+
+
+def images_for(model):
+    dtype = next(model.parameters()).dtype
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def assert_same_output(ours, theirs):
+    # In float64: in training a norm over a channel that hardly varies would blow float32's rounding up.
+    expected = theirs.double()(images_for(theirs))
+    assert expected.std(0).min() > 1e-3, "the output ought to depend on the image"
+    torch.testing.assert_close(ours.double()(images_for(ours)), expected, rtol=1e-6, atol=1e-6)
+
+
+def with_trained_norms(model):
+    """Give each norm statistics of its input and an affine map: fresh ones would hide a norm in the wrong place."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+            module.bias.data.copy_(torch.rand(module.bias.shape, generator=generator) - 0.5)
+            module.momentum = 1.0
+    model.train()(images_for(model))
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(("depth", "growth_rate"), [(121, 32), (169, 12)])
+def test_densenet_equals_torchvision(depth, growth_rate, training):
+    ours = with_trained_norms(densenet(10, depth=depth, growth_rate=growth_rate))
+    theirs = torchvision.models.DenseNet(growth_rate, BLOCKS[depth], 2 * growth_rate, num_classes=10)
+    theirs.features.conv0 = nn.Conv2d(3, 2 * growth_rate, 3, padding=1, bias=False)
+    theirs.features.norm0 = theirs.features.relu0 = theirs.features.pool0 = nn.Identity()
+    copy_weights(ours, theirs)
+    assert_same_output(ours.train(training), theirs.train(training))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("width", [1.0, 0.35, 1.4])
+def test_mobilenetv2_equals_torchvision(width, training):
+    ours = with_trained_norms(mobilenetv2(10, width=width))
+    # torchvision adds dropout, which the paper does not have.
+    theirs = torchvision.models.MobileNetV2(num_classes=10, width_mult=width, dropout=0.0)
+    theirs.features[0][0].stride = (1, 1)
+    theirs.features[2].conv[1][0].stride = (1, 1)
+    # The block has a shortcut where stride and channels allow it (section 3.3), as they do at 0.35 times the width.
+    theirs.features[2].use_res_connect = scaled(16, width) == scaled(24, width)
+    copy_weights(ours, theirs)
+    assert_same_output(ours.train(training), theirs.train(training))
+
+
+def test_resnext_stage_has_the_papers_shapes():
+    # Section 5.3: stages of 32×32, 16×16 and 8×8 pixels with 256, 512 and 1024 channels.
+    shapes = []
+    model = resnext29(10, cardinality=8, base_width=4)
+    for block in model.stages[2::3]:
+        block.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape[1:])))
+    model(torch.randn(2, 3, 32, 32))
+    assert shapes == [(256, 32, 32), (512, 16, 16), (1024, 8, 8)]
+    assert {block.conv2.groups for block in model.stages} == {8}
+    assert [block.conv2.weight.shape[1] for block in model.stages[::3]] == [4, 8, 16]
+
+
+@by_name
+def test_every_parameter_gets_a_gradient(name, arguments):
+    torch.manual_seed(0)
+    model = NETWORKS[name](10, **arguments)
+    nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 3])).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.grad.abs().sum() > 0, key
+
+
+@by_name
+@pytest.mark.parametrize("size", [16, 24, 32, 48, 64])
+def test_image_sizes(name, arguments, size):
+    assert NETWORKS[name](7, **arguments).eval()(torch.randn(2, 3, size, size)).shape == (2, 7)
+
+
+@by_name
+def test_channels_last_gives_the_same(name, arguments):
+    model = with_trained_norms(NETWORKS[name](10, **arguments)).eval()
+    images = images_for(model)
+    expected = model(images)
+    last = model.to(memory_format=torch.channels_last)(images.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("densenet", {"depth": 120}, "depth is 120"),
+        ("mobilenetv2", {"width": 0.0}, "width is 0.0"),
+        ("resnext29", {"cardinality": 0}, "0×64d"),
+    ],
+)
+def test_impossible_sizes_are_refused(name, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        NETWORKS[name](10, **arguments)
+
+
+def test_scaled_channels_never_lose_a_tenth():
+    for channels in (16, 24, 32, 64, 96, 160, 320):
+        for width in (0.1, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4):
+            assert scaled(channels, width) % 8 == 0
+            assert scaled(channels, width) >= 0.9 * channels * width
