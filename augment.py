@@ -1,0 +1,405 @@
+"""RandomCrop, ColorJitter, RandomHorizontalFlip and RandAugment on a whole batch, every image with its own draw.
+
+The semantics are those of `torchvision.transforms.v2` on uint8 tensors (tests/test_augment.py holds the two side by
+side): images are integers after each operator, cut off rather than rounded where torchvision cuts off. What differs is
+the shape of the work. torchvision takes one image and one draw at a time; here all draws of an epoch are made first, on
+the CPU, and an operator then runs once over every image that drew it.
+
+Operators take `images`, uint8 (B, 3, H, W), and one value for each image, (B,); they return uint8 (B, 3, H, W) and
+leave their input alone. A strength is given as `change`: the enhancement factor minus one, so 0 leaves an image as it
+is. That is also the more exact form: blending needs both the factor and one minus it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
+# torchvision's RandAugment space in its order; the five that move pixels stand together, so that one gather does them.
+RANDAUGMENT_OPS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+GEOMETRIC_OPS = RANDAUGMENT_OPS[1:6]
+SIGNED_OPS = RANDAUGMENT_OPS[1:10]
+MAGNITUDE_BINS = 31
+
+
+# ---------------------------------------------------------------------------------------------- operators on colours
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.float().view(-1, 1, 1, 1)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Luma of each pixel as whole numbers, float32 (B, 1, H, W)."""
+    red, green, blue = images.unbind(1)
+    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_().unsqueeze(1)
+
+
+def _blend(images: Tensor, other: Tensor, change: Tensor) -> Tensor:
+    """images · (1 + change) + other · (−change), cut to 0…255."""
+    change = _column(change)
+    return torch.addcmul(images * (1 + change), other, -change).clamp_(0, 255).to(torch.uint8)
+
+
+def adjust_brightness(images: Tensor, change: Tensor) -> Tensor:
+    """Multiply by 1 + change."""
+    return (images * (1 + _column(change))).clamp_(0, 255).to(torch.uint8)
+
+
+def adjust_contrast(images: Tensor, change: Tensor) -> Tensor:
+    """Blend away from (change > 0) or towards each image's mean grey."""
+    return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), change)
+
+
+def adjust_saturation(images: Tensor, change: Tensor) -> Tensor:
+    """Blend away from (change > 0) or towards each image's own grey version."""
+    return _blend(images, _grey(images), change)
+
+
+def adjust_sharpness(images: Tensor, change: Tensor) -> Tensor:
+    """Blend away from (change > 0) or towards a 3×3 smoothing; the outermost pixels stay."""
+    if min(images.shape[2:]) <= 2:
+        return images.clone()
+    pixels = images.float()
+    inner = pixels[..., 1:-1, 1:-1]
+    # Sums of nine neighbours plus four times the centre: whole numbers, so only the division by 13 rounds.
+    rows = pixels[..., :-2, :] + pixels[..., 1:-1, :] + pixels[..., 2:, :]
+    total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(inner, alpha=4)
+    smooth = total.mul_(1 / 13).round_()
+    inner.copy_(torch.addcmul(inner, smooth.sub_(inner), -_column(change)))
+    return pixels.clamp_(0, 255).to(torch.uint8)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` turns, −0.5 to 0.5: RGB to HSV, add, and back."""
+    scaled = images.float().mul_(1 / 255)
+    red, green, _ = scaled.unbind(1)
+    low, value = torch.aminmax(scaled, dim=1)
+    spread = value - low
+    # Grey pixels have neither hue nor saturation: dividing by one instead of nought gives both as nought.
+    grey = spread == 0
+    saturation = spread / value.masked_fill(grey, 1)
+    far = (value.unsqueeze(1) - scaled).div_(spread.masked_fill_(grey, 1).unsqueeze(1))
+    far_red, far_green, far_blue = far.unbind(1)
+    sector = torch.where(value == green, (far_red + 2).sub_(far_blue), (far_green + 4).sub_(far_red))
+    hue = torch.where(value == red, far_blue - far_green, sector)
+    hue = hue.mul_(1 / 6).add_(1).frac_().add_(shift.float().view(-1, 1, 1))
+    hue = hue.sub_(hue.floor()).mul_(6)
+
+    # Within a sixth of the circle one channel holds `value`, one is `down` at its floor, one is on its way between:
+    # falling or rising. Which is which turns with the sixth.
+    sixth = hue.floor()
+    part = saturation * hue.sub_(sixth)
+    pale = 1 - saturation
+    falling, rising, floor, top = (
+        channel.clamp_(0, 1).mul_(255 + 1 - 1e-3).to(torch.uint8)
+        for channel in ((1 - part).mul_(value), part.add_(pale).mul_(value), pale.mul_(value), value)
+    )
+    sixth = sixth.to(torch.uint8)
+    is_sixth = [sixth == k for k in range(1, 6)]  # a sixth of 0, or of 6 by rounding, is none of these
+    shifted = torch.empty_like(images)
+    for channel, parts in enumerate(
+        (
+            (top, falling, floor, floor, rising, top),
+            (rising, top, top, falling, floor, floor),
+            (floor, floor, rising, top, top, falling),
+        )
+    ):
+        chosen = parts[0]
+        for mask, part in zip(is_sixth, parts[1:], strict=True):
+            if part is not parts[0]:
+                chosen = torch.where(mask, part, chosen)
+        shifted[:, channel] = chosen
+    return shifted
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep the highest `bits` bits of each channel."""
+    mask = (256 - torch.exp2(8 - bits.float())).to(torch.uint8)
+    return images & mask.view(-1, 1, 1, 1)
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert all values at or above `threshold`, given as a fraction of 255."""
+    return torch.where(images >= 255 * _column(threshold), 255 - images, images)
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """Stretch each channel so that its darkest value becomes 0 and its lightest 255."""
+    low, high = (extreme.float() for extreme in torch.aminmax(images.flatten(2), dim=2, keepdim=True))
+    flat = low == high
+    low, scale = low.masked_fill(flat, 0), ((high - low) * (1 / 255)).masked_fill_(flat, 1)
+    stretched = images.flatten(2).sub(low).div_(scale).clamp_(0, 255)
+    return stretched.to(torch.uint8).view_as(images)
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Spread each channel's values so that its histogram becomes as flat as whole numbers allow."""
+    pixels = images.flatten(2).long()
+    histogram = pixels.new_zeros(*pixels.shape[:2], 256)
+    histogram.scatter_add_(2, pixels, torch.ones_like(pixels))
+    up_to = histogram.cumsum(2)
+    # The pixels of the lightest value that occurs are not spread: everything below them shares 255 steps.
+    lightest = histogram.gather(2, pixels.amax(2, keepdim=True))
+    step = (pixels.shape[2] - lightest) // 255
+    below = up_to - histogram
+    table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
+    spread = table.gather(2, pixels)
+    return torch.where(step > 0, spread, pixels).to(torch.uint8).view_as(images)
+
+
+# --------------------------------------------------------------------------------------- operators that move pixels
+
+
+def remap(images: Tensor, sources: Tensor) -> Tensor:
+    """Take every pixel from where `sources` says.
+
+    `sources` is int64 (B, H·W): the flat index of the pixel that moves here, or −1 for a pixel from outside, which
+    becomes 0.
+    """
+    batch, channels, height, width = images.shape
+    index = sources.clamp(min=0).unsqueeze(1).expand(-1, channels, -1)
+    moved = images.flatten(2).gather(2, index)
+    moved *= (sources >= 0).to(torch.uint8).unsqueeze(1)
+    return moved.view(batch, channels, height, width)
+
+
+def crop_sources(size: int, padding: int) -> Tensor:
+    """Where the pixels of each crop come from, int64 ((2·padding + 1)², size²).
+
+    Row top · (2·padding + 1) + left is the crop at (top, left) of the image padded with zeros on all sides.
+    """
+    place = torch.arange(size)
+    shift = torch.arange(-padding, padding + 1)
+    line = place + shift[:, None]
+    line = torch.where((line >= 0) & (line < size), line, -1)  # (shifts, size)
+    y, x = line[:, None, :, None], line[None, :, None, :]
+    return torch.where((y >= 0) & (x >= 0), y * size + x, -1).flatten(2).flatten(0, 1)
+
+
+def geometric_sources(size: int, magnitude: int) -> Tensor:
+    """Where RandAugment's geometric operators take pixels from, int64 (10, size²).
+
+    Rows 2·k and 2·k + 1 are operator k of `GEOMETRIC_OPS` with its positive and its negative strength.
+    """
+    rows = []
+    for name in GEOMETRIC_OPS:
+        strength = float(op_magnitude(name, magnitude, size))
+        rows += [_affine_sources(size, name, strength), _affine_sources(size, name, -strength)]
+    return torch.stack(rows)
+
+
+def _affine_sources(size: int, name: str, strength: float) -> Tensor:
+    """The nearest source pixel under one inverse affine map, int64 (size²,).
+
+    In float32 and in `grid_sample`'s coordinates (−1 to 1), through `grid_sample` itself on an image of indices: a
+    pixel that falls half-way between two must go to the same side as in torchvision.
+    """
+    a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0  # x' = a·x + b·y + c, y' = d·x + e·y + f
+    if name in ("TranslateX", "TranslateY"):
+        shift = -float(int(strength))
+        c, f = (shift, 0.0) if name == "TranslateX" else (0.0, shift)
+    elif name == "Rotate":
+        # torchvision turns anticlockwise, about the centre.
+        angle = -math.radians(strength % 360)
+        a, b, d, e = math.cos(angle), math.sin(angle), -math.sin(angle), math.cos(angle)
+    else:
+        # The shear leaves the top left corner where it is; coordinates here start from the centre.
+        slope = math.tan(math.radians(math.degrees(math.atan(strength))))
+        corner = -size * 0.5
+        if name == "ShearX":
+            b, c = slope, corner - corner - slope * corner
+        else:
+            d, f = slope, corner - slope * corner - corner
+    theta = torch.tensor([[a, b, c], [d, e, f]]).T / (0.5 * size)
+    axis = torch.linspace((1.0 - size) * 0.5, (size - 1.0) * 0.5, size)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    grid = torch.stack((x, y, torch.ones_like(x)), 2).view(1, size * size, 3) @ theta
+    index = torch.arange(1, size * size + 1, dtype=torch.float32).view(1, 1, size, size)
+    found = F.grid_sample(index, grid.view(1, size, size, 2), mode="nearest", padding_mode="zeros", align_corners=False)
+    return found.flatten().round().long() - 1
+
+
+def op_magnitude(name: str, magnitude: int, size: int) -> Tensor:
+    """Strength of a RandAugment operator at bin `magnitude` of 31, before its sign is drawn (Cubuk et al. 2019).
+
+    Shears as slopes, translations in pixels, rotation in degrees, enhancements as `change`, posterize in bits,
+    solarize as a fraction of 255; 0 for the operators without a strength.
+    """
+    if name == "Posterize":
+        return 8 - (torch.arange(MAGNITUDE_BINS) / ((MAGNITUDE_BINS - 1) / 4)).round()[magnitude]
+    low, high = {
+        "ShearX": (0.0, 0.3),
+        "ShearY": (0.0, 0.3),
+        "TranslateX": (0.0, 150.0 / 331.0 * size),
+        "TranslateY": (0.0, 150.0 / 331.0 * size),
+        "Rotate": (0.0, 30.0),
+        "Brightness": (0.0, 0.9),
+        "Color": (0.0, 0.9),
+        "Contrast": (0.0, 0.9),
+        "Sharpness": (0.0, 0.9),
+        "Solarize": (1.0, 0.0),
+    }.get(name, (0.0, 0.0))
+    return torch.linspace(low, high, MAGNITUDE_BINS)[magnitude]
+
+
+# ------------------------------------------------------------------------------------------------- draws and the chain
+
+JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    adjust_hue,
+)
+RANDAUGMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "Brightness": adjust_brightness,
+    "Color": adjust_saturation,
+    "Contrast": adjust_contrast,
+    "Sharpness": adjust_sharpness,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "AutoContrast": lambda images, _: autocontrast(images),
+    "Equalize": lambda images, _: equalize(images),
+}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strong the four augmentations are; the fields have the names of the recipe's."""
+
+    crop_padding: int = 4
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+    hue: float = 0.2
+    flip: float = 0.5
+    randaugment_ops: int = 2
+    randaugment_magnitude: int = 9
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decided for N images, one row each; all int32 or float32, so that they travel as one tensor."""
+
+    crop: Tensor  # (N,) row of `crop_sources`
+    jitter_op: Tensor  # (N, 4) the order of JITTER_OPS
+    jitter_change: Tensor  # (N, 4) the strength of each of JITTER_OPS
+    flip: Tensor  # (N,) 0 or 1
+    randaugment_op: Tensor  # (N, K) index into RANDAUGMENT_OPS
+    randaugment_magnitude: Tensor  # (N, K) with its sign
+
+    def __getitem__(self, rows: Tensor | slice | int) -> "Draws":
+        return Draws(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Generator) -> Draws:
+    """Draw for every image of an epoch, on the CPU: each value as torchvision's transforms define it.
+
+    Row i is image i's, whatever place in the epoch it comes at.
+    """
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(num_images, *shape, generator=generator)
+
+    def below(stop: int, *shape: int) -> Tensor:
+        return torch.randint(stop, (num_images, *shape), generator=generator, dtype=torch.int32)
+
+    ops = settings.randaugment_ops
+    crop = below((2 * settings.crop_padding + 1) ** 2)
+    jitter_op = uniform(len(JITTER_OPS)).argsort(1).int()
+    reach = torch.tensor([getattr(settings, name) for name in JITTER_OPS])
+    # A factor from [max(0, 1 − reach), 1 + reach] for the first three, a shift from [−reach, reach] for the hue.
+    low = torch.cat((-reach[:3].clamp(max=1), -reach[3:]))
+    jitter_change = low + uniform(len(JITTER_OPS)) * (reach - low)
+    flip = (uniform() < settings.flip).int()
+    randaugment_op = below(len(RANDAUGMENT_OPS), ops)
+    strengths = torch.stack([op_magnitude(name, settings.randaugment_magnitude, size) for name in RANDAUGMENT_OPS])
+    signed = torch.tensor([name in SIGNED_OPS for name in RANDAUGMENT_OPS])
+    chosen = randaugment_op.long()
+    sign = torch.where(signed[chosen] & (uniform(ops) < 0.5), -1.0, 1.0)
+    return Draws(crop, jitter_op, jitter_change, flip, randaugment_op, strengths[chosen] * sign)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An epoch's draws on the device, in the order in which the images come.
+
+    An operator runs at once on all images of a chunk that drew it. Which those are is sorted out on the CPU, before the
+    copy: asking the device would make the host wait for it.
+    """
+
+    index: Tensor  # (N,) int64, the image that comes at each place
+    draws: Draws  # in the same order
+    rows: Tensor  # (N, 4 + K) int64: per step, each chunk's rows, numbered from its start, sorted by operator
+    counts: list[list[list[int]]]  # [chunk][step][operator]: how many rows drew it
+    chunk: int
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def plan(order: Tensor, draws: Draws, chunk: int, device: torch.device | str = "cpu") -> Plan:
+    """Put `draws` into `order` (int64, N), sort each chunk by operator, and copy all of it to `device` at once."""
+    draws = draws[order]
+    ops = torch.cat((draws.jitter_op, draws.randaugment_op), 1).long()
+    chunk_of = torch.arange(len(order)) // chunk
+    num_chunks = -(-len(order) // chunk)
+    key = chunk_of[:, None] * len(RANDAUGMENT_OPS) + ops
+    rows = key.argsort(stable=True, dim=0) - (chunk_of * chunk)[:, None]
+    counts = torch.stack([column.bincount(minlength=num_chunks * len(RANDAUGMENT_OPS)) for column in key.T])
+    counts = counts.view(key.shape[1], num_chunks, len(RANDAUGMENT_OPS)).transpose(0, 1).tolist()
+
+    columns = [order.int(), rows.int(), *(getattr(draws, field.name) for field in fields(draws))]
+    table = torch.cat([column.reshape(len(order), -1).view(torch.int32) for column in columns], 1)
+    if torch.device(device).type == "cuda":
+        table = table.pin_memory()
+    parts = table.to(device, non_blocking=True).split([column[0].numel() for column in columns], 1)
+    index, rows, *parts = (
+        part.contiguous().view(column.dtype).view(column.shape) for part, column in zip(parts, columns, strict=True)
+    )
+    return Plan(index.long(), Draws(*parts), rows.long(), counts, chunk)
+
+
+class Augmenter:
+    """The chain RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment for square images on one device."""
+
+    def __init__(self, size: int, settings: Augmentation, device: torch.device | str = "cpu"):
+        self.crop_sources = crop_sources(size, settings.crop_padding).to(device)
+        self.geometric_sources = geometric_sources(size, settings.randaugment_magnitude).to(device)
+        # As torchvision does, leave out a jitter of no strength: a hue turned by nought can still move by rounding.
+        self.jitters = [getattr(settings, name) > 0 for name in JITTER_OPS]
+
+    def __call__(self, images: Tensor, plan: Plan, number: int) -> Tensor:
+        """Augment chunk `number` of a plan.
+
+        `images` is the whole data set, uint8 (N, 3, H, W); the result is uint8 (B, 3, H, W), the chunk's images in the
+        epoch's order.
+        """
+        place = slice(number * plan.chunk, (number + 1) * plan.chunk)
+        draws, rows, counts = plan.draws[place], plan.rows[place], plan.counts[number]
+
+        batch = remap(images[plan.index[place]], self.crop_sources[draws.crop])
+        for step in range(len(JITTER)):
+            for op, chosen in enumerate(rows[:, step].split(counts[step])[: len(JITTER)]):
+                if self.jitters[op] and len(chosen):
+                    batch[chosen] = JITTER[op](batch[chosen], draws.jitter_change[chosen, op])
+        batch = torch.where(draws.flip.bool().view(-1, 1, 1, 1), batch.flip(3), batch)
+        for k in range(draws.randaugment_op.shape[1]):
+            step = len(JITTER) + k
+            ops, magnitudes = draws.randaugment_op[:, k], draws.randaugment_magnitude[:, k]
+            by_op = dict(zip(RANDAUGMENT_OPS, rows[:, step].split(counts[step]), strict=True))
+            moved = torch.cat([by_op[name] for name in GEOMETRIC_OPS])
+            if len(moved):
+                variant = 2 * (ops[moved] - 1) + (magnitudes[moved] < 0)
+                batch[moved] = remap(batch[moved], self.geometric_sources[variant])
+            for name, operator in RANDAUGMENT.items():
+                if len(chosen := by_op[name]):
+                    batch[chosen] = operator(batch[chosen], magnitudes[chosen])
+        return batch
