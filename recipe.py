@@ -1,0 +1,196 @@
+"""The hyperparameters that every script fills in, and the flags made from them."""
+
+import argparse
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from errors import UserError
+
+# The batch size for which --lr and --min-lr are given.
+REFERENCE_BATCH = 64
+DEVICES = ("auto", "cuda", "mps", "cpu")
+
+
+def flag(
+    help: str,
+    default: Any = MISSING,
+    *,
+    group: str = "training",
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    choices: Sequence[Any] | None = None,
+    fixed: bool = True,
+) -> Any:
+    """A field that becomes `--its-name`.
+
+    `fixed` says that the value decides what is trained: a resumed run must have it as the checkpoint has it.
+    """
+    metadata = {
+        "help": help, "group": group, "at_least": at_least, "at_most": at_most, "above": above, "choices": choices,
+        "fixed": fixed,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides a training run. A script gives the fields without a default; each field is also a flag.
+
+    A script's own subclass adds its network's sizes as fields of the group "network".
+
+    Raises UserError for a value out of range.
+    """
+
+    network: ClassVar[str] = ""  # key of models.NETWORKS
+
+    epochs: int = flag("passes over the training images", at_least=1)
+    batch_size: int = flag("images in a step", at_least=2)
+    lr: float = flag(f"learning rate of the first epoch, for a batch of {REFERENCE_BATCH}", above=0)
+    min_lr: float = flag(f"learning rate at the end of the cosine, for a batch of {REFERENCE_BATCH}", at_least=0)
+    momentum: float = flag("momentum of SGD", at_least=0, at_most=1)
+    weight_decay: float = flag("weight decay of SGD, on all parameters", at_least=0)
+    seed: int = flag("seed of the weights, the order of the images and their augmentation", 0, at_least=0)
+    device: str = flag(
+        "auto: CUDA, else MPS, else the CPU", "auto", choices=("auto", "cuda", "mps", "cpu"), fixed=False
+    )
+
+    crop_padding: int = flag("RandomCrop: zeros around the image, in pixels", group="augmentation", at_least=0)
+    brightness: float = flag("ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0)
+    contrast: float = flag("ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0)
+    saturation: float = flag("ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0)
+    hue: float = flag("ColorJitter: up to this part of a turn", group="augmentation", at_least=0, at_most=0.5)
+    flip: float = flag("RandomHorizontalFlip: probability", group="augmentation", at_least=0, at_most=1)
+    randaugment_ops: int = flag("RandAugment: operations for each image", group="augmentation", at_least=0)
+    randaugment_magnitude: int = flag("RandAugment: strength", group="augmentation", at_least=0, at_most=30)
+
+    data: str = flag(
+        "cifar10, digits, or the path of an archive or a folder (see README)", "cifar10", group="data", fixed=False
+    )
+    data_url: str | None = flag("where to look first for the CIFAR-10 archive", None, group="data", fixed=False)
+    image_size: int = flag("side of the images, in pixels", 32, group="data", at_least=8)
+    train_size: int | None = flag("train on so many images, the same number of each class", None, group="data")
+    test_size: int | None = flag("test on so many images, the same number of each class", None, group="data")
+    val_size: int = flag("hold out so many training images to choose the checkpoint by", 0, group="data", at_least=0)
+    split_seed: int = flag("seed of the subsets and hold-outs above", 0, group="data", at_least=0)
+
+    name: str = flag("name of the run's files", group="files", fixed=False)
+    checkpoint_dir: str = flag("folder of the checkpoint", "checkpoints", group="files", fixed=False)
+    plot_dir: str = flag("folder of the picture and its CSV", "plots", group="files", fixed=False)
+    reference: str | None = flag("CSV of another run, drawn faintly behind", None, group="files", fixed=False)
+    resume: bool = flag("go on from the checkpoint, if there is one", False, group="files", fixed=False)
+    overwrite: bool = flag("start afresh although there is a checkpoint", False, group="files", fixed=False)
+    tensorboard: bool = flag("also write the curves for TensorBoard", False, group="files", fixed=False)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            check(item, getattr(self, item.name))
+        if self.min_lr > self.lr:
+            raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the cosine goes down")
+        if not self.name or self.name != self.name.strip() or any(sign in self.name for sign in "/\\:\0"):
+            raise UserError(f"--name {self.name!r} cannot name a file; take letters, digits, '-', '_' or '.'")
+        if self.resume and self.overwrite:
+            raise UserError("--resume and --overwrite exclude each other: go on from the checkpoint, or start afresh?")
+
+    @property
+    def rate_scale(self) -> float:
+        """What both learning rates are multiplied by: the batch size over 64 (Goyal et al. 2017, arXiv:1706.02677)."""
+        return self.batch_size / REFERENCE_BATCH
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return Path(self.checkpoint_dir) / f"{self.name}.pt"
+
+    @property
+    def csv_path(self) -> Path:
+        return Path(self.plot_dir) / f"{self.name}.csv"
+
+    @property
+    def plot_path(self) -> Path:
+        return Path(self.plot_dir) / f"{self.name}.png"
+
+    def network_arguments(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in flags(self) if item.metadata["group"] == "network"}
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """What in `other`, another recipe's `as_dict()`, would train something else: a line for each flag."""
+        fixed = [item.name for item in flags(self) if item.metadata["fixed"]]
+        return [
+            f"{spelled(name)}: {other.get(name)} in the checkpoint, {getattr(self, name)} now"
+            for name in fixed
+            if other.get(name) != getattr(self, name)
+        ]
+
+
+RecipeT = typing.TypeVar("RecipeT", bound=Recipe)
+
+
+def spelled(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def flags(recipe: Recipe) -> list[Field]:
+    return [item for item in fields(recipe) if "help" in item.metadata]
+
+
+def check(item: Field, value: Any) -> None:
+    """Raise UserError where a value is outside what its field allows."""
+    if value is None:
+        return
+    rules = item.metadata
+    problem = None
+    if isinstance(value, float) and not math.isfinite(value):
+        problem = "a finite number"
+    elif rules.get("choices") is not None and value not in rules["choices"]:
+        problem = "one of " + ", ".join(map(str, rules["choices"]))
+    elif rules.get("at_least") is not None and value < rules["at_least"]:
+        problem = f"{rules['at_least']:g} or more"
+    elif rules.get("above") is not None and value <= rules["above"]:
+        problem = f"above {rules['above']:g}"
+    elif rules.get("at_most") is not None and value > rules["at_most"]:
+        problem = f"{rules['at_most']:g} or less"
+    if problem:
+        raise UserError(f"{spelled(item.name)} is {value}; it must be {problem}")
+
+
+def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = None) -> RecipeT:
+    """The script's recipe with the values that the command line gives in place of its own.
+
+    Ends the process with status 2, after a line that names the flag, where a flag is unknown or not of its type.
+    Raises UserError for a value out of range.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    types_of = typing.get_type_hints(type(recipe))
+    groups: dict[str, Any] = {}
+    # The network's own flags first: they are what sets one script apart from the others.
+    for item in sorted(flags(recipe), key=lambda item: item.metadata["group"] != "network"):
+        rules, default = item.metadata, getattr(recipe, item.name)
+        if rules["group"] not in groups:
+            groups[rules["group"]] = parser.add_argument_group(rules["group"])
+        options: dict[str, Any] = {"help": rules["help"], "default": default}
+        if types_of[item.name] is bool:
+            options["action"] = "store_true"
+        else:
+            options["type"] = without_none(types_of[item.name])
+            options["metavar"] = options["type"].__name__.upper()
+            if default is not None:
+                options["help"] += f" (default: {default})"
+        groups[rules["group"]].add_argument(spelled(item.name), **options)
+    return replace(recipe, **vars(parser.parse_args(argv)))
+
+
+def without_none(hint: Any) -> type:
+    """int for `int | None`, and int for int."""
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not type(None))
+    return hint
