@@ -373,7 +373,7 @@ class Augmenter:
     def __init__(self, size: int, settings: Augmentation, device: torch.device | str = "cpu"):
         self.crop_sources = crop_sources(size, settings.crop_padding).to(device)
         self.geometric_sources = geometric_sources(size, settings.randaugment_magnitude).to(device)
-        # As torchvision does, leave out a jitter of no strength: a hue turned by nought can still move by rounding.
+        # As in torchvision, a jitter of no strength is left out.
         self.jitters = [getattr(settings, name) > 0 for name in JITTER_OPS]
 
     def __call__(self, images: Tensor, plan: Plan, number: int) -> Tensor:

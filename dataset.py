@@ -31,12 +31,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+import files
 from errors import UserError
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -233,8 +234,7 @@ def download_cifar10(data_dir: Path, data_url: str | None = None) -> Path:
     causes = []
     for url in (data_url, *MIRRORS) if data_url else MIRRORS:
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with _replacing(archive) as file:
+            with files.replacing(archive, "the download (170 MB)", shared=True) as file:
                 hasher, size = _md5(), 0
                 for block in _blocks_from(url):
                     file.write(block)
@@ -246,10 +246,6 @@ def download_cifar10(data_dir: Path, data_url: str | None = None) -> Path:
         except _HostFailed as failure:
             causes.append(f"{url}: {failure}")
             print(f"passed over {causes[-1]}", file=sys.stderr)
-        except OSError as error:
-            raise UserError(
-                f"{archive}: cannot be written ({error}); make room for 170 MB there, or choose another --data-dir"
-            ) from error
     command = shlex.join(["curl", "--fail", "--location", "--create-dirs", "--output", str(archive), MIRRORS[0]])
     hosts = "\n".join(f"  {cause}" for cause in causes)
     raise UserError(
@@ -278,18 +274,6 @@ def _blocks_from(url: str) -> Iterator[bytes]:
             raise _HostFailed(f"broke off after {received} of {expected} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _HostFailed(str(error) or type(error).__name__) from error
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[BinaryIO]:
-    """Open a neighbour of `target` for writing; it takes target's place if the block ends well, and goes if not."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -332,10 +316,9 @@ def _read_through_cache(path: Path, image_size: int, cache_dir: Path) -> tuple[t
     else:
         classes, train, test = _read_tar(path, image_size)
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
         _write_cache(cached, classes, train, test)
-    except OSError as error:
-        print(f"warning: {cached} cannot be written ({error}), so the next start decodes again", file=sys.stderr)
+    except UserError as error:
+        print(f"warning: {error}. Until then every start decodes again", file=sys.stderr)
     return classes, train, test
 
 
@@ -349,7 +332,7 @@ def _folder_fingerprint(members: Iterable[_Member]) -> str:
 
 
 def _write_cache(path: Path, classes: Sequence[str], train: Split, test: Split) -> None:
-    with _replacing(path) as file:
+    with files.replacing(path, "the cache of decoded images", shared=True) as file:
         np.savez(
             file,
             classes=np.array(classes),
@@ -477,7 +460,7 @@ def _find_layout(path: Path, members: Iterable[_Member]) -> tuple[str, tuple[str
                 found.add(("batches", member.parts[:depth]))
             elif part in SPLITS and not (at_end and member.kind == "file"):
                 found.add(("images", member.parts[:depth]))
-                break  # a class may be called train or test
+    # What starts at the top wins: below it, train and test may be classes, or neighbours to ignore.
     found = {place for place in found if not place[1]} or found
     expected = (
         "expected train/<class>/<image> and test/<class>/<image>, or CIFAR-10's data_batch_1 … 5, test_batch and "

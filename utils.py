@@ -4,6 +4,8 @@ A batch's way: `dataset.load` gives uint8 arrays; `TrainLoader` keeps them on th
 of some thousand images at a time (augment.py), cuts the chunk into batches and normalises each.
 """
 
+import ctypes
+import platform
 from collections.abc import Iterator
 from dataclasses import fields
 
@@ -29,17 +31,32 @@ CHUNK_PIXELS = {"cpu": 2 * 2**20, "cuda": 16 * 2**20, "mps": 4 * 2**20}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that --device names; `auto` takes CUDA, then MPS, then the CPU.
+    """The device that --device names; `auto` takes CUDA, then MPS, then the CPU. Makes the CPU ready where it is that.
 
     Raises UserError where it is not there.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, is_there in there.items() if is_there))
+        name = next(kind for kind, is_there in there.items() if is_there)
     if not there[name]:
         have = ", ".join(kind for kind, is_there in there.items() if is_there)
         raise UserError(f"--device {name}: PyTorch {torch.__version__} finds no such device here, only {have}")
+    if name == "cpu":
+        keep_freed_memory()
     return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep large blocks that PyTorch frees, for the next layer to take.
+
+    By default glibc hands each back to the system, which then clears every page anew: a third of the time of a training
+    step on two cores (benchmarks/memory.py). Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        mallopt(m_trim_threshold, -1)  # never shrink the heap
+        mallopt(m_mmap_max, 0)  # take no block from outside it
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
@@ -102,6 +119,8 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches `start` and after of an epoch (both from 0): images, float32 (B, 3, H, W), and labels, int64 (B,)."""
+        if start >= len(self):
+            return
         generator = epoch_generator(self.seed, epoch)
         draws = augment.draw(len(self.images), self.size, self.augmentation, generator)
         order = torch.randperm(len(self.images), generator=generator)[start * self.batch_size :]

@@ -1,8 +1,8 @@
 """DenseNet for small images.
 
 Huang, Liu, van der Maaten, Weinberger: "Densely Connected Convolutional Networks", CVPR 2017, arXiv:1608.06993.
-The networks of its table 1 (DenseNet-BC: bottlenecks, and transitions that halve the channels), with one departure,
-marked below: the stem keeps the image's resolution.
+The networks of its table 1 (DenseNet-BC: bottlenecks, and transitions that halve the channels), with two departures:
+the stem keeps the image's resolution, as marked below, and the weights start as models/__init__.py says.
 """
 
 import torch
@@ -66,12 +66,6 @@ class DenseNet(nn.Module):
         self.features = nn.Sequential(*layers)
         self.norm = nn.BatchNorm2d(channels)
         self.classifier = nn.Linear(channels, num_classes)
-
-        # He et al. 2015, arXiv:1502.01852, as the paper's section 4.2 says.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.norm(self.features(images)))

@@ -1,7 +1,8 @@
 """MobileNetV2 for small images.
 
 Sandler, Howard, Zhu, Zhmoginov, Chen: "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018,
-arXiv:1801.04381. The network of its table 2, with two departures, marked below: two strides of 1.
+arXiv:1801.04381. The network of its table 2, with two departures, marked below: two strides of 1. The weights start as
+models/__init__.py says.
 """
 
 from torch import Tensor, nn
@@ -71,14 +72,6 @@ class MobileNetV2(nn.Module):
         layers += [*conv_norm(channels, last_channels, 1), nn.ReLU6(inplace=True)]
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(last_channels, num_classes)
-
-        # He et al. 2015, arXiv:1502.01852. Counted over the outputs, so that a depthwise filter gets the scale of its
-        # own nine weights.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.features(images).mean((2, 3)))

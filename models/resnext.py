@@ -1,8 +1,8 @@
 """ResNeXt-29 for small images.
 
 Xie, Girshick, Dollár, Tu, He: "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017,
-arXiv:1611.05431. The network of its section 5.3, made by the authors for CIFAR: nothing here departs from it but the
-flags, which choose cardinality and base width (the paper's are 8×64d and 16×64d).
+arXiv:1611.05431. The network of its section 5.3, which the authors made for CIFAR; cardinality and base width are
+flags (the paper's are 8×64d and 16×64d). The weights start as models/__init__.py says.
 """
 
 from torch import Tensor, nn
@@ -49,12 +49,6 @@ class ResNeXt(nn.Module):
                 in_channels = out_channels
         self.stages = nn.Sequential(*blocks)
         self.classifier = nn.Linear(in_channels, num_classes)
-
-        # He et al. 2015, arXiv:1502.01852.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.norm(self.stem(images)))

@@ -7,11 +7,13 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import tarfile
 import threading
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -355,7 +357,7 @@ def test_data_url_is_asked_first(host, monkeypatch, tmp_path):
 def test_an_interrupted_download_leaves_nothing(monkeypatch, tmp_path):
     def interrupted(url):
         yield b"some bytes"
-        assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+        assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dataset, "_blocks_from", interrupted)
@@ -367,7 +369,7 @@ def test_an_interrupted_download_leaves_nothing(monkeypatch, tmp_path):
 def test_a_data_dir_that_cannot_be_written_is_named_and_no_host_blamed(host, monkeypatch, tmp_path):
     use_mirrors(monkeypatch, host, "right", "also")
     (tmp_path / "file").write_text("in the way")
-    refused(lambda: dataset.load(data_dir=tmp_path / "file"), str(tmp_path / "file"), "--data-dir")
+    refused(lambda: dataset.load(data_dir=tmp_path / "file"), str(tmp_path / "file"), "could not be written")
     assert host.asked == []
 
 
@@ -672,6 +674,11 @@ def test_impossible_numbers_are_named(option, flag):
     refused(lambda: dataset.load("digits", **{option: -1}), f"{flag} -1")
 
 
+def test_the_module_leaves_torch_alone():
+    code = "import sys, dataset; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(dataset.__file__).parent, check=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
@@ -693,14 +700,15 @@ def source(request, tmp_path):
 
 
 def test_the_second_start_decodes_nothing(load, monkeypatch, source):
-    first = load(source)
+    first, larger = load(source), load(source, image_size=9)
     no_decoding(monkeypatch)
     second = load(source)
     assert same(first, second)
     assert second.train.images.flags.c_contiguous
     assert second.train.labels.dtype == np.int64
+    assert same(larger, load(source, image_size=9))
     with pytest.raises(AssertionError, match="decoded again"):
-        load(source, image_size=9)
+        load(source, image_size=10)
 
 
 def test_the_cache_leaves_only_its_file(load, tmp_path, source):
@@ -887,9 +895,12 @@ def test_the_digest_is_that_of_the_whole_source(load, tmp_path, numbered):
     files = pictures()
     renamed = {name.replace("cat", "cow"): content for name, content in files.items()}
     relabelled = {name.replace("cat", "x").replace("dog", "cat").replace("x", "dog"): c for name, c in files.items()}
-    for number, other in enumerate((files, renamed, relabelled, files | {"train/cat/0.png": random_png(99)})):
+    # the last cat becomes the first dog, so the images keep their order
+    moved = {name.replace("train/cat/2", "train/dog/-"): content for name, content in files.items()}
+    repainted = files | {"train/cat/0.png": random_png(99)}
+    for number, other in enumerate((files, renamed, relabelled, moved, repainted)):
         digests.add(load(write_tar(tmp_path / f"{number}.tar", other)).digest)
-    assert len(digests) == 5
+    assert len(digests) == 6
     assert re.fullmatch(r"[0-9a-f]{32,}", digests.pop())
 
 

@@ -1,0 +1,202 @@
+"""Measure how fast augmented batches come: this project's loader beside the usual one.
+
+ours         utils.TrainLoader: all images of a chunk at once, on the device, in this process
+torchvision  the way it is usually written: transforms on one PIL image at a time, in a DataLoader with two processes
+
+Both take images of one set through RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and normalisation with
+the recipes' settings, and end in float32 batches of 64. They take turns, round by round, so that whatever else the
+machine does meets both; the first round warms up and is not counted. A round of ours is a whole epoch of its images,
+the draws of the epoch included. The DataLoader's processes start in the warm-up and stay: what they cost to start is
+not counted.
+
+The third figure is the loader's share of a training epoch: its time for an image beside that of MobileNetV2's training
+step, the cheapest of the three networks, on one batch that stays the same.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
+
+import dataset
+import errors
+from augment import Augmentation
+from benchmarks import common
+from dataset import Split
+from engine import autocast
+from errors import UserError
+from models.mobilenetv2 import mobilenetv2
+from recipe import DEVICES
+from utils import MEAN, STD, TrainLoader, pick_device
+
+BATCH_SIZE = 64
+WORKERS = 2
+IMAGES = 10_000
+TORCHVISION_PART = 0.4  # of the images, for torchvision's rounds to take about as long
+STEPS = 3  # of training, in each round
+
+
+def main() -> int:
+    options = parse_flags()
+    device = pick_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    split = pick_images(options)
+    few = split.take(np.arange(max(BATCH_SIZE, round(TORCHVISION_PART * len(split)))))
+
+    ours = TrainLoader(split, BATCH_SIZE, Augmentation(), device=device)
+    torchvisions = torchvision_loader(few, Augmentation())
+    step = training_step(mobilenetv2(10), options.image_size, device)
+
+    rates = {"ours": [], "torchvision": [], "mobilenetv2_step": []}
+    for round_number in range(options.rounds + 1):
+        measured = {
+            "ours": images_per_second(ours.epoch(round_number), device),
+            "torchvision": images_per_second(iter(torchvisions), device),
+            "mobilenetv2_step": images_per_second((step() for _ in range(STEPS)), device),
+        }
+        print(f"{f'round {round_number}' if round_number else 'warm-up'}: " + line(measured), flush=True)
+        if round_number:
+            for name, rate in measured.items():
+                rates[name].append(rate)
+
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["torchvision"], strict=True)]
+    loading, stepping = 1 / medians["ours"], 1 / medians["mobilenetv2_step"]
+    results = common.provenance(device) | {
+        "data": options.data,
+        "image_size": options.image_size,
+        "batch_size": BATCH_SIZE,
+        "torchvision_processes": WORKERS,
+        "num_images": {"ours": len(split), "torchvision": len(few), "mobilenetv2_step": STEPS * BATCH_SIZE},
+        "rounds": options.rounds,
+        "images_per_second": medians,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "mobilenetv2_share": loading / (loading + stepping),
+    }
+    common.write_results(results, options.output)
+    report(results, options.output)
+    return 0
+
+
+def pick_images(options: argparse.Namespace) -> Split:
+    """As many training images as --images says, of all classes. Raises UserError where there are not so many."""
+    train = dataset.load(options.data, image_size=options.image_size).train
+    if len(train) < BATCH_SIZE:
+        raise UserError(f"--data {options.data} has {len(train)} training images; expected {BATCH_SIZE} or more")
+    count = min(IMAGES, len(train)) if options.images is None else options.images
+    if not BATCH_SIZE <= count <= len(train):
+        raise UserError(
+            f"--images {count}: expected {BATCH_SIZE} to {len(train)}, as many as --data {options.data} has"
+        )
+    return train.take(np.random.default_rng(0).permutation(len(train))[:count])
+
+
+class PilImages(torch.utils.data.Dataset):
+    """A split as torchvision's own data sets give it: one PIL image at a time, transformed."""
+
+    def __init__(self, split: Split, transform: transforms.Compose):
+        self.pixels = np.ascontiguousarray(split.images.transpose(0, 2, 3, 1))
+        self.labels = split.labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[row])), self.labels[row]
+
+
+def torchvision_loader(split: Split, settings: Augmentation) -> torch.utils.data.DataLoader:
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(split.images.shape[-1], padding=settings.crop_padding),
+            transforms.ColorJitter(settings.brightness, settings.contrast, settings.saturation, settings.hue),
+            transforms.RandomHorizontalFlip(settings.flip),
+            transforms.RandAugment(settings.randaugment_ops, settings.randaugment_magnitude),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return torch.utils.data.DataLoader(
+        PilImages(split, transform), BATCH_SIZE, shuffle=True, num_workers=WORKERS, persistent_workers=True
+    )
+
+
+def training_step(model: nn.Module, size: int, device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function that trains on one batch of noise, always the same, and returns it."""
+    model = model.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCH_SIZE, 3, size, size, generator=generator)
+    images = images.to(device, memory_format=torch.channels_last)
+    labels = torch.randint(10, (BATCH_SIZE,), generator=generator).to(device)
+
+    def step() -> tuple[Tensor, Tensor]:
+        with autocast(device):  # as engine.fit does: bfloat16 on CUDA, float32 elsewhere
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return images, labels
+
+    return step
+
+
+def images_per_second(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> float:
+    """How fast batches come, when each is on the device and nothing else is done with it."""
+    common.synchronize(device)
+    started, count = time.perf_counter(), 0
+    for images, _ in batches:
+        count += len(images.to(device))
+    common.synchronize(device)
+    return count / (time.perf_counter() - started)
+
+
+def line(measured: dict[str, float]) -> str:
+    return ", ".join(f"{name} {rate:,.0f}" for name, rate in measured.items()) + " images/s"
+
+
+def report(results: dict, path: str) -> None:
+    rates = results["images_per_second"]
+    print(f"\n{results['device']}, {results['data']}, median of {results['rounds']}\n")
+    print("| loader | images/s |\n|---|--:|")
+    print(f"| ours | {rates['ours']:,.0f} |\n| torchvision, {WORKERS} processes | {rates['torchvision']:,.0f} |")
+    print(f"| ratio | {results['ratio']:.1f} |")
+    print(f"\nThe loader's share of a MobileNetV2 epoch: {results['mobilenetv2_share']:.1%}. Results: {path}")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or the path of an archive or a folder")
+    parser.add_argument("--output", default=f"{common.RESULTS}/augment.json", help="JSON file (default: %(default)s)")
+    parser.add_argument("--images", type=positive, help=f"images in a round of ours (default: {IMAGES:,}, or all)")
+    parser.add_argument("--image-size", type=positive, default=32, help="side of the images (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=9, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="threads of PyTorch on the CPU (default: its own choice)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    errors.run(main)
