@@ -11,7 +11,7 @@ import torch
 import engine
 import errors
 import plotting
-from models.densenet import densenet
+from models.densenet import BLOCKS, densenet
 from recipe import Recipe, flag, parse_flags
 from utils import load_data
 
@@ -19,7 +19,7 @@ from utils import load_data
 @dataclass(frozen=True, kw_only=True)
 class DenseNetRecipe(Recipe):
     network: ClassVar[str] = "densenet"
-    depth: int = flag("layers: 121, 169, 201, 264 as in the paper, or 37", group="network")
+    depth: int = flag("layers: 121, 169, 201, 264 as in the paper, or 37", group="network", choices=tuple(BLOCKS))
     growth_rate: int = flag("channels that each layer adds, k in the paper", group="network", at_least=1)
 
 
@@ -51,8 +51,9 @@ def main() -> int:
     torch.manual_seed(recipe.seed)
     model = densenet(len(data.classes), depth=recipe.depth, growth_rate=recipe.growth_rate)
     run = engine.fit(model, data, recipe, previous)
-    plotting.plot_training(run.history, recipe.plot_path, title=recipe.name, reference=recipe.reference)
-    print(f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}")
+    if run.history:
+        plotting.plot_training(run.history, recipe.plot_path, title=recipe.name, reference=recipe.reference)
+        print(f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}")
     return run.exit_status
 
 

@@ -160,6 +160,8 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any
     run = Run(model, optimizer, cosine_schedule(optimizer, recipe.epochs, recipe.min_lr * recipe.rate_scale))
     if previous:
         restore(run, previous)
+        if run.history:  # a kill may have come between the checkpoint and the CSV
+            plotting.write_csv(run.history, recipe.csv_path)
     announce(run, data, recipe, device)
     loader = TrainLoader(data.train, recipe.batch_size, augmentation_of(recipe), seed=recipe.seed, device=device)
     with StopSignals() as stop, scalar_writer(recipe, run.epoch) as writer:
@@ -279,6 +281,7 @@ def restore(run: Run, content: dict[str, Any]) -> None:
     """Put a fresh run where the checkpoint's stood."""
     training = content["training"]
     run.model.load_state_dict(training["model"] or content["model"], strict=True)
+    run.optimizer.step()  # without gradients it changes nothing, but the schedule warns where no step came before it
     run.optimizer.load_state_dict(training["optimizer"])
     run.schedule.load_state_dict(training["schedule"])
     run.history = content["history"]

@@ -49,8 +49,9 @@ def main() -> int:
     torch.manual_seed(recipe.seed)
     model = mobilenetv2(len(data.classes), width=recipe.width)
     run = engine.fit(model, data, recipe, previous)
-    plotting.plot_training(run.history, recipe.plot_path, title=recipe.name, reference=recipe.reference)
-    print(f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}")
+    if run.history:
+        plotting.plot_training(run.history, recipe.plot_path, title=recipe.name, reference=recipe.reference)
+        print(f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}")
     return run.exit_status
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -55,10 +56,8 @@ class Recipe:
     min_lr: float = flag(f"learning rate at the end of the cosine, for a batch of {REFERENCE_BATCH}", at_least=0)
     momentum: float = flag("momentum of SGD", at_least=0, at_most=1)
     weight_decay: float = flag("weight decay of SGD, on all parameters", at_least=0)
-    seed: int = flag("seed of the weights, the order of the images and their augmentation", 0, at_least=0)
-    device: str = flag(
-        "auto: CUDA, else MPS, else the CPU", "auto", choices=("auto", "cuda", "mps", "cpu"), fixed=False
-    )
+    seed: int = flag("seed of the weights, the images' order and their augmentation", 0, at_least=0, at_most=2**63 - 1)
+    device: str = flag("auto takes CUDA, else MPS, else the CPU", "auto", choices=DEVICES, fixed=False)
 
     crop_padding: int = flag("RandomCrop: zeros around the image, in pixels", group="augmentation", at_least=0)
     brightness: float = flag("ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0)
@@ -94,6 +93,8 @@ class Recipe:
             raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the cosine goes down")
         if not self.name or self.name != self.name.strip() or any(sign in self.name for sign in "/\\:\0"):
             raise UserError(f"--name {self.name!r} cannot name a file; take letters, digits, '-', '_' or '.'")
+        if len(os.fsencode(self.name)) > 200:
+            raise UserError(f"--name {self.name!r} is too long to name a file; take 200 bytes or fewer")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other: go on from the checkpoint, or start afresh?")
 
@@ -152,11 +153,11 @@ def check(item: Field, value: Any) -> None:
     elif rules.get("choices") is not None and value not in rules["choices"]:
         problem = "one of " + ", ".join(map(str, rules["choices"]))
     elif rules.get("at_least") is not None and value < rules["at_least"]:
-        problem = f"{rules['at_least']:g} or more"
+        problem = f"{rules['at_least']} or more"
     elif rules.get("above") is not None and value <= rules["above"]:
-        problem = f"above {rules['above']:g}"
+        problem = f"above {rules['above']}"
     elif rules.get("at_most") is not None and value > rules["at_most"]:
-        problem = f"{rules['at_most']:g} or less"
+        problem = f"{rules['at_most']} or less"
     if problem:
         raise UserError(f"{spelled(item.name)} is {value}; it must be {problem}")
 

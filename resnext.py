@@ -51,8 +51,9 @@ def main() -> int:
     torch.manual_seed(recipe.seed)
     model = resnext29(len(data.classes), cardinality=recipe.cardinality, base_width=recipe.base_width)
     run = engine.fit(model, data, recipe, previous)
-    plotting.plot_training(run.history, recipe.plot_path, title=recipe.name, reference=recipe.reference)
-    print(f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}")
+    if run.history:
+        plotting.plot_training(run.history, recipe.plot_path, title=recipe.name, reference=recipe.reference)
+        print(f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}")
     return run.exit_status
 
 
