@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 import checkpoint
+import files
 import metrics
 import plotting
 from dataset import Dataset
@@ -77,11 +78,15 @@ class Totals:
         """Summed loss, summed hits. Raises UserError where a loss was not finite."""
         values = self.values.tolist()
         if values[2] != math.inf:
-            raise UserError(
-                f"the loss is not finite at epoch {epoch + 1}, step {int(values[2]) + 1}, learning rate "
-                f"{learning_rate:g}; nothing of this epoch is saved. Lower --lr, or look for broken images"
-            )
+            raise not_finite("loss", epoch, int(values[2]), learning_rate)
         return values
+
+
+def not_finite(what: str, epoch: int, step: int, learning_rate: float) -> UserError:
+    return UserError(
+        f"the {what} is not finite at epoch {epoch + 1}, step {step + 1}, learning rate {learning_rate:g}; nothing of "
+        "this epoch is saved. Lower --lr, or look for broken images"
+    )
 
 
 class StopSignals:
@@ -147,8 +152,11 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any
             f"--resume: --data {data.source} does not hold the images that the checkpoint was trained on "
             f"(--data {previous['data']['source']}); give those, or start another run with --name or --overwrite"
         )
+    # Better now than at the end of the first epoch, or of the last.
+    files.check_writable(recipe.checkpoint_dir, "the checkpoint")
+    files.check_writable(recipe.plot_dir, "the plots")
     if recipe.reference:
-        plotting.read_csv(recipe.reference)  # better now than at the end
+        plotting.read_csv(recipe.reference)
     device = pick_device(recipe.device)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -164,9 +172,14 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any
             plotting.write_csv(run.history, recipe.csv_path)
     announce(run, data, recipe, device)
     loader = TrainLoader(data.train, recipe.batch_size, augmentation_of(recipe), seed=recipe.seed, device=device)
+    splits = {"test": data.test} if data.val is None else {"test": data.test, "val": data.val}
+    evaluated = {
+        name: (torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels))
+        for name, split in splits.items()
+    }
     with StopSignals() as stop, scalar_writer(recipe, run.epoch) as writer:
         while run.epoch < recipe.epochs:
-            row = one_epoch(run, loader, data, device, stop)
+            row = one_epoch(run, loader, evaluated, device, stop)
             if row is not None:
                 run.history.append(row)
                 run.epoch, run.step, run.totals, run.seconds = run.epoch + 1, 0, None, 0.0
@@ -181,26 +194,34 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any
                 writer(row)
             if stop and run.epoch < recipe.epochs:
                 run.stopped_by = stop.number
+                instead = " in place of --overwrite" if recipe.overwrite else ""
                 print(
                     f"stopped in epoch {run.epoch + 1} after step {run.step} of {len(loader)}, saved to "
-                    f"{recipe.checkpoint_path}; the same command with --resume goes on from there",
+                    f"{recipe.checkpoint_path}; the same command with --resume{instead} goes on from there",
                     flush=True,
                 )
                 break
     return run
 
 
-def one_epoch(run: Run, loader: TrainLoader, data: Dataset, device: torch.device, stop: StopSignals) -> dict | None:
-    """Train the epoch that `run` stands in from its step on, then evaluate.
+def one_epoch(
+    run: Run,
+    loader: TrainLoader,
+    evaluated: dict[str, tuple[Tensor, Tensor]],
+    device: torch.device,
+    stop: StopSignals,
+) -> dict[str, Any] | None:
+    """Train the epoch that `run` stands in from its step on, then evaluate the splits of `evaluated`.
 
     Returns the epoch's row, or None where a signal came first; `run` then says how far it got.
     """
     started = time.monotonic() - run.seconds
     learning_rate = run.optimizer.param_groups[0]["lr"]
     totals = Totals(device, run.totals)
-    images_seen = min(run.step * loader.batch_size, len(data.train))
+    num_images = len(loader.images)
+    images_seen = min(run.step * loader.batch_size, num_images)
     bar = tqdm(
-        total=len(data.train), initial=images_seen, desc=f"epoch {run.epoch + 1}", unit=" images", unit_scale=True,
+        total=num_images, initial=images_seen, desc=f"epoch {run.epoch + 1}", unit=" images", unit_scale=True,
         leave=False, disable=None,
     )  # fmt: skip
     last_read = time.monotonic()
@@ -231,18 +252,16 @@ def one_epoch(run: Run, loader: TrainLoader, data: Dataset, device: torch.device
     # A run that was stopped during its evaluation comes back to here with no step left, its training time behind it.
     training_seconds = run.seconds
     row = {"epoch": run.epoch + 1, "learning_rate": learning_rate}
-    splits = {"test": data.test} if data.val is None else {"test": data.test, "val": data.val}
-    row |= {"train_loss": run.totals[0] / len(data.train), "train_accuracy": run.totals[1] / len(data.train)}
-    for name, split in splits.items():
-        logits = predict(run.model, torch.from_numpy(split.images), device, stop=stop)
+    row |= {"train_loss": run.totals[0] / num_images, "train_accuracy": run.totals[1] / num_images}
+    for name, (images, labels) in evaluated.items():
+        logits = predict(run.model, images, device, stop=stop)
         if logits is None:
             return None
-        labels = torch.from_numpy(split.labels)
-        row |= {
-            f"{name}_loss": metrics.cross_entropy(logits, labels),
-            f"{name}_accuracy": metrics.accuracy(logits, labels),
-        }
-    row |= {"seconds": time.monotonic() - started, "images_per_second": len(data.train) / training_seconds}
+        loss = metrics.cross_entropy(logits, labels)
+        if not math.isfinite(loss):  # the last step's loss can still be finite while the weights it leaves are not
+            raise not_finite(f"{name} loss", run.epoch, run.step - 1, learning_rate)
+        row |= {f"{name}_loss": loss, f"{name}_accuracy": metrics.accuracy(logits, labels)}
+    row |= {"seconds": time.monotonic() - started, "images_per_second": num_images / training_seconds}
     return row
 
 

@@ -34,3 +34,10 @@ def replacing(path: str | Path, what: str, *, shared: bool = False) -> Iterator[
     except OSError as error:
         cause = error.strerror or error
         raise UserError(f"{path}: {what} could not be written ({cause}); free that place or name another") from None
+
+
+def check_writable(folder: str | Path, what: str) -> None:
+    """Make `folder` where it is missing, and raise UserError where no file can be written there."""
+    with replacing(Path(folder) / ".writable", what, shared=True):
+        pass
+    (Path(folder) / ".writable").unlink(missing_ok=True)

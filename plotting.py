@@ -62,9 +62,9 @@ CJK_FONTS = (
 def write_csv(history: list[dict], path: str | Path) -> None:
     """Write a run's history, one row an epoch; an older file at `path` is replaced whole or left as it was.
 
-    The columns are `COLUMNS`, the validation's only where the history has them. Accuracies are fractions, `seconds` is
-    the epoch's duration. Numbers are written so that `read_csv` gives back exactly the same ones. Raises `UserError` if
-    the file cannot be written.
+    The columns are `COLUMNS`, the validation's only where the history has them. Accuracies are fractions; `seconds` is
+    the epoch's duration, evaluation included; `images_per_second` is the rate of its training alone. Numbers are
+    written so that `read_csv` gives back exactly the same ones. Raises `UserError` if the file cannot be written.
     """
     columns = [name for name in COLUMNS if name not in OPTIONAL_COLUMNS or any(name in row for row in history)]
     text = io.StringIO()

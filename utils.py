@@ -5,6 +5,7 @@ of some thousand images at a time (augment.py), cuts the chunk into batches and 
 """
 
 import ctypes
+import functools
 import platform
 from collections.abc import Iterator
 from dataclasses import fields
@@ -61,9 +62,13 @@ def keep_freed_memory() -> None:
 
 def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
     """uint8 (B, 3, H, W) to float32 of the same shape in channels-last order: (image / 255 − mean) / std."""
-    shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1) * 255
-    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1) * 255
+    shift, scale = _in_grey_levels(mean, images.device), _in_grey_levels(std, images.device)
     return images.to(torch.float32, memory_format=torch.channels_last).sub_(shift).div_(scale)
+
+
+@functools.cache  # a copy to the device for every batch would make the host wait each time
+def _in_grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).mul_(255).view(1, 3, 1, 1)
 
 
 def load_data(recipe: Recipe) -> Dataset:

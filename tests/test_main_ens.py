@@ -1,9 +1,13 @@
 """The ensemble as a user runs it: three small networks trained by their scripts, then main_ens.py on their files."""
 
+import contextlib
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,26 +15,38 @@ import torch
 
 import checkpoint
 import dataset
+import dense
+import errors
+import main_ens
+import mobilenetv2
+import resnext
 from utils import normalize
 
 ROOT = Path(__file__).parents[1]
-DIGITS = ["--data", "digits", "--image-size", "16", "--train-size", "200", "--test-size", "100"]
+DIGITS = ["--data", "digits", "--image-size", "16", "--train-size", "200", "--test-size", "100", "--device", "cpu"]
 SIZES = {
-    "dense.py": ["--depth", "37", "--growth-rate", "4"],
-    "mobilenetv2.py": ["--width", "0.25"],
-    "resnext.py": ["--base-width", "2"],
+    dense: ["--depth", "37", "--growth-rate", "4"],
+    mobilenetv2: ["--width", "0.25"],
+    resnext: ["--base-width", "2"],
 }
 
 
 def run(folder, script, *flags):
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    """Call a script's main as its last lines do, with `folder` as the current one."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [script.__name__, *map(str, flags)]
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            errors.run(script.main)
+    except SystemExit as end:
+        return SimpleNamespace(returncode=end.code, stdout=out.getvalue(), stderr=err.getvalue())
+    finally:
+        sys.argv = argv
 
 
 def trained(folder, script, *flags):
     done = run(folder, script, *DIGITS, *SIZES[script], "--epochs", "2", *flags)
     assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +59,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tested(folder):
-    done = run(folder, "main_ens.py")
+    """What the command line prints, and what it stores."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main_ens.py")],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((folder / "plots" / "ensemble.json").read_text())
 
@@ -80,7 +105,7 @@ def test_members_and_ensemble_equal_numpy(folder, tested):
 
 
 def test_logit_average_equals_numpy(folder):
-    done = run(folder, "main_ens.py", "--average", "logits", "--plot-dir", "by-logits")
+    done = run(folder, main_ens, "--average", "logits", "--plot-dir", "by-logits")
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "by-logits" / "ensemble.json").read_text())
     logits, labels = member_logits(folder)
@@ -112,14 +137,14 @@ def test_member_equals_the_last_row_of_its_own_curve(folder, tested):
 
 
 def test_any_number_of_any_kind(folder):
-    done = run(folder, "main_ens.py", "checkpoints/resnext.pt", "--plot-dir", "one")
+    done = run(folder, main_ens, "checkpoints/resnext.pt", "--plot-dir", "one")
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "one" / "ensemble.json").read_text())
     assert result["ensemble"]["loss"] == pytest.approx(result["members"][0]["loss"], abs=1e-12)
 
 
 def test_flags_change_the_test_set_and_the_batch(folder):
-    done = run(folder, "main_ens.py", "--test-size", "50", "--batch-size", "7", "--plot-dir", "fifty")
+    done = run(folder, main_ens, "--test-size", "50", "--batch-size", "7", "--plot-dir", "fifty")
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "fifty" / "ensemble.json").read_text())["num_images"] == 50
 
@@ -134,14 +159,14 @@ def test_data_flag_tests_on_other_images(folder, tmp_path):
             for row in np.flatnonzero(images.labels == label)[:4]:
                 picture = Image.fromarray(images.images[row].transpose(1, 2, 0))
                 picture.save(tmp_path / "own" / split / str(label) / f"{row}.png")
-    done = run(folder, "main_ens.py", "--data", tmp_path / "own", "--test-size", "40", "--plot-dir", "own")
+    done = run(folder, main_ens, "--data", tmp_path / "own", "--test-size", "40", "--plot-dir", "own")
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "own" / "ensemble.json").read_text())
     assert (result["data"], result["num_images"]) == (str(tmp_path / "own"), 40)
 
 
 def refused(folder, *flags):
-    done = run(folder, "main_ens.py", *flags)
+    done = run(folder, main_ens, *flags)
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -164,7 +189,7 @@ def test_missing_checkpoint_names_its_script(folder, tmp_path):
     ],
 )
 def test_members_of_other_splits_or_sizes_are_refused(folder, flags, words):
-    trained(folder, "mobilenetv2.py", "--name", "other", "--overwrite", *flags)
+    trained(folder, mobilenetv2, "--name", "other", "--overwrite", *flags)
     error = refused(folder, "checkpoints/densenet.pt", "checkpoints/other.pt")
     for word in [*words, "checkpoints/densenet.pt", "checkpoints/other.pt"]:
         assert word in error
@@ -204,7 +229,7 @@ def test_unfinished_member_is_used_with_a_warning(folder):
     content["finished"] = False
     content["training"]["epoch"] = 1
     checkpoint.write(folder / "checkpoints" / "half.pt", content)
-    done = run(folder, "main_ens.py", "checkpoints/half.pt", "--plot-dir", "half")
+    done = run(folder, main_ens, "checkpoints/half.pt", "--plot-dir", "half")
     assert done.returncode == 0, done.stderr
     assert "half.pt is not finished, 1 of 2 epochs" in done.stdout
 

@@ -1,0 +1,145 @@
+"""What several test files share: a network, images and a recipe so small that an epoch takes a moment."""
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dataset import Dataset, Split
+from models import NETWORKS
+from recipe import Recipe, flag
+
+ROOT = Path(__file__).parents[1]
+TIMES = ("seconds", "images_per_second")  # what differs between two histories of the same run
+
+
+def without_times(history):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in history]
+
+
+def assert_same(found, expected, where="content"):
+    """Equal to the last bit, tensors, numbers and all."""
+    if isinstance(expected, torch.Tensor):
+        assert isinstance(found, torch.Tensor), where
+        assert found.dtype == expected.dtype, where
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name in expected:
+            assert_same(found[name], expected[name], f"{where}.{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for number, pair in enumerate(zip(found, expected, strict=True)):
+            assert_same(*pair, f"{where}[{number}]")
+    else:
+        assert found == expected, where
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyRecipe(Recipe):
+    network: ClassVar[str] = "tiny"
+    channels: int = flag("channels of the only layer", group="network", at_least=1)
+
+
+class Tiny(nn.Module):
+    """One convolution and one norm. `on_forward`, where set, is called with (network, logits) and may change them."""
+
+    def __init__(self, num_classes: int, *, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.classifier = nn.Linear(channels, num_classes)
+        self.on_forward = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.classifier(self.norm(self.conv(images)).relu().mean((2, 3)))
+        return self.on_forward(self, logits) if self.on_forward else logits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """For networks this small more threads gain nothing, and on a busy machine they wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Build the tiny network, always with the same first weights; checkpoints know it by name."""
+    monkeypatch.setitem(NETWORKS, "tiny", Tiny)
+
+    def build(num_classes: int = 3, channels: int = 4) -> Tiny:
+        torch.manual_seed(7)
+        return Tiny(num_classes, channels=channels)
+
+    return build
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path):
+    def build(**changes) -> TinyRecipe:
+        values = {
+            "name": "tiny", "channels": 4, "epochs": 3, "batch_size": 4, "lr": 0.8, "min_lr": 0.016, "momentum": 0.9,
+            "weight_decay": 5e-4, "crop_padding": 2, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2,
+            "flip": 0.5, "randaugment_ops": 1, "randaugment_magnitude": 9, "image_size": 8, "device": "cpu",
+            "checkpoint_dir": str(tmp_path / "checkpoints"), "plot_dir": str(tmp_path / "plots"),
+        }  # fmt: skip
+        return TinyRecipe(**{**values, **changes})
+
+    return build
+
+
+@pytest.fixture
+def tiny_data():
+    """22 training, 9 test and, if asked for, 8 validation images of 8×8: the class is a tint of one channel."""
+
+    def build(*, val: bool = False, train_size: int = 22, seed: int = 0) -> Dataset:
+        rng = np.random.default_rng(seed)
+
+        def split(size: int) -> Split:
+            labels = np.arange(size) % 3
+            images = rng.integers(0, 190, (size, 3, 8, 8), np.uint8)
+            images[np.arange(size), labels] += 65
+            return Split(images, labels.astype(np.int64))
+
+        train, test, held_out = split(train_size), split(9), split(8)
+        return Dataset("made up", ("red", "green", "blue"), train, test, held_out if val else None, f"digest {seed}")
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Start a script of the project in its own process, in a folder; after ten minutes, or at the end, it is killed."""
+    started = []
+
+    def start_script(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / script), *arguments],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        timer = threading.Timer(600, process.kill)
+        timer.daemon = True
+        timer.start()
+        started.append((process, timer))
+        return process
+
+    yield start_script
+    for process, timer in started:
+        timer.cancel()
+        process.kill()
+        process.communicate()

@@ -1,0 +1,658 @@
+"""engine.py: the loop against a naive one, what it writes, what it refuses, and a run in pieces against a whole one."""
+
+import copy
+import csv
+import math
+import signal
+import sys
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TIMES, assert_same, without_times
+from torch.nn import functional as F
+
+import checkpoint
+import engine
+import errors
+import files
+import mobilenetv2
+import plotting
+from dataset import Split
+from errors import UserError
+from utils import TrainLoader, augmentation_of, cosine_schedule, normalize, pick_device
+
+STEPS = 6  # of an epoch of tiny_data: five batches of 4 and one of 2
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def train(tiny, tiny_recipe, tiny_data):
+    """Train the tiny network as a script's main does; `on_forward` and `data` are for the test to meddle with."""
+
+    def run(data=None, *, val=False, on_forward=None, **changes):
+        recipe = tiny_recipe(**changes)
+        previous = engine.previous_run(recipe)
+        model = tiny()
+        model.on_forward = on_forward
+        return engine.fit(model, data or tiny_data(val=val), recipe, previous)
+
+    return run
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "checkpoints" / "tiny.pt"
+
+
+@pytest.fixture
+def csv_path(tmp_path):
+    return tmp_path / "plots" / "tiny.csv"
+
+
+def at_call(number, action, *, training=True):
+    """An `on_forward` that calls `action(logits)` at forward pass `number`, from 0, of training or of evaluation."""
+    calls = Counter()
+
+    def on_forward(model, logits):
+        calls[model.training] += 1
+        if model.training == training and calls[training] == number + 1:
+            changed = action(logits)
+            return logits if changed is None else changed
+        return logits
+
+    return on_forward
+
+
+def send(*numbers):
+    def action(_):
+        for number in numbers:
+            signal.raise_signal(number)
+
+    return action
+
+
+def assert_same_end(path, expected_path):
+    """Two checkpoints of one recipe tell of the same run; only how long it took and how it was started may differ."""
+    contents = [checkpoint.read(path), checkpoint.read(expected_path)]
+    for content in contents:
+        content["history"] = without_times(content["history"])
+        del content["training"]["seconds"], content["recipe"]
+    assert_same(*contents)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+@pytest.mark.parametrize("val", [False, True], ids=["", "val"])
+def test_weights_and_curves_are_those_of_a_naive_loop(train, tiny, tiny_data, tiny_recipe, val):
+    recipe, data, model = tiny_recipe(), tiny_data(val=val), tiny()
+    loader = TrainLoader(data.train, recipe.batch_size, augmentation_of(recipe), seed=recipe.seed)
+    sgd = torch.optim.SGD(model.parameters(), momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    expected = []
+    for epoch in range(recipe.epochs):
+        turn = (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
+        rate = (recipe.min_lr + (recipe.lr - recipe.min_lr) * turn) * recipe.batch_size / 64
+        sgd.param_groups[0]["lr"] = rate
+        losses, hits = [], 0
+        model.train()
+        for images, labels in loader.epoch(epoch):
+            logits = model(images)
+            sgd.zero_grad()
+            F.cross_entropy(logits, labels).backward()
+            sgd.step()
+            losses += F.cross_entropy(logits, labels, reduction="none").tolist()
+            hits += int((logits.argmax(1) == labels).sum())
+        row = {"epoch": epoch + 1, "learning_rate": rate}
+        row |= {"train_loss": sum(losses) / 22, "train_accuracy": hits / 22}
+        model.eval()
+        for name, split in [("test", data.test), ("val", data.val)][: 1 + val]:
+            with torch.no_grad():
+                logits = model(normalize(torch.from_numpy(split.images)))
+            labels = torch.from_numpy(split.labels)
+            right = (logits.argmax(1) == labels).float().mean().item()
+            row |= {f"{name}_loss": F.cross_entropy(logits, labels).item(), f"{name}_accuracy": right}
+        expected.append(row)
+
+    run = train(data)
+    assert [row.keys() - TIMES for row in run.history] == [row.keys() for row in expected]
+    for found, row in zip(run.history, expected, strict=True):
+        assert {name: found[name] for name in row} == pytest.approx(row, rel=1e-6, abs=1e-6)
+    assert expected[-1]["train_loss"] < 0.9 * expected[0]["train_loss"], "the network ought to have learned"
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_the_last_batch_is_trained_though_it_is_smaller(train):
+    sizes = []
+
+    def note(model, logits):
+        if model.training:
+            sizes.append(len(logits))
+        return logits
+
+    train(on_forward=note)
+    assert sizes == 3 * [4, 4, 4, 4, 4, 2]
+
+
+def test_a_last_batch_of_one_image_is_refused_before_anything_is_done(train, tiny_data, tmp_path):
+    with pytest.raises(UserError, match="--batch-size 4 leaves a last batch of one image out of 21"):
+        train(tiny_data(train_size=21), on_forward=lambda *_: pytest.fail("trained"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_of_200_epochs_trains_at_0_000101():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    schedule = cosine_schedule(optimizer, 200, 0.0001)
+    rates = []
+    for _ in range(200):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(
+        [0.0001 + 0.0099 * (1 + math.cos(math.pi * epoch / 200)) / 2 for epoch in range(200)], rel=1e-9
+    )
+    assert rates[0] == 0.01
+    assert f"{rates[199]:.6f}" == "0.000101"
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0001)
+
+
+def test_twice_the_batch_doubles_both_rates_and_the_run_says_so(train, tiny_data, capsys):
+    rates = {}
+    for batch_size in (64, 128):
+        run = train(tiny_data(train_size=66), batch_size=batch_size, name=f"batch{batch_size}", epochs=2)
+        rates[batch_size] = [row["learning_rate"] for row in run.history] + run.schedule.get_last_lr()
+        said = "learning rates 0.8 and 0.016 for a batch of 64 become 1.6 and 0.032 for a batch of 128"
+        assert (said in capsys.readouterr().out) == (batch_size == 128)
+    assert rates[64] == pytest.approx([0.8, 0.408, 0.016])
+    assert rates[128] == pytest.approx([1.6, 0.816, 0.032])
+
+
+@pytest.mark.parametrize(("step_seconds", "least", "most"), [(0.01, 1, 1), (0.5, 3, 4)])
+def test_the_device_is_asked_once_a_second_and_at_the_end_of_an_epoch(train, monkeypatch, step_seconds, least, most):
+    clock, reads, read = [1000.0], [], engine.Totals.read
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(engine.Totals, "read", lambda *arguments: reads.append(arguments[1]) or read(*arguments))
+
+    def take_time(model, logits):
+        clock[0] += step_seconds
+        return logits
+
+    train(on_forward=take_time)
+    for epoch in range(3):
+        assert least <= reads.count(epoch) <= most
+
+
+def test_predict_gives_the_logits_of_one_pass_and_leaves_the_network_alone(tiny):
+    model = tiny().train()
+    model.norm.running_mean.uniform_(-1, 1)
+    model.norm.running_var.uniform_(0.5, 2)
+    before = copy.deepcopy(model.state_dict())
+    images = torch.randint(0, 256, (11, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    device = torch.device("cpu")
+    pieces = [engine.predict(model, images, device, batch_size=size) for size in (None, 11, 4, 1)]
+    assert_same(dict(model.state_dict()), dict(before))
+    expected = model.eval()(normalize(images)).detach()
+    assert expected.std(0).min() > 1e-3, "the output ought to depend on the image"
+    for logits in pieces:
+        assert (logits.dtype, logits.shape) == (torch.float32, (11, 3))
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    other = engine.predict(model, images, device, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    torch.testing.assert_close(other, model(images / 255).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_predict_keeps_its_batches_small_for_large_images(tiny, monkeypatch):
+    monkeypatch.setattr(engine, "EVAL_PIXELS", 4 * 8 * 8)
+    sizes, model = [], tiny()
+    model.on_forward = lambda model, logits: sizes.append(len(logits)) or logits
+    engine.predict(model, torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"))
+    engine.predict(model, torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.device("cpu"))
+    assert sizes == [4, 4, 1, 1, 1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_refused(train):
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match=r"--device cuda.* finds no such device"):
+        train(device="cuda")
+
+
+# ------------------------------------------------------------------------------------------------------ what it writes
+
+
+def test_the_csv_and_the_checkpoint_tell_the_same(train, path, csv_path):
+    for val in (False, True):
+        run = train(val=val, overwrite=True)
+        with csv_path.open(newline="") as file:
+            header, *rows = csv.reader(file)
+        assert header == [name for name in plotting.COLUMNS if val or name not in plotting.OPTIONAL_COLUMNS]
+        assert [row[0] for row in rows] == ["1", "2", "3"]
+        assert plotting.read_csv(csv_path) == checkpoint.read(path)["history"] == run.history
+        for row in run.history:
+            assert row["seconds"] > 0
+            assert row["images_per_second"] > 0
+            assert all(math.isfinite(value) for value in row.values())
+
+
+def test_a_csv_that_was_lost_is_there_again_after_a_resume(train, csv_path):
+    """As after a kill between writing the checkpoint and writing the CSV."""
+    train()
+    whole = csv_path.read_bytes()
+    csv_path.unlink()
+    train(resume=True)
+    assert csv_path.read_bytes() == whole
+
+
+def test_without_validation_the_checkpoint_is_the_last_epochs(train, path):
+    run = train()
+    content = checkpoint.read(path)
+    assert content["chosen"] == {"epoch": 3, "by": "last"}
+    assert content["finished"] is True
+    assert_same(content["model"], run.model.state_dict())
+    assert_same(checkpoint.build_model(path, content).state_dict(), run.model.state_dict())
+    assert content["training"]["model"] is content["training"]["best"] is None
+
+
+@pytest.fixture
+def scripted(monkeypatch, path):
+    """Decide the accuracies of every epoch, by split; get what the checkpoint was after each."""
+
+    def script(test, val):
+        written, contents = checkpoint.write, []
+        left = {9: iter(test), 8: iter(val)}
+        monkeypatch.setattr(engine.metrics, "accuracy", lambda logits, labels: next(left[len(labels)]))
+
+        def write(*arguments):
+            written(*arguments)
+            contents.append(checkpoint.read(path))
+
+        monkeypatch.setattr(checkpoint, "write", write)
+        return contents
+
+    return script
+
+
+def test_with_validation_the_best_epoch_is_kept_beside_the_last(train, scripted):
+    contents = scripted(test=[0.9, 0.1, 0.2, 1.0], val=[0.2, 0.5, 0.5, 0.4])
+    run = train(val=True, epochs=4)
+    assert [content["chosen"] for content in contents] == [
+        {"epoch": 1, "by": "val_accuracy"},
+        {"epoch": 2, "by": "val_accuracy"},
+        {"epoch": 2, "by": "val_accuracy"},  # the first of two equals
+        {"epoch": 2, "by": "val_accuracy"},
+    ]
+    last = contents[3]
+    assert last["training"]["best"] == {"epoch": 2, "accuracy": 0.5}
+    assert_same(last["model"], contents[1]["training"]["model"])
+    assert_same(last["training"]["model"], run.model.state_dict())
+    assert not torch.equal(last["model"]["conv.weight"], last["training"]["model"]["conv.weight"])
+    assert [row["val_accuracy"] for row in last["history"]] == [0.2, 0.5, 0.5, 0.4]
+
+
+def test_the_best_epoch_is_not_forgotten_when_a_run_is_stopped(train, scripted):
+    contents = scripted(test=[0.0] * 4, val=[0.5, 0.1, 0.4, 0.2])
+    train(val=True, epochs=4, on_forward=at_call(2 * STEPS + 1, send(signal.SIGINT)))
+    train(val=True, epochs=4, resume=True)
+    assert len(contents) == 5
+    for content in contents:
+        assert content["chosen"] == {"epoch": 1, "by": "val_accuracy"}
+        assert_same(content["model"], contents[0]["model"])
+
+
+@pytest.mark.parametrize("val", [False, True], ids=["", "val"])
+def test_the_test_set_chooses_nothing(train, tiny_data, tmp_path, val):
+    data = tiny_data(val=val)
+    other = Split(255 - data.test.images[:5], 2 - data.test.labels[:5])
+    train(data, name="one")
+    train(replace(data, test=other), name="other")
+    one, other = (checkpoint.read(tmp_path / "checkpoints" / f"{name}.pt") for name in ("one", "other"))
+    assert one["history"][0]["test_loss"] != other["history"][0]["test_loss"]
+    for name in ("model", "chosen"):
+        assert_same(one[name], other[name])
+    assert_same(one["training"]["optimizer"], other["training"]["optimizer"])
+
+
+def test_a_checkpoint_describes_itself_in_plain_values(train, tiny_data, tiny_recipe, path):
+    train(val=True)
+    content = checkpoint.read(path)
+    kinds = set()
+
+    def walk(value):
+        kinds.add(type(value))
+        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            walk(part)
+
+    content["model"] = dict(content["model"])
+    content["training"]["model"] = dict(content["training"]["model"])
+    walk(content)
+    assert kinds <= {dict, list, str, int, float, bool, type(None), torch.Tensor}
+    assert content["network"] == {"name": "tiny", "arguments": {"num_classes": 3, "channels": 4}}
+    assert content["recipe"] == tiny_recipe().as_dict()
+    data = tiny_data()
+    described = content["data"]
+    assert (described["source"], described["digest"]) == (data.source, data.digest)
+    assert (described["classes"], described["image_size"]) == (["red", "green", "blue"], 8)
+    assert described["split"] == {"split_seed": 0, "train_size": None, "val_size": 0, "test_size": None}
+    assert normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten().tolist() == pytest.approx(
+        [-mean / std for mean, std in zip(described["mean"], described["std"], strict=True)]
+    )
+    assert content["versions"]["torch"] == str(torch.__version__)
+
+
+def test_a_disk_that_fills_up_keeps_the_epoch_before(train, path, monkeypatch):
+    kept = []
+
+    def refuse(_):
+        raise OSError(28, "No space left on device")
+
+    def fill(_):
+        kept.append(path.read_bytes())
+        monkeypatch.setattr(files.os, "fsync", refuse)
+
+    with pytest.raises(UserError, match=r"tiny\.pt: the checkpoint could not be written .No space left"):
+        train(on_forward=at_call(STEPS + 2, fill))
+    assert path.read_bytes() == kept[0]
+    assert list(path.parent.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------------- a loss that is not finite
+
+
+@pytest.mark.parametrize("step", [0, 3, STEPS - 1])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_named_and_nothing_of_it_saved(train, path, csv_path, step, value):
+    kept = []
+
+    def spoil(logits):
+        kept.extend([path.read_bytes(), csv_path.read_bytes()])
+        if math.isinf(value):  # a fourth class, which no image has, takes all the probability
+            return torch.cat((logits - math.inf, logits[:, :1]), 1)
+        return logits * value
+
+    with pytest.raises(UserError) as error:
+        train(on_forward=at_call(STEPS + step, spoil))
+    assert f"not finite at epoch 2, step {step + 1}, learning rate 0.03775;" in str(error.value)
+    assert [path.read_bytes(), csv_path.read_bytes()] == kept
+    assert len(checkpoint.read(path)["history"]) == 1
+
+
+def test_a_rate_far_too_high_is_noticed_in_the_first_epoch(train, tmp_path):
+    with pytest.raises(UserError, match=r"epoch 1, step \d, learning rate 6\.25e\+28; nothing .* Lower --lr"):
+        train(lr=1e30)
+    assert list(tmp_path.rglob("*.*")) == []
+
+
+def test_weights_that_the_last_step_broke_are_not_saved(train, path):
+    kept = []
+
+    def spoil(logits):
+        kept.append(path.read_bytes())
+        return logits * math.nan
+
+    with pytest.raises(UserError, match=r"the test loss is not finite at epoch 2, step 6, learning rate 0\.03775"):
+        train(on_forward=at_call(1, spoil, training=False))
+    assert path.read_bytes() == kept[0]
+
+
+def test_a_signal_does_not_save_a_loss_that_is_not_finite(train, path):
+    kept = []
+
+    def spoil(logits):
+        kept.append(path.read_bytes())
+        signal.raise_signal(signal.SIGINT)
+        return logits * math.nan
+
+    with pytest.raises(UserError, match="epoch 2, step 3"):
+        train(on_forward=at_call(STEPS + 2, spoil))
+    assert path.read_bytes() == kept[0]
+
+
+# ------------------------------------------------------------------------------------------------- stopped and resumed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_after_the_step_and_says_how_to_go_on(train, path, capsys, number):
+    before = signal.getsignal(number)
+    run = train(on_forward=at_call(STEPS + 3, send(number)))
+    assert run.exit_status == 128 + number
+    assert f"stopped in epoch 2 after step 4 of 6, saved to {path}; the same command with --resume" in (
+        capsys.readouterr().out
+    )
+    content = checkpoint.read(path)
+    assert (content["training"]["epoch"], content["training"]["step"], content["finished"]) == (1, 4, False)
+    assert len(content["history"]) == 1
+    assert signal.getsignal(number) is before
+    assert train(resume=True).exit_status == 0
+    assert f"going on from {path}: epoch 2, step 5" in capsys.readouterr().out
+
+
+# Where each piece is signalled: in forward pass so-and-so of training or of evaluation, counted from the piece's start.
+# An evaluation is 3 batches of the test split, then 2 of the validation's if there is one.
+PIECES = {
+    "first step": [("train", 0)],
+    "mid-epoch": [("train", 8)],
+    "last step of an epoch": [("train", STEPS - 1)],
+    "very last step": [("train", 3 * STEPS - 1)],
+    "evaluation": [("eval", 0)],
+    "evaluation's end": [("eval", 2), ("eval", 1)],
+    "evaluation, again and again": [("eval", 0), ("eval", 1), ("eval", 0), ("eval", 6)],
+    "many": [("train", 2), ("train", 1), ("eval", 1), ("train", 0), ("train", 5), ("train", 2)],
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("val", [False, True], ids=["", "val"])
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path, monkeypatch, pieces, val):
+    monkeypatch.setattr(engine, "EVAL_PIXELS", 4 * 8 * 8)
+    whole = train(val=val, name="whole")
+    for kind, number in pieces:
+        stop = at_call(number, send(signal.SIGTERM), training=kind == "train")
+        assert train(val=val, resume=True, on_forward=stop).exit_status == 143
+        plotted = plotting.read_csv(csv_path) if csv_path.exists() else []
+        assert plotted == checkpoint.read(path)["history"]
+    run = train(val=val, resume=True)
+    assert run.exit_status == 0
+    assert_same_end(path, path.with_name("whole.pt"))
+    assert_same(run.model.state_dict(), whole.model.state_dict())
+    whole_csv = plotting.read_csv(csv_path.with_name("whole.csv"))
+    assert without_times(plotting.read_csv(csv_path)) == without_times(whole_csv)
+
+
+def test_a_resumed_epoch_counts_its_first_part_in_its_time(train, path):
+    train(on_forward=at_call(3, send(signal.SIGINT)))
+    content = checkpoint.read(path)
+    content["training"]["seconds"] = 1000.0
+    checkpoint.write(path, content)
+    row, *_ = train(resume=True).history
+    assert 1000 < row["seconds"] < 1100
+    assert 22 / 1100 < row["images_per_second"] < 22 / 1000
+
+
+def test_a_signal_after_the_last_epoch_ends_a_run_that_is_finished(train, path):
+    assert train(epochs=1, on_forward=at_call(0, send(signal.SIGINT), training=False)).exit_status == 0
+    assert checkpoint.read(path)["finished"]
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once_with_the_epoch_before(train, path, second):
+    kept = []
+
+    def stop(_):
+        kept.append(path.read_bytes())
+        send(signal.SIGINT, second)(_)
+        pytest.fail("went on")
+
+    with pytest.raises(SystemExit) as end:
+        train(on_forward=at_call(STEPS + 2, stop))
+    assert end.value.code == 128 + second
+    assert path.read_bytes() == kept[0]
+    assert list(path.parent.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------- what may follow on a checkpoint
+
+
+def test_a_checkpoint_is_neither_overwritten_nor_resumed_unasked(train, path):
+    train()
+    whole = path.read_bytes()
+    with pytest.raises(UserError) as error:
+        train()
+    assert all(words in str(error.value) for words in (str(path), "--resume", "--overwrite", "--name"))
+    assert path.read_bytes() == whole
+
+
+def test_overwrite_starts_afresh(train, path):
+    train(lr=0.5)
+    run = train(overwrite=True)
+    assert [row["epoch"] for row in run.history] == [1, 2, 3]
+    assert checkpoint.read(path)["recipe"]["lr"] == 0.8
+    train(name="other")
+    assert_same_end(path, path.with_name("other.pt"))
+
+
+def test_resume_without_a_checkpoint_starts_afresh(train):
+    assert [row["epoch"] for row in train(resume=True).history] == [1, 2, 3]
+
+
+def test_a_finished_run_has_nothing_left_to_train(train, path, capsys):
+    weights = dict(train().model.state_dict())
+    whole = path.read_bytes()
+    run = train(resume=True, on_forward=lambda *_: pytest.fail("trained"))
+    assert "is finished: all 3 epochs are done" in capsys.readouterr().out
+    assert run.exit_status == 0
+    assert_same(run.model.state_dict(), weights)
+    assert path.read_bytes() == whole
+
+
+def test_another_recipe_is_refused_flag_by_flag(train, path):
+    train()
+    whole = path.read_bytes()
+    with pytest.raises(UserError) as error:
+        train(resume=True, lr=0.7, batch_size=6, train_size=20)
+    lines = str(error.value).splitlines()
+    assert [line.strip() for line in lines[1:-1]] == [
+        "--batch-size: 4 in the checkpoint, 6 now",
+        "--lr: 0.8 in the checkpoint, 0.7 now",
+        "--train-size: None in the checkpoint, 20 now",
+    ]
+    assert str(path) in lines[0]
+    assert path.read_bytes() == whole
+
+
+def test_other_images_are_refused(train, tiny_data, path):
+    train()
+    whole = path.read_bytes()
+    other = replace(tiny_data(seed=1), source="elsewhere")
+    with pytest.raises(UserError, match=r"--data elsewhere does not hold .* \(--data made up\)"):
+        train(other, resume=True)
+    assert path.read_bytes() == whole
+    assert train(replace(tiny_data(), source="elsewhere"), resume=True).exit_status == 0, "the same images, moved"
+
+
+def test_another_network_and_a_damaged_file_are_refused(train, tiny_recipe, path):
+    train()
+    content = checkpoint.read(path)
+    content["network"]["name"] = "densenet"
+    checkpoint.write(path, content)
+    with pytest.raises(UserError, match="holds a densenet, not a tiny"):
+        engine.previous_run(tiny_recipe(resume=True))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated"):
+        engine.previous_run(tiny_recipe(resume=True))
+
+
+@pytest.mark.parametrize("folder", ["checkpoint_dir", "plot_dir"])
+def test_a_folder_that_cannot_be_written_is_named_before_training(train, tmp_path, folder):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"file.*could not be written"):
+        train(on_forward=lambda *_: pytest.fail("trained"), **{folder: str(tmp_path / "file")})
+
+
+def test_after_overwrite_the_way_on_is_resume_instead(train, capsys):
+    train(overwrite=True, on_forward=at_call(0, send(signal.SIGINT)))
+    assert "the same command with --resume in place of --overwrite goes on" in capsys.readouterr().out
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Call mobilenetv2.py's main in the test's folder: exit status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--data digits --image-size 16 --train-size 40 --test-size 20 --width 0.25 --epochs 1 --device cpu"
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["mobilenetv2.py", *flags.split(), *argv])
+        with pytest.raises(SystemExit) as end:
+            errors.run(mobilenetv2.main)
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_a_script_trains_and_then_minds_its_checkpoint(script, tmp_path):
+    status, out, err = script()
+    assert status == 0, err
+    path = tmp_path / "checkpoints" / "mobilenetv2.pt"
+    assert "weights: checkpoints/mobilenetv2.pt   curves: plots/mobilenetv2.png, plots/mobilenetv2.csv" in out
+    assert (tmp_path / "plots" / "mobilenetv2.png").read_bytes().startswith(b"\x89PNG")
+    whole = path.read_bytes()
+
+    status, _, err = script()
+    assert status == 2
+    assert err.startswith("error: checkpoints/mobilenetv2.pt exists already; --resume")
+    status, out, err = script("--resume", "--lr", "0.02")
+    assert status == 2
+    assert "--lr: 0.01 in the checkpoint, 0.02 now" in err
+    status, out, _ = script("--resume")
+    assert status == 0
+    assert "finished" in out
+    assert path.read_bytes() == whole
+
+    assert script("--overwrite", "--seed", "1")[0] == 0
+    assert checkpoint.read(path)["recipe"]["seed"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_script_that_is_stopped_in_its_first_epoch_ends_in_good_order(script, monkeypatch, tmp_path, number):
+    add = engine.Totals.add
+    monkeypatch.setattr(engine.Totals, "add", lambda *arguments: add(*arguments) or signal.raise_signal(number))
+    status, out, err = script("--batch-size", "10")
+    assert status == 128 + number
+    assert "stopped in epoch 1 after step 1 of 4" in out
+    assert err == ""
+    assert checkpoint.read(tmp_path / "checkpoints" / "mobilenetv2.pt")["training"]["step"] == 1
+
+
+# --------------------------------------------------------------------------------------------------------- TensorBoard
+
+
+def test_tensorboard_that_is_missing_is_asked_for_before_training(train, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"--tensorboard .* pip install tensorboard"):
+        train(tensorboard=True, on_forward=lambda *_: pytest.fail("trained"))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    train()
+
+
+def test_tensorboard_shows_what_the_csv_has(train, csv_path, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(val=True, tensorboard=True, on_forward=at_call(STEPS + 2, send(signal.SIGINT)))
+    train(val=True, tensorboard=True, resume=True)
+    events = EventAccumulator(str(tmp_path / "plots" / "tensorboard" / "tiny")).Reload()
+    history = plotting.read_csv(csv_path)
+    assert set(events.Tags()["scalars"]) == history[0].keys() - {"epoch"}
+    for name in events.Tags()["scalars"]:
+        scalars = [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
+        assert scalars == [(row["epoch"], float(np.float32(row[name]))) for row in history]

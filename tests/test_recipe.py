@@ -1,0 +1,183 @@
+"""recipe.py: every hyperparameter is a flag, and whatever cannot be trained is refused in words."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+import dense
+import mobilenetv2
+import recipe
+import resnext
+from errors import UserError
+
+SCRIPTS = [dense, mobilenetv2, resnext]
+by_script = pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for script in SCRIPTS])
+
+# All flags that may differ from the checkpoint's when a run is resumed: none of them changes what is trained.
+FREE = {
+    "device", "data", "data_url", "name", "checkpoint_dir", "plot_dir", "reference", "resume", "overwrite",
+    "tensorboard",
+}  # fmt: skip
+# Values of flags for which "twice as much and one" would be refused.
+ANOTHER = {
+    "depth": 37, "device": "cpu", "min_lr": 0.001, "momentum": 0.5, "hue": 0.1, "flip": 0.25,
+    "randaugment_magnitude": 3, "resume": True, "overwrite": True, "tensorboard": True,
+}  # fmt: skip
+
+
+def parse(*argv: str, script=mobilenetv2):
+    return recipe.parse_flags(script.RECIPE, script.__doc__, argv)
+
+
+def another(item, value):
+    """A value for a field that it does not have yet."""
+    if item.name in ANOTHER:
+        return ANOTHER[item.name]
+    if isinstance(value, int | float):
+        return 2 * value + 1
+    return 40 if item.name.endswith("size") else "elsewhere"
+
+
+@by_script
+def test_without_flags_a_recipe_is_what_the_script_says(script):
+    assert parse(script=script) == script.RECIPE
+
+
+@by_script
+def test_each_field_is_a_flag_of_its_name(script):
+    for item in fields(script.RECIPE):
+        value = another(item, getattr(script.RECIPE, item.name))
+        flag = "--" + item.name.replace("_", "-")
+        changed = parse(*([flag] if value is True else [flag, str(value)]), script=script)
+        assert changed == replace(script.RECIPE, **{item.name: value}), flag
+        assert changed != script.RECIPE, flag
+
+
+@by_script
+def test_help_lists_each_flag_with_its_meaning_and_value(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help", script=script)
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert script.__doc__.splitlines()[0] in text
+    for item in fields(script.RECIPE):
+        value = getattr(script.RECIPE, item.name)
+        meaning = item.metadata["help"] + (f" (default: {value})" if value not in (None, False) or value == 0 else "")
+        assert "--" + item.name.replace("_", "-") in text
+        assert meaning.removesuffix(" (default: False)") in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--epoch", "3"], "--epoch 3"),
+        (["--widht", "0.5"], "--widht 0.5"),
+        (["--epochs", "ten"], "--epochs: invalid int value: 'ten'"),
+        (["--epochs", "1.5"], "--epochs: invalid int value: '1.5'"),
+        (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+        (["--lr"], "--lr: expected one argument"),
+        (["--resume=yes"], "--resume: ignored explicit argument 'yes'"),
+        (["cifar10"], "cifar10"),
+    ],
+)
+def test_an_unknown_flag_or_a_value_of_another_type_ends_with_status_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(*argv)
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--epochs 0", "--batch-size 1", "--lr 0", "--lr -0.1", "--lr nan", "--lr inf", "--min-lr -1", "--momentum 1.5",
+        "--momentum -0.5", "--momentum nan", "--weight-decay -0.1", "--weight-decay nan", "--seed -1",
+        "--seed 18446744073709551616", "--device tpu", "--crop-padding -1", "--brightness -0.2", "--contrast -0.2",
+        "--saturation nan", "--hue 0.6", "--hue -0.1", "--flip 1.1", "--flip -0.1", "--randaugment-ops -1",
+        "--randaugment-magnitude 31", "--randaugment-magnitude -1", "--image-size 7", "--val-size -1",
+        "--split-seed -1", "--width 0", "--width nan", "--width -1",
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused_by_flag_and_value(arguments):
+    flag, value = arguments.split()
+    with pytest.raises(UserError) as refusal:
+        parse(flag, value)
+    assert str(refusal.value).startswith(f"{flag} is {float(value) if '.' in value else value}")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [(dense, "--depth 120"), (dense, "--growth-rate 0"), (resnext, "--cardinality 0")]
+)
+def test_a_networks_own_flags_are_checked_too(script, arguments):
+    with pytest.raises(UserError, match=arguments.replace(" ", " is ")):
+        parse(*arguments.split(), script=script)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--min-lr", "0.02"], "--min-lr 0.02 is above --lr 0.01"),
+        (["--lr", "0.00005"], "--min-lr 0.0001 is above --lr 5e-05"),
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--name", ""], "--name ''"),
+        (["--name", " net"], "--name ' net'"),
+        (["--name", "a/b"], "--name 'a/b'"),
+        (["--name", "a\\b"], r"--name 'a\\b'"),
+        (["--name", "a\0b"], r"--name 'a\x00b'"),
+        (["--name", "a" * 300], "--name 'aaaa"),
+    ],
+    ids=repr,
+)
+def test_values_that_do_not_go_together_and_impossible_names_are_refused(arguments, words):
+    with pytest.raises(UserError) as refusal:
+        parse(*arguments)
+    assert words in str(refusal.value)
+
+
+def test_equal_rates_are_a_constant_rate():
+    assert parse("--lr", "0.0001").min_lr == 0.0001
+
+
+def test_at_the_command_line_a_mistake_ends_with_status_2_and_no_traceback(start, tmp_path):
+    mistakes = [
+        ("mobilenetv2.py", ["--epoch", "3"], "--epoch 3"),
+        ("resnext.py", ["--min-lr", "0.5"], "--min-lr 0.5 is above --lr 0.01"),
+        ("dense.py", ["--depth", "120", "--data", "digits"], "--depth is 120"),
+    ]
+    for (_, _, words), process in [(mistake, start(tmp_path, mistake[0], *mistake[1])) for mistake in mistakes]:
+        out, err = process.communicate()
+        assert process.returncode == 2, err
+        assert words in err
+        assert "Traceback" not in err
+        assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_named_after_the_run():
+    named = parse("--name", "wide", "--checkpoint-dir", "a", "--plot-dir", "b")
+    assert [path.as_posix() for path in (named.checkpoint_path, named.csv_path, named.plot_path)] == [
+        "a/wide.pt",
+        "b/wide.csv",
+        "b/wide.png",
+    ]
+
+
+@by_script
+def test_a_networks_sizes_are_its_own_flags(script):
+    assert script.RECIPE.network_arguments() == {
+        dense: {"depth": 121, "growth_rate": 32},
+        mobilenetv2: {"width": 1.0},
+        resnext: {"cardinality": 2, "base_width": 64},
+    }[script]  # fmt: skip
+
+
+@by_script
+def test_a_recipe_differs_from_another_in_what_it_trains_and_in_nothing_else(script):
+    ours = script.RECIPE
+    assert ours.differences(ours.as_dict()) == []
+    for item in fields(ours):
+        value, theirs = getattr(ours, item.name), another(item, getattr(ours, item.name))
+        differences = ours.differences({**ours.as_dict(), item.name: theirs})
+        flag = "--" + item.name.replace("_", "-")
+        expected = [] if item.name in FREE else [f"{flag}: {theirs} in the checkpoint, {value} now"]
+        assert differences == expected
