@@ -356,8 +356,11 @@ SPLIT_FLAGS = ("split_seed", "train_size", "val_size", "test_size")
 def announce(run: Run, data: Dataset, recipe: Recipe, device: torch.device) -> None:
     sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.network_arguments().items())
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{recipe.network} ({sizes}), {parameters:,} parameters, on {where if device.type != 'mps' else 'MPS'}")
+    threads = torch.get_num_threads()
+    where = f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    print(f"{recipe.network} ({sizes}), {parameters:,} parameters, on {where}")
     val = f" + {len(data.val):,} for validation" if data.val is not None else ""
     print(
         f"{data.source}: {len(data.train):,} training{val} + {len(data.test):,} test images of {recipe.image_size}×"

@@ -2,7 +2,6 @@
 
 import hashlib
 import pickle
-import resource
 import threading
 import zipfile
 
@@ -218,6 +217,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path, monkeypatch, cal
 def test_a_full_disk_leaves_what_was_there(path):
     """The system itself refuses, in mid-file."""
     before = path.read_bytes()
+    resource = pytest.importorskip("resource", reason="Windows has no limits on files")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:

@@ -1,5 +1,6 @@
 """A run that is interrupted, killed and resumed, in real processes, against one that was left alone: bit for bit."""
 
+import os
 import random
 import signal
 import time
@@ -9,6 +10,8 @@ from conftest import assert_same, without_times
 
 import checkpoint
 import plotting
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
 
 FLAGS = [
     "--data", "digits", "--image-size", "16", "--train-size", "200", "--test-size", "100", "--width", "0.25",
