@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--output", default=f"{common.RESULTS}/memory.json", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind and network (default: 3)")
     parser.add_argument("--steps", type=int, default=6, help="training steps of a process (default: 6)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(default: all)")
     parser.add_argument("--measure", nargs=2, metavar=("NETWORK", "KEEP"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -36,7 +37,7 @@ def main() -> int:
 
     networks = {}
     print("| network | freed memory given back | kept | ratio |\n|---|--:|--:|--:|")
-    for name in NETWORKS:
+    for name in options.networks:
         rates = {"given_back": [], "kept": []}
         for _ in range(options.rounds):
             for kind, values in rates.items():
