@@ -32,8 +32,28 @@ MAGNITUDE_BINS = 31
 # ---------------------------------------------------------------------------------------------- operators on colours
 
 
+# Written for speed on the CPU: PyTorch's minima, maxima and bit operations on uint8 are vectorised, while its `where`,
+# comparisons and `masked_fill` take an element at a time, some fifty times as long (benchmarks/augment.py). So choices
+# between values are made with masks of bits.
+
+
 def _column(values: Tensor) -> Tensor:
     return values.float().view(-1, 1, 1, 1)
+
+
+def _cut_off(pixels: Tensor) -> Tensor:
+    """float to uint8 towards zero; by way of int16, which is three times as fast as directly."""
+    return pixels.to(torch.int16).to(torch.uint8)
+
+
+def _bits_where_equal(a: Tensor, b: Tensor | int) -> Tensor:
+    """uint8: 255 where a equals b, both uint8, and 0 elsewhere."""
+    return (a ^ b).clamp_(max=1).sub_(1)
+
+
+def _choose(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """uint8: `yes` where the mask is 255, `no` where it is 0."""
+    return (yes & mask).bitwise_or_(no & ~mask)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -45,12 +65,12 @@ def _grey(images: Tensor) -> Tensor:
 def _blend(images: Tensor, other: Tensor, change: Tensor) -> Tensor:
     """images · (1 + change) + other · (−change), cut to 0…255."""
     change = _column(change)
-    return torch.addcmul(images * (1 + change), other, -change).clamp_(0, 255).to(torch.uint8)
+    return _cut_off(torch.addcmul(images * (1 + change), other, -change).clamp_(0, 255))
 
 
 def adjust_brightness(images: Tensor, change: Tensor) -> Tensor:
     """Multiply by 1 + change."""
-    return (images * (1 + _column(change))).clamp_(0, 255).to(torch.uint8)
+    return _cut_off((images * (1 + _column(change))).clamp_(0, 255))
 
 
 def adjust_contrast(images: Tensor, change: Tensor) -> Tensor:
@@ -74,49 +94,44 @@ def adjust_sharpness(images: Tensor, change: Tensor) -> Tensor:
     total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(inner, alpha=4)
     smooth = total.mul_(1 / 13).round_()
     inner.copy_(torch.addcmul(inner, smooth.sub_(inner), -_column(change)))
-    return pixels.clamp_(0, 255).to(torch.uint8)
+    return _cut_off(pixels.clamp_(0, 255))
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` turns, −0.5 to 0.5: RGB to HSV, add, and back."""
-    scaled = images.float().mul_(1 / 255)
-    red, green, _ = scaled.unbind(1)
-    low, value = torch.aminmax(scaled, dim=1)
-    spread = value - low
-    # Grey pixels have neither hue nor saturation: dividing by one instead of nought gives both as nought.
-    grey = spread == 0
-    saturation = spread / value.masked_fill(grey, 1)
-    far = (value.unsqueeze(1) - scaled).div_(spread.masked_fill_(grey, 1).unsqueeze(1))
+    red, green, blue = images.unbind(1)
+    top, floor = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
+    is_red = _bits_where_equal(red, top)
+    is_green = _bits_where_equal(green, top) & ~is_red
+    is_blue = ~(is_red | is_green)
+
+    scaled, value = images.float().mul_(1 / 255), top.float().mul_(1 / 255)
+    spread = value - floor.float().mul_(1 / 255)
+    # Grey pixels have neither hue nor saturation. Their spread is nought, and stays so divided by anything else.
+    saturation = spread / value.clamp(min=1 / 255)
+    far = (value.unsqueeze(1) - scaled).div_(spread.clamp_(min=1e-3).unsqueeze(1))
     far_red, far_green, far_blue = far.unbind(1)
-    sector = torch.where(value == green, (far_red + 2).sub_(far_blue), (far_green + 4).sub_(far_red))
-    hue = torch.where(value == red, far_blue - far_green, sector)
+    hue = (far_blue - far_green).mul_(is_red & 1)
+    hue += (far_red + 2).sub_(far_blue).mul_(is_green & 1)
+    hue += (far_green + 4).sub_(far_red).mul_(is_blue & 1)
     hue = hue.mul_(1 / 6).add_(1).frac_().add_(shift.float().view(-1, 1, 1))
     hue = hue.sub_(hue.floor()).mul_(6)
 
-    # Within a sixth of the circle one channel holds `value`, one is `down` at its floor, one is on its way between:
-    # falling or rising. Which is which turns with the sixth.
+    # In each sixth of the circle one channel is at the top, one at the floor, and one on its way, up in the even sixths
+    # and down in the odd ones. Turning the hue changes which channel is which and how far that one is, nothing else.
     sixth = hue.floor()
     part = saturation * hue.sub_(sixth)
-    pale = 1 - saturation
-    falling, rising, floor, top = (
-        channel.clamp_(0, 1).mul_(255 + 1 - 1e-3).to(torch.uint8)
-        for channel in ((1 - part).mul_(value), part.add_(pale).mul_(value), pale.mul_(value), value)
-    )
-    sixth = sixth.to(torch.uint8)
-    is_sixth = [sixth == k for k in range(1, 6)]  # a sixth of 0, or of 6 by rounding, is none of these
+    falling = (1 - part).mul_(value).clamp_(0, 1)
+    rising = part.add_(1 - saturation).mul_(value).clamp_(0, 1)
+    falling, rising = (_cut_off(way.mul_(255 + 1 - 1e-3)) for way in (falling, rising))
+    sixth = _cut_off(sixth)
+    is_sixth = [_bits_where_equal(sixth, number) for number in range(6)]
+    is_sixth[0] |= _bits_where_equal(sixth, 6)  # a whole turn, by rounding
+    on_its_way = _choose(is_sixth[1] | is_sixth[3] | is_sixth[5], falling, rising)
     shifted = torch.empty_like(images)
-    for channel, parts in enumerate(
-        (
-            (top, falling, floor, floor, rising, top),
-            (rising, top, top, falling, floor, floor),
-            (floor, floor, rising, top, top, falling),
-        )
-    ):
-        chosen = parts[0]
-        for mask, part in zip(is_sixth, parts[1:], strict=True):
-            if part is not parts[0]:
-                chosen = torch.where(mask, part, chosen)
-        shifted[:, channel] = chosen
+    for channel, (at_top, halfway) in enumerate((((5, 0), (1, 4)), ((1, 2), (0, 3)), ((3, 4), (2, 5)))):
+        is_top, is_halfway = (is_sixth[a] | is_sixth[b] for a, b in (at_top, halfway))
+        shifted[:, channel] = _choose(is_top, top, _choose(is_halfway, on_its_way, floor))
     return shifted
 
 
@@ -128,7 +143,10 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Invert all values at or above `threshold`, given as a fraction of 255."""
-    return torch.where(images >= 255 * _column(threshold), 255 - images, images)
+    # For whole numbers, v ≥ t is the same as v ≥ ⌈t⌉. A value's bits flipped are 255 minus the value.
+    limit = (255 * _column(threshold)).ceil().to(torch.int16)
+    is_above = (images - limit + 1).clamp_(0, 1).to(torch.uint8)
+    return images ^ is_above.mul_(255)
 
 
 def autocontrast(images: Tensor) -> Tensor:
@@ -137,7 +155,7 @@ def autocontrast(images: Tensor) -> Tensor:
     flat = low == high
     low, scale = low.masked_fill(flat, 0), ((high - low) * (1 / 255)).masked_fill_(flat, 1)
     stretched = images.flatten(2).sub(low).div_(scale).clamp_(0, 255)
-    return stretched.to(torch.uint8).view_as(images)
+    return _cut_off(stretched).view_as(images)
 
 
 def equalize(images: Tensor) -> Tensor:
@@ -252,13 +270,11 @@ def op_magnitude(name: str, magnitude: int, size: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------- draws and the chain
 
-JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
-    adjust_brightness,
-    adjust_contrast,
-    adjust_saturation,
-    adjust_hue,
-)
-RANDAUGMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+Operator = Callable[[Tensor, Tensor], Tensor]
+
+JITTER: tuple[Operator, ...] = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+# What RandAugment's operators other than the geometric ones do, in their order.
+RANDAUGMENT: dict[str, Operator] = {
     "Brightness": adjust_brightness,
     "Color": adjust_saturation,
     "Contrast": adjust_contrast,
@@ -268,6 +284,9 @@ RANDAUGMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "AutoContrast": lambda images, _: autocontrast(images),
     "Equalize": lambda images, _: equalize(images),
 }
+# Images are grouped by operator; the identity is group 0, the geometric operators together group 1.
+RANDAUGMENT_GROUPS = torch.tensor([0] + [1] * len(GEOMETRIC_OPS) + [2 + k for k in range(len(RANDAUGMENT))])
+NUM_GROUPS = 2 + len(RANDAUGMENT)
 
 
 @dataclass(frozen=True)
@@ -337,8 +356,9 @@ class Plan:
 
     index: Tensor  # (N,) int64, the image that comes at each place
     draws: Draws  # in the same order
-    rows: Tensor  # (N, 4 + K) int64: per step, each chunk's rows, numbered from its start, sorted by operator
-    counts: list[list[list[int]]]  # [chunk][step][operator]: how many rows drew it
+    rows: Tensor  # (N, 4 + K) int32: for each step, a chunk's rows, numbered from its start, sorted by operator
+    places: Tensor  # (N, 4 + K) int32: where in that order each row stands
+    counts: list[list[list[int]]]  # [chunk][step][group]: how many rows drew its operators
     chunk: int
 
     def __len__(self) -> int:
@@ -348,23 +368,26 @@ class Plan:
 def plan(order: Tensor, draws: Draws, chunk: int, device: torch.device | str = "cpu") -> Plan:
     """Put `draws` into `order` (int64, N), sort each chunk by operator, and copy all of it to `device` at once."""
     draws = draws[order]
-    ops = torch.cat((draws.jitter_op, draws.randaugment_op), 1).long()
+    groups = torch.cat((draws.jitter_op.long(), RANDAUGMENT_GROUPS[draws.randaugment_op.long()]), 1)
     chunk_of = torch.arange(len(order)) // chunk
     num_chunks = -(-len(order) // chunk)
-    key = chunk_of[:, None] * len(RANDAUGMENT_OPS) + ops
-    rows = key.argsort(stable=True, dim=0) - (chunk_of * chunk)[:, None]
-    counts = torch.stack([column.bincount(minlength=num_chunks * len(RANDAUGMENT_OPS)) for column in key.T])
-    counts = counts.view(key.shape[1], num_chunks, len(RANDAUGMENT_OPS)).transpose(0, 1).tolist()
+    key = chunk_of[:, None] * NUM_GROUPS + groups
+    rows = key.argsort(stable=True, dim=0)
+    places = rows.argsort(dim=0)
+    start = (chunk_of * chunk)[:, None]
+    counts = torch.stack([column.bincount(minlength=num_chunks * NUM_GROUPS) for column in key.T])
+    counts = counts.view(key.shape[1], num_chunks, NUM_GROUPS).transpose(0, 1).tolist()
 
-    columns = [order.int(), rows.int(), *(getattr(draws, field.name) for field in fields(draws))]
+    columns = [order, rows - start, places - start, *(getattr(draws, field.name) for field in fields(draws))]
+    columns = [column if column.is_floating_point() else column.int() for column in columns]
     table = torch.cat([column.reshape(len(order), -1).view(torch.int32) for column in columns], 1)
     if torch.device(device).type == "cuda":
         table = table.pin_memory()
     parts = table.to(device, non_blocking=True).split([column[0].numel() for column in columns], 1)
-    index, rows, *parts = (
+    index, rows, places, *parts = (
         part.contiguous().view(column.dtype).view(column.shape) for part, column in zip(parts, columns, strict=True)
     )
-    return Plan(index.long(), Draws(*parts), rows.long(), counts, chunk)
+    return Plan(index, Draws(*parts), rows, places, counts, chunk)
 
 
 class Augmenter:
@@ -374,7 +397,9 @@ class Augmenter:
         self.crop_sources = crop_sources(size, settings.crop_padding).to(device)
         self.geometric_sources = geometric_sources(size, settings.randaugment_magnitude).to(device)
         # As in torchvision, a jitter of no strength is left out.
-        self.jitters = [getattr(settings, name) > 0 for name in JITTER_OPS]
+        self.jitter = [
+            operator if getattr(settings, name) > 0 else None for name, operator in zip(JITTER_OPS, JITTER, strict=True)
+        ]
 
     def __call__(self, images: Tensor, plan: Plan, number: int) -> Tensor:
         """Augment chunk `number` of a plan.
@@ -382,24 +407,31 @@ class Augmenter:
         `images` is the whole data set, uint8 (N, 3, H, W); the result is uint8 (B, 3, H, W), the chunk's images in the
         epoch's order.
         """
-        place = slice(number * plan.chunk, (number + 1) * plan.chunk)
-        draws, rows, counts = plan.draws[place], plan.rows[place], plan.counts[number]
+        chunk = slice(number * plan.chunk, (number + 1) * plan.chunk)
+        draws, rows, places = plan.draws[chunk], plan.rows[chunk].unbind(1), plan.places[chunk].unbind(1)
+        counts = plan.counts[number]
 
-        batch = remap(images[plan.index[place]], self.crop_sources[draws.crop])
+        def by_group(batch: Tensor, step: int, operators: list[tuple[Operator | None, Tensor]]) -> Tensor:
+            """Run the operator of each group, with the value that each of its images drew, on that group."""
+            done = []
+            for chosen, (operator, values) in zip(rows[step].split(counts[step]), operators, strict=False):
+                group = batch.index_select(0, chosen)
+                done.append(operator(group, values.index_select(0, chosen)) if operator and len(chosen) else group)
+            return torch.cat(done).index_select(0, places[step])
+
+        batch = images.index_select(0, plan.index[chunk])
+        batch = remap(batch, self.crop_sources.index_select(0, draws.crop))
+        jitter = list(zip(self.jitter, draws.jitter_change.unbind(1), strict=True))
         for step in range(len(JITTER)):
-            for op, chosen in enumerate(rows[:, step].split(counts[step])[: len(JITTER)]):
-                if self.jitters[op] and len(chosen):
-                    batch[chosen] = JITTER[op](batch[chosen], draws.jitter_change[chosen, op])
-        batch = torch.where(draws.flip.bool().view(-1, 1, 1, 1), batch.flip(3), batch)
+            batch = by_group(batch, step, jitter)
+        batch = _choose(draws.flip.to(torch.uint8).mul_(255).view(-1, 1, 1, 1), batch.flip(3), batch)
         for k in range(draws.randaugment_op.shape[1]):
-            step = len(JITTER) + k
-            ops, magnitudes = draws.randaugment_op[:, k], draws.randaugment_magnitude[:, k]
-            by_op = dict(zip(RANDAUGMENT_OPS, rows[:, step].split(counts[step]), strict=True))
-            moved = torch.cat([by_op[name] for name in GEOMETRIC_OPS])
-            if len(moved):
-                variant = 2 * (ops[moved] - 1) + (magnitudes[moved] < 0)
-                batch[moved] = remap(batch[moved], self.geometric_sources[variant])
-            for name, operator in RANDAUGMENT.items():
-                if len(chosen := by_op[name]):
-                    batch[chosen] = operator(batch[chosen], magnitudes[chosen])
+            op, magnitude = draws.randaugment_op[:, k], draws.randaugment_magnitude[:, k]
+            others = [(operator, magnitude) for operator in RANDAUGMENT.values()]
+            operators = [(None, op), (self.move, 2 * (op - 1) + (magnitude < 0)), *others]
+            batch = by_group(batch, len(JITTER) + k, operators)
         return batch
+
+    def move(self, images: Tensor, variants: Tensor) -> Tensor:
+        """RandAugment's geometric operators; `variants`, int32 (B,), are rows of `geometric_sources`."""
+        return remap(images, self.geometric_sources.index_select(0, variants))
