@@ -71,11 +71,15 @@ def main() -> int:
     folder = Path(options.plot_dir)
     with files.replacing(folder / "ensemble.json", "the results") as file:
         file.write((json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
+    # Images from folders come class by class: shuffled, the running figures show how the results settle instead.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     plotting.plot_ensemble(
         folder / "ensemble.png",
-        members=[row | {"probs": own.double().softmax(1).numpy()} for row, own in zip(rows, logits, strict=True)],
-        ensemble=ensemble | {"name": "ensemble", "probs": probs.numpy()},
-        labels=data.test.labels,
+        members=[
+            row | {"probs": own[order].double().softmax(1).numpy()} for row, own in zip(rows, logits, strict=True)
+        ],
+        ensemble=ensemble | {"name": "ensemble", "probs": probs[order].numpy()},
+        labels=labels[order].numpy(),
         classes=data.classes,
         title=f"{len(members)} networks, {options.average} averaged, on {len(data.test):,} test images of "
         f"{Path(data.source).name}",

@@ -312,7 +312,7 @@ def _draw_lines(axes: Axes, curves: list[np.ndarray], title: str) -> None:
     axes.set_xlim(0, len(seen))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
     axes.ticklabel_format(axis="y", useOffset=False)
-    axes.set_xlabel("test images seen")
+    axes.set_xlabel("test images seen, shuffled")
     axes.set_title(title)
 
 

@@ -380,7 +380,7 @@ def test_ensemble_picture_names_what_it_shows():
     assert [text.get_text() for text in loss.texts] == [f"{row['loss']:.4f}" for row in rows]
     assert [text.get_fontweight() for text in loss.texts] == ["normal"] * 3 + ["bold"]
     for axes, key, scale in ((accuracy_lines, "accuracy", 100), (loss_lines, "loss", 1)):
-        assert axes.get_xlabel() == "test images seen"
+        assert axes.get_xlabel() == "test images seen, shuffled"
         ends = [line.get_ydata()[-1] for line in axes.lines]
         assert ends == pytest.approx([scale * row[key] for row in rows], rel=1e-5)
     assert [label.get_text() for label in matrix.get_yticklabels()] == list(CIFAR10)
