@@ -31,7 +31,8 @@ def write(path: str | Path, content: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
-    archive = buffer.getbuffer()
+    # Not getbuffer(): after an error its view and the buffer are one cycle, and Python 3.12.1 crashes collecting it.
+    archive = memoryview(buffer.getvalue())
     if archive[-2:] != NO_COMMENT:
         raise RuntimeError("torch.save no longer ends its file as a zip archive without a comment")
     body = [archive[:-2], COMMENT_LENGTH.to_bytes(2, "little")]
