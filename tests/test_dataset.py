@@ -1,17 +1,24 @@
 """dataset.py: every source gives what was put into it, whatever is wrong is named, and nothing is trusted."""
 
+import errno
+import gzip
 import hashlib
 import io
 import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import time
+import tracemalloc
 import warnings
+import zlib
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -217,6 +224,20 @@ def batch(**changes) -> bytes:
     return pickle.dumps({"data": np.zeros((4, 3072), np.uint8), "labels": [0, 1, 2, 3], **changes}, 2)
 
 
+def nested(depth: int) -> list:
+    """Written out it would have 2**depth parts."""
+    value = []
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+def doubled(times: int) -> bytes:
+    """A pickle that encodes a text as hex digits so many times over."""
+    call = b"c_codecs\nencode\n"
+    return call * times + b"C\x01a" + b"X\x03\x00\x00\x00hex\x86R" * times + b"."
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -233,6 +254,17 @@ def batch(**changes) -> bytes:
         ("test_batch", b"", ["test_batch"]),
         ("batches.meta", pickle.dumps({"label_names": 10}, 2), ["batches.meta", "label_names"]),
         ("batches.meta", pickle.dumps({}, 2), ["batches.meta", "label_names"]),
+        ("batches.meta", pickle.dumps({"label_names": ["a\0"]}, 2), ["'a\\x00'", "NUL"]),
+        ("batches.meta", pickle.dumps({"label_names": ["\ud800"]}, 2), ["'\\ud800'", "UTF-8"]),
+        ("batches.meta", pickle.dumps({"label_names": nested(50)}, 2), ["batches.meta", "label_names", "..."]),
+        ("data_batch_2", batch(labels=[0, 1, 2, nested(50)]), ["data_batch_2", "..."]),
+        ("data_batch_2", batch(labels=[0, 1, 2, 10**5000]), ["data_batch_2", "very long int"]),
+        ("data_batch_2", batch(labels=np.array([0, 1, 2, np.nan])), ["data_batch_2", "label 0.0"]),
+        ("data_batch_2", batch(labels=np.zeros((4, 4), np.int64)), ["data_batch_2", "[0, 0, 0, 0]"]),
+        ("data_batch_2", b"\x80\x02Nr\xff\xff\xff\x7f.", ["data_batch_2", "2147483647"]),  # 34 GB of memo
+        ("data_batch_2", b"Np2147483647\n.", ["data_batch_2", "2147483647"]),
+        ("data_batch_2", b"\x80\x02cnumpy\nndarray\nJ\x00\x00\x00\x40\x85R.", ["data_batch_2"]),  # np.ndarray(1 << 30)
+        ("data_batch_2", doubled(60), ["data_batch_2"]),
     ],
 )
 def test_a_batch_that_is_not_as_published_is_named(load, tmp_path, name, content, words):
@@ -249,25 +281,79 @@ def test_missing_batches_are_named(load, tmp_path):
 
 
 class Host:
-    """A web server on this machine that counts what it is asked for."""
+    """A web server on this machine that serves an archive, and notes what it is asked for and from which byte on.
 
-    def __init__(self):
-        self.pages: dict[str, bytes] = {}
+    Pages that give the right archive: right and also continue it, whole, unranged and elsewhere cannot, liar continues
+    it wrongly, steady takes its time. No other page ever gives the right one.
+    """
+
+    def __init__(self, archive: bytes):
         self.asked: list[str] = []
+        self.begun: list[int] = []
         self.released = threading.Event()
-        host = self
+        host, length = self, len(archive)
+        other = archive[: length // 2] + bytes(length - length // 2)
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                host.asked.append(self.path)
-                if self.path == "/silent":
+                page, begun = self.path.strip("/"), int((self.headers["Range"] or "=0-").split("=")[1].strip("-"))
+                host.asked.append(page)
+                host.begun.append(begun)
+                if page in ("right", "also", "short", "stalls", "trickles"):
+                    status = 206 if begun else 200
+                    size = {"short": length - 1000, "stalls": length // 2, "trickles": begun}.get(page, length)
+                    self.answer(status, archive[begun:size], begun, length - begun)
+                    if page == "stalls":
+                        host.released.wait(10)
+                    while page == "trickles" and not host.released.wait(0.02):
+                        begun += 1
+                        self.wfile.write(archive[begun - 1 : begun])
+                elif page == "steady":
+                    self.answer(200, b"", 0, length)
+                    for at in range(0, length, length // 9):
+                        self.wfile.write(archive[at : at + length // 9])
+                        host.released.wait(0.1)
+                elif page == "silent":
                     host.released.wait(10)
-                    return
-                body = host.pages.get(self.path)
-                self.send_response(404 if body is None else 200)
-                self.send_header("Content-Length", str(len(body or b"") + (1000 if self.path == "/short" else 0)))
+                elif page == "slow-header":
+                    while not host.released.wait(0.02):
+                        self.wfile.write(b"H")
+                elif page == "no-http":
+                    self.wfile.write(b"220 smtp.example.org\r\n")
+                elif page in ("loop", "refuses", "missing", "broken", "unranged") and not (
+                    page == "unranged" and not begun
+                ):
+                    status = {"loop": 302, "refuses": 416, "unranged": 416, "missing": 404, "broken": 500}[page]
+                    self.send_response(status)
+                    self.send_header("Location", self.path)
+                    self.end_headers()
+                elif page == "elsewhere" and begun:
+                    self.answer(206, archive[begun + 1 :], begun + 1, length - begun - 1)
+                elif page == "liar" and begun:
+                    self.answer(206, bytes(length - begun), begun, length - begun)
+                elif page in ("another", "another-in-part", "no-length", "odd-length", "minus"):
+                    ranged = page == "another-in-part" and begun
+                    shown = {"no-length": None, "odd-length": "many", "minus": -5}.get(page, 10)
+                    self.answer(206 if ranged else 200, b"no archive", begun, shown, total=begun + 10)
+                elif page in ("too-long", "wrong"):
+                    self.answer(
+                        200, archive + b"more" if page == "too-long" else other, 0, length + 4 * (page != "wrong")
+                    )
+                elif page != "hangs-up":
+                    self.answer(200, archive, 0, length)
+
+            def answer(self, status, body, begun, shown_length, total=length):
+                self.send_response(status)
+                if status == 206:
+                    self.send_header("Content-Range", f"bytes {begun}-{total - 1}/{total}")
+                if shown_length is not None:
+                    self.send_header("Content-Length", str(shown_length))
                 self.end_headers()
-                self.wfile.write(body or b"")
+                self.wfile.write(body)
+
+            def handle(self):
+                with suppress(ConnectionError):  # whoever asked has gone
+                    super().handle()
 
             def log_message(self, *_):
                 pass
@@ -287,16 +373,38 @@ class Host:
         self.thread.join()
 
 
+# What a host can do wrong, and the words for it.
+BAD_HOSTS = {
+    "missing": "404", "broken": "500", "refuses": "416", "loop": "infinite loop", "another": "a file of 10 bytes",
+    "another-in-part": "bytes, expected", "no-length": "no gzip", "odd-length": "many",
+    "minus": "serves a file of -5 bytes", "too-long": "serves a file of", "wrong": "md5", "short": "broke off",
+    "silent": "timed out", "slow-header": "timed out", "stalls": "timed out", "trickles": "too slow",
+    "hangs-up": "closed connection", "no-http": "220 smtp",
+}  # fmt: skip
+
+
 @pytest.fixture
-def host(tmp_path, monkeypatch):
-    """Serves the right archive as /right, other bytes as /wrong, less than it says as /short, nothing as /silent."""
-    archive = write_tar(tmp_path / "official.tar.gz", in_folder(official()), "w:gz").read_bytes()
+def archive(tmp_path):
+    return write_tar(tmp_path / "official.tar.gz", in_folder(official()), "w:gz").read_bytes()
+
+
+@pytest.fixture
+def host(archive, monkeypatch):
     monkeypatch.setattr(dataset, "ARCHIVE_MD5", hashlib.md5(archive).hexdigest())
+    monkeypatch.setattr(dataset, "ARCHIVE_BYTES", len(archive))
+    monkeypatch.setattr(dataset, "TIMEOUT", 0.3)
+    monkeypatch.setattr(dataset, "PACE_SECONDS", 0.2)
     monkeypatch.setenv("no_proxy", "*")
-    host = Host()
-    host.pages = {"/right": archive, "/also": archive, "/wrong": b"no archive", "/short": archive[:-1000]}
+    host = Host(archive)
     yield host
     host.close()
+
+
+@pytest.fixture
+def partial(tmp_path):
+    """Where an unfinished download lies, in a data_dir of its own."""
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data" / f".{dataset.ARCHIVE}.part"
 
 
 def use_mirrors(monkeypatch, host, *pages: str) -> list[str]:
@@ -305,14 +413,19 @@ def use_mirrors(monkeypatch, host, *pages: str) -> list[str]:
     return urls
 
 
+def names_in(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_the_real_mirrors_end_with_the_official_host():
     assert len(dataset.MIRRORS) == 4
     assert dataset.MIRRORS[-1] == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
     assert dataset.ARCHIVE_MD5 == "c58f30108f718f92721af3b95e74349a"
+    assert dataset.ARCHIVE_BYTES == 170_498_071
+    assert dataset.SLOWEST <= 60_000 / 2  # at 60 kB/s it must still do
 
 
 def test_hosts_that_fail_are_passed_over_with_a_line_each(host, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(dataset, "TIMEOUT", 0.3)
     pages = ["missing", "wrong", "short", "silent", "right", "also"]
     urls = use_mirrors(monkeypatch, host, *pages)
     loaded = dataset.load(data_dir=tmp_path / "new" / "data")
@@ -323,47 +436,226 @@ def test_hosts_that_fail_are_passed_over_with_a_line_each(host, monkeypatch, tmp
     for line, url, word in zip(lines, urls, ["404", "md5", "broke off", "timed out"], strict=False):
         assert url in line
         assert word in line
-    assert host.asked == ["/missing", "/wrong", "/short", "/silent", "/right"]
-    assert sorted(path.name for path in (tmp_path / "new" / "data").iterdir()) == ["cache", dataset.ARCHIVE]
+    assert host.asked == pages[:-1]
+    assert names_in(tmp_path / "new" / "data") == ["cache", dataset.ARCHIVE]
 
     dataset.load(data_dir=tmp_path / "new" / "data")
     assert len(host.asked) == 5  # the archive is there now
 
 
 def test_when_all_hosts_fail_the_error_lists_them_and_what_to_type(host, monkeypatch, tmp_path):
-    urls = use_mirrors(monkeypatch, host, "missing", "wrong", "short")
+    urls = use_mirrors(monkeypatch, host, "missing", "wrong", "another")
     urls.append("http://127.0.0.1:1/nobody")
     monkeypatch.setattr(dataset, "MIRRORS", tuple(urls))
-    message = refused(lambda: dataset.load(data_dir=tmp_path / "my data"), "404", "md5", "broke off", "refused")
+    message = refused(lambda: dataset.load(data_dir=tmp_path / "my data"), "404", "md5", "10 bytes", "refused")
     for url in urls:
         assert f"  {url}: " in message
     command = message.splitlines()[-1]
     assert re.fullmatch(rf"  curl .*'{tmp_path}/my data/{dataset.ARCHIVE}' {urls[0]}", command)
-    assert list((tmp_path / "my data").iterdir()) == []
+    assert "continues" not in message
+    assert names_in(tmp_path / "my data") == []
+
+
+@pytest.mark.parametrize("begun", [0, 1000], ids=["from nothing", "continued"])
+@pytest.mark.parametrize("page", BAD_HOSTS)
+def test_after_a_bad_host_the_next_start_or_the_next_host_gives_the_right_archive(
+    host, monkeypatch, partial, archive, page, begun
+):
+    partial.write_bytes(archive[:begun])
+    (url,) = use_mirrors(monkeypatch, host, page)
+    message = refused(lambda: dataset.download_cifar10(partial.parent), f"  {url}: ", BAD_HOSTS[page])
+    kept = partial.read_bytes() if partial.exists() else b""
+    assert names_in(partial.parent) == ([partial.name] if kept else [])
+    assert (f"keeps the {len(kept)} of" in message) == bool(kept)
+    if page == "wrong":  # it cannot be told what is right of that
+        assert not kept
+    else:
+        size = {"short": len(archive) - 1000, "stalls": len(archive) // 2}.get(page, begun)
+        assert len(kept) > begun if page == "trickles" else len(kept) == size
+        assert archive.startswith(kept)
+
+    del host.asked[:], host.begun[:]
+    use_mirrors(monkeypatch, host, page, "right")
+    assert dataset.download_cifar10(partial.parent).read_bytes() == archive
+    assert names_in(partial.parent) == [dataset.ARCHIVE]
+    assert host.asked[-1] == "right"
+    if page in ("short", "stalls"):
+        assert host.begun[-1] == len(kept)  # of which the bad host had nothing to add
+
+
+@pytest.mark.parametrize(
+    ("page", "begun"),
+    [
+        ("right", [1000]),
+        ("whole", [1000]),  # the answer to the first request is read from its start
+        ("unranged", [1000, 0]),
+        ("elsewhere", [1000, 0]),
+        ("liar", [1000, 0]),
+    ],
+)
+def test_a_partial_file_is_continued_where_the_host_can(host, monkeypatch, partial, archive, page, begun):
+    use_mirrors(monkeypatch, host, page)
+    partial.write_bytes(archive[:1000])
+    assert dataset.download_cifar10(partial.parent).read_bytes() == archive
+    assert host.begun == begun
+    assert names_in(partial.parent) == [dataset.ARCHIVE]
+
+
+@pytest.mark.parametrize("change", ["wrong bytes", "as long but wrong", "too long"])
+def test_a_partial_file_that_is_wrong_is_fetched_once_more_from_the_same_host(
+    host, monkeypatch, partial, archive, change
+):
+    use_mirrors(monkeypatch, host, "right", "also")
+    length = {"wrong bytes": 1000, "as long but wrong": len(archive), "too long": len(archive) + 1}[change]
+    partial.write_bytes(bytes(length))
+    assert dataset.download_cifar10(partial.parent).read_bytes() == archive
+    assert host.asked == (["right"] * 2 if change == "wrong bytes" else ["right"])
+    assert host.begun[-1] == 0
+
+
+def test_a_complete_partial_file_needs_no_host(host, monkeypatch, partial, archive):
+    use_mirrors(monkeypatch, host, "right")
+    partial.write_bytes(archive)
+    assert dataset.download_cifar10(partial.parent).read_bytes() == archive
+    assert host.asked == []
+
+
+def test_a_host_that_is_slow_but_not_too_slow_will_do(host, monkeypatch, partial, archive):
+    use_mirrors(monkeypatch, host, "steady")
+    monkeypatch.setattr(dataset, "SLOWEST", len(archive) / 4)
+    assert dataset.download_cifar10(partial.parent).read_bytes() == archive
+    monkeypatch.setattr(dataset, "SLOWEST", len(archive) * 4)
+    (partial.parent / dataset.ARCHIVE).unlink()
+    refused(lambda: dataset.download_cifar10(partial.parent), "too slow")
+    assert host.asked == ["steady"] * 2
 
 
 def test_data_url_is_asked_first(host, monkeypatch, tmp_path):
     use_mirrors(monkeypatch, host, "right")
     dataset.load(data_dir=tmp_path / "a", data_url=host.url("also"))
-    assert host.asked == ["/also"]
+    assert host.asked == ["also"]
     dataset.load(data_dir=tmp_path / "b", data_url=host.url("missing"))
-    assert host.asked == ["/also", "/missing", "/right"]
+    assert host.asked == ["also", "missing", "right"]
     dataset.load(data_dir=tmp_path / "c", data_url="no address")
-    assert host.asked == ["/also", "/missing", "/right", "/right"]
+    assert host.asked == ["also", "missing", "right", "right"]
     dataset.load(data_dir=tmp_path / "d", data_url=(tmp_path / "official.tar.gz").as_uri())
     assert len(host.asked) == 4
 
 
-def test_an_interrupted_download_leaves_nothing(monkeypatch, tmp_path):
-    def interrupted(url):
-        yield b"some bytes"
-        assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    "data_url",
+    [
+        "no address", "http://", "http://[", "http://[::1", "http://127.0.0.1:port/", "http://127.0.0.1:99999/",
+        "ftp://", "file:///nowhere", "file:///", "data:,no archive", "data:,", "gopher://host/", "//host", ":",
+        "http://a b/", "Käfer", "http://127.0.0.1:1/Käfer", "http://.../", "http://\udc80/", "https://127.0.0.1:1/",
+        "http://127.0.0.1\r\nX: y/",
+    ],
+)  # fmt: skip
+def test_an_address_that_is_none_is_passed_over(host, monkeypatch, tmp_path, archive, data_url):
+    use_mirrors(monkeypatch, host, "right")
+    assert dataset.download_cifar10(tmp_path / "data", data_url).read_bytes() == archive
 
-    monkeypatch.setattr(dataset, "_blocks_from", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        dataset.load(data_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_download_is_continued(host, monkeypatch, partial, archive, capsys, end):
+    def interrupted(url, begun):
+        yield archive[begun : begun + 1000]
+        raise end
+
+    use_mirrors(monkeypatch, host, "right")
+    with monkeypatch.context() as patched:
+        patched.setattr(dataset, "_blocks_from", interrupted)
+        for size in (1000, 2000):
+            with pytest.raises(end):
+                dataset.load(data_dir=partial.parent)
+            assert names_in(partial.parent) == [partial.name]
+            line = f"{partial} keeps the {size} of {len(archive)} bytes that came: the next start continues it\n"
+            assert capsys.readouterr().err == line
+    dataset.load(data_dir=partial.parent)
+    assert host.begun == [2000]
+
+
+DOWNLOAD = """
+import sys, dataset
+url, dataset.ARCHIVE_MD5, size, folder = sys.argv[1:]
+dataset.MIRRORS, dataset.ARCHIVE_BYTES = (url,), int(size)
+print(dataset.download_cifar10(dataset.Path(folder)))
+"""
+
+
+@pytest.fixture
+def start_download(host, partial, archive):
+    """Start a process that downloads from a page of `host`; the end kills it."""
+    started = []
+
+    def start(page: str) -> subprocess.Popen:
+        arguments = [host.url(page), hashlib.md5(archive).hexdigest(), str(len(archive)), str(partial.parent)]
+        process = subprocess.Popen(
+            [sys.executable, "-c", DOWNLOAD, *arguments],
+            cwd=Path(dataset.__file__).parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_of_processes_that_start_at_once_one_downloads(host, start_download, partial, archive):
+    processes = [start_download("steady") for _ in range(3)]
+    outcomes = [(*process.communicate(timeout=60), process.returncode) for process in processes]
+    assert host.asked == ["steady"]
+    for out, err, status in outcomes:
+        assert (out.strip(), status) == (str(partial.parent / dataset.ARCHIVE), 0), err
+    waiting = "another process is busy with the download of CIFAR-10: waiting for it to end\n"
+    assert sorted(err for _, err, _ in outcomes) == ["", waiting, waiting]
+    assert (partial.parent / dataset.ARCHIVE).read_bytes() == archive
+    assert names_in(partial.parent) == [dataset.ARCHIVE]
+
+
+def test_what_a_killed_process_began_is_continued_by_the_one_that_waits_for_it(
+    host, monkeypatch, start_download, partial, archive
+):
+    killed = start_download("stalls")
+    wait_until(lambda: dataset._size_of(partial) == len(archive) // 2)
+    waiting = start_download("right")
+    assert "waiting" in waiting.stderr.readline()
+    killed.kill()
+    assert waiting.wait(60) == 0
+    assert host.begun == [0, len(archive) // 2]
+    assert (partial.parent / dataset.ARCHIVE).read_bytes() == archive
+    assert names_in(partial.parent) == [dataset.ARCHIVE]
+
+
+def test_a_lock_file_of_a_dead_process_does_not_block(host, monkeypatch, partial, archive):
+    use_mirrors(monkeypatch, host, "right")
+    (partial.parent / f".{dataset.ARCHIVE}.lock").touch()
+    assert dataset.download_cifar10(partial.parent).read_bytes() == archive
+    assert names_in(partial.parent) == [dataset.ARCHIVE]
+
+
+def test_where_nothing_can_be_locked_the_download_works_alone(host, monkeypatch, partial, archive):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    use_mirrors(monkeypatch, host, "right")
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert dataset.download_cifar10(partial.parent).read_bytes() == archive
+    (partial.parent / dataset.ARCHIVE).unlink()
+    monkeypatch.setattr("files.fcntl", None)
+    assert dataset.download_cifar10(partial.parent).read_bytes() == archive
 
 
 def test_a_data_dir_that_cannot_be_written_is_named_and_no_host_blamed(host, monkeypatch, tmp_path):
@@ -371,6 +663,21 @@ def test_a_data_dir_that_cannot_be_written_is_named_and_no_host_blamed(host, mon
     (tmp_path / "file").write_text("in the way")
     refused(lambda: dataset.load(data_dir=tmp_path / "file"), str(tmp_path / "file"), "could not be written")
     assert host.asked == []
+
+
+def test_a_full_disk_is_named_and_what_fitted_is_continued(host, monkeypatch, partial, archive):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    use_mirrors(monkeypatch, host, "right", "also")
+    partial.write_bytes(archive[:1000])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        words = [str(partial.parent / dataset.ARCHIVE), "could not be written", "No space left on device"]
+        refused(lambda: dataset.download_cifar10(partial.parent), *words)
+    assert host.asked == ["right"]
+    assert archive.startswith(partial.read_bytes())
+    assert dataset.download_cifar10(partial.parent).read_bytes() == archive
 
 
 def test_a_wrong_archive_in_data_dir_is_refused_and_kept(host, monkeypatch, tmp_path):
@@ -525,12 +832,59 @@ def test_grey_alpha_palette_and_deep_images_become_rgb():
         assert dataset.decode("x", encode(Image.new("CMYK", (9, 9)), "JPEG"), 8).shape == (3, 8, 8)
 
 
+def test_of_an_animation_the_first_image_counts():
+    first, second = (np.full((8, 8, 3), grey, np.uint8) for grey in (40, 200))
+    more = {"save_all": True, "append_images": [Image.fromarray(second)]}
+    for kind, options in (("PNG", {}), ("GIF", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
+        animated = encode(first, kind, **more, **options)
+        assert Image.open(io.BytesIO(animated)).n_frames == 2
+        assert (dataset.decode("x", animated, 8) == 40).all()
+
+
+def huge_png(side: int) -> bytes:
+    """Its header says so many pixels; there are none."""
+
+    def part(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = part(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + part(b"IDAT", zlib.compress(b"")) + part(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [20_000, 1 << 31 - 1])
+def test_a_huge_image_is_refused_before_it_is_decoded(load, tmp_path, side):
+    folder = write_folder(tmp_path / "pets", pictures() | {"train/cat/huge.png": huge_png(side)})
+    tracemalloc.start()
+    refused(lambda: load(folder), "train/cat/huge.png", "exceeds limit")
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+
+
+def test_postscript_is_refused_and_not_run(monkeypatch):
+    def run(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", run)
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    refused(lambda: dataset.decode("x.eps", content, 8), "x.eps", "PostScript")
+
+
+def test_images_larger_than_memory_are_refused(load, tmp_path):
+    folder = write_folder(tmp_path / "pets", pictures())
+    for side in (10**7, 10**12):
+        refused(lambda side=side: load(folder, image_size=side), f"--image-size {side}", "12 images", "memory")
+        refused(lambda side=side: load("digits", image_size=side), f"--image-size {side}", "1797 images", "memory")
+    refused(lambda: load(write_folder(tmp_path / "b", official()), image_size=10**7), "100 images", "memory")
+
+
 def test_exif_orientation_is_honoured():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: turn by 90° clockwise to see it right
     wanted = np.rot90(pixels, -1).transpose(2, 0, 1)
     assert np.array_equal(dataset.decode("x", encode(pixels, exif=exif), 8), wanted)
+    sized, size = dataset.decode_sized("x", encode(np.zeros((20, 30, 3), np.uint8), exif=exif), 8)
+    assert (sized.shape, size) == ((3, 8, 8), (20, 30))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
@@ -608,6 +962,150 @@ def test_a_link_or_device_among_the_images_is_refused(load, tmp_path, kind, name
     refused(lambda: load(archive), "a.tar", f" {name} ", "link or device")
 
 
+@pytest.fixture
+def in_time():
+    """Whatever waits for ever fails after half a minute."""
+
+    def give_up(*_):
+        raise AssertionError("it does not end")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("name", ["train/cat/x.png", "test/fox", "train"])
+def test_a_pipe_among_the_images_is_refused(load, tmp_path, in_time, name):
+    folder = write_folder(tmp_path / "pets", pictures())
+    if name == "train":
+        shutil.rmtree(folder / name)
+    os.mkfifo(folder / name)
+    refused(lambda: load(folder), str(folder), name, "link or device")
+
+
+def test_a_pipe_for_a_batch_is_refused(load, tmp_path, in_time):
+    folder = write_folder(tmp_path / "batches", official())
+    (folder / "test_batch").unlink()
+    os.mkfifo(folder / "test_batch")
+    refused(lambda: load(folder), "test_batch", "no ordinary file")
+
+
+def test_a_pipe_or_device_as_a_source_is_refused(load, tmp_path, in_time):
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "pipe", Path("/dev/zero"), Path("/dev/null")):
+        refused(lambda source=source: load(source), f"--data {source}", "no ordinary file")
+
+
+def test_a_pipe_in_place_of_the_download_is_refused(tmp_path, in_time):
+    os.mkfifo(tmp_path / dataset.ARCHIVE)
+    refused(lambda: dataset.load(data_dir=tmp_path), str(tmp_path / dataset.ARCHIVE), "no ordinary file", "delete")
+
+
+@contextmanager
+def without_rights(folder: Path):
+    """In `folder`, as somebody who may only do what a file's mode lets him: root may do everything."""
+    folder.chmod(0o777)
+    before = Path.cwd()
+    os.chdir(folder)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+    os.chdir(before)
+
+
+@pytest.mark.parametrize(
+    ("source", "locked", "words"),
+    [
+        ("pets", "pets/train/cat/1.png", ["pets: train/cat/1.png", "cannot be read", "Permission denied"]),
+        ("pets", "pets/train/cat", ["--data pets", "cannot be read", "Permission denied", "cat"]),
+        ("pets", "pets", ["--data pets", "cannot be read", "Permission denied"]),
+        ("pets.tar", "pets.tar", ["--data pets.tar", "cannot be read", "Permission denied"]),
+        ("batches", "batches/test_batch", ["batches: test_batch", "Permission denied"]),
+        ("cifar10", f"data/{dataset.ARCHIVE}", [dataset.ARCHIVE, "cannot be read", "Permission denied"]),
+    ],
+)
+def test_what_may_not_be_read_is_named(load, tmp_path, source, locked, words):
+    write_folder(tmp_path / "pets", pictures())
+    write_folder(tmp_path / "batches", official())
+    write_tar(tmp_path / "pets.tar", pictures())
+    write_folder(tmp_path / "data", {dataset.ARCHIVE: b"", "cache": None})
+    (tmp_path / locked).chmod(0)
+    with without_rights(tmp_path):
+        refused(lambda: load(source, data_dir="data"), *words)
+    (tmp_path / locked).chmod(0o700)
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+@pytest.mark.parametrize("place", ["train/cat/x.png", "readme", "batch"])
+def test_an_archive_that_would_fill_the_memory_is_refused(load, tmp_path, monkeypatch, mode, place):
+    monkeypatch.setattr(dataset, "LEAST_LIMIT", 4 << 20)
+    zeros = bytes(50 << 20)
+    files = official(1) | {"data_batch_1": zeros} if place == "batch" else pictures(per_class=1) | {place: zeros}
+    archive = write_tar(tmp_path / "bomb.tar", files, mode)
+    tracemalloc.start()
+    refused(lambda: load(archive), "bomb.tar", "more than", "fill the memory")
+    assert tracemalloc.get_traced_memory()[1] < 25 << 20
+    tracemalloc.stop()
+
+
+def test_an_archive_may_unpack_to_as_much_as_images_do(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "LEAST_LIMIT", 0)
+    archive = write_tar(
+        tmp_path / "a.tar.xz", pictures() | {"train/cat/even.png": encode(np.zeros((99, 99), np.uint8))}, "w:xz"
+    )
+    assert len(load(archive).train) == 7
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_member_that_is_larger_than_any_image_is_refused(load, tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(dataset, "LARGEST_MEMBER", 1 << 20)
+    archive = write_tar(tmp_path / "a.tar", pictures() | {"train/cat/x.png": bytes((1 << 20) + 1)}, mode)
+    refused(lambda: load(archive), "train/cat/x.png", f"{(1 << 20) + 1} bytes", "fill the memory")
+    # one that no image is read from does no harm
+    archive = write_tar(tmp_path / "a.tar", pictures() | {"weights.bin": bytes((1 << 20) + 1)}, mode)
+    assert len(load(archive).train) == 6
+
+
+def test_a_member_of_holes_alone_is_refused(load, tmp_path):
+    hollow = tarfile.TarInfo("train/cat/x.png")
+    hollow.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)}
+    archive = write_tar(tmp_path / "a.tar", pictures() | {"train/cat/x.png": hollow})
+    assert archive.stat().st_size < 100_000
+    refused(lambda: load(archive), "train/cat/x.png", f"{1 << 40} bytes", "fill the memory")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_would_fill_the_memory_is_refused(load, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(dataset, "LARGEST_MEMBER", 1 << 20)
+    odd = special("long", kind)
+    odd.size = 50 << 20
+    header = tarfile.TarInfo.create_gnu_header(odd, odd.get_info(), "utf-8", "strict")
+    (tmp_path / "a.tar").write_bytes(gzip.compress(header + bytes(odd.size), 1))
+    tracemalloc.start()
+    refused(lambda: load(tmp_path / "a.tar"), "a.tar", f"header has {odd.size} bytes", "fill the memory")
+    assert tracemalloc.get_traced_memory()[1] < 25 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
+@pytest.mark.parametrize("size", [-512, -(1 << 40), 1 << 40])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_header_of_an_impossible_size_is_refused(load, tmp_path, in_time, kind, size, mode, first):
+    odd = special("train/cat/x.png", kind)
+    odd.size = size
+    header = tarfile.TarInfo.create_gnu_header(odd, odd.get_info(), "utf-8", "strict")
+    whole = write_tar(tmp_path / "a.tar", pictures()).read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    content = header + whole if first else whole[:end] + header + whole[end:]
+    (tmp_path / "a.tar").write_bytes(content if mode == "w" else gzip.compress(content))
+    refused(lambda: load(tmp_path / "a.tar"), "a.tar")
+
+
 def test_links_elsewhere_in_an_archive_are_ignored(load, tmp_path):
     link = {"latest": special("latest", tarfile.SYMTYPE, "train")}
     assert len(load(write_tar(tmp_path / "a.tar", link | pictures())).train) == 6
@@ -632,6 +1130,27 @@ def test_links_in_a_folder_are_followed_and_broken_ones_named(load, tmp_path):
 def test_a_file_that_is_twice_in_an_archive_is_refused(load, tmp_path):
     archive = write_tar(tmp_path / "a.tar", pictures() | {"./train/cat/0.png": random_png(9)})
     refused(lambda: load(archive), "train/cat/0.png", "twice")
+
+
+def test_a_class_folder_whose_name_is_no_utf_8_is_refused(load, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    files = pictures() | {f"{split}/{name}/a.png": random_png(0) for split in ("train", "test")}
+    for source in (write_folder(tmp_path / "pets", files), write_tar(tmp_path / "pets.tar", files)):
+        refused(lambda source=source: load(source), str(source), r"'caf\udce9'", "UTF-8")
+    files = pictures() | {f"train/cat/{name}.png": random_png(0)}
+    for source in (write_folder(tmp_path / "cats", files), write_tar(tmp_path / "cats.tar", files)):
+        assert len(load(source).train) == 7
+
+
+def test_windows_litter_is_skipped_as_a_folder_too(load, tmp_path):
+    files = pictures() | {f"{split}/Thumbs.db/a.png": random_png(0) for split in ("train", "test")}
+    for source in (write_folder(tmp_path / "pets", files), write_tar(tmp_path / "pets.tar", files)):
+        assert load(source).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("source", ["", "a\0b", "~nobody-of-that-name/pets", "x" * 5000, "\ud800", "\n"])
+def test_a_path_that_cannot_be_is_named(load, source):
+    refused(lambda: load(source), "--data ")
 
 
 def test_a_path_that_is_not_there_is_named(load, tmp_path):
