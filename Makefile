@@ -1,15 +1,16 @@
 # make demo: train three small networks on handwritten digits and test their ensemble, in a few minutes on two cores.
-# make test: ruff and pytest. Both make .venv first; PYTHON=python3.12 chooses the interpreter.
+# make test: ruff and pytest. make test-faults: 200 kills and 100 other signals in place of a few.
+# All make .venv first; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
 VENV := .venv/bin/python
 PIP := $(VENV) -m pip install --disable-pip-version-check -c constraints.txt
 
 # Mirrored digits are other signs, so no flips; half the image size, half the crop's padding; few epochs, higher rates.
-DEMO := --data digits --image-size 16 --flip 0 --crop-padding 2 --lr 0.02 --overwrite
+DEMO := --data digits --image-size 16 --flip 0 --crop-padding 2 --recipe original --lr 0.02 --overwrite
 DIRS := --checkpoint-dir checkpoints/demo --plot-dir plots/demo
 
-.PHONY: demo test format clean
+.PHONY: demo test test-faults format clean
 demo: .venv/core
 	@echo "Three small networks on 1,797 handwritten digits, enlarged to 16×16 pixels"
 	$(VENV) dense.py $(DEMO) $(DIRS) --depth 37 --growth-rate 12 --epochs 12
@@ -22,6 +23,9 @@ test: .venv/dev
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 	$(VENV) -m pytest
+
+test-faults: .venv/dev
+	FAULTS=200 $(VENV) -m pytest -v tests/test_faults.py
 
 format: .venv/dev
 	$(VENV) -m ruff check --fix .

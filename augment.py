@@ -1,4 +1,4 @@
-"""RandomCrop, ColorJitter, RandomHorizontalFlip and RandAugment on a whole batch, every image with its own draw.
+"""RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and Cutout on a whole batch, each image with its own draw.
 
 The semantics are those of `torchvision.transforms.v2` on uint8 tensors (tests/test_augment.py holds the two side by
 side): images are integers after each operator, cut off rather than rounded where torchvision cuts off. What differs is
@@ -10,6 +10,7 @@ leave their input alone. A strength is given as `change`: the enhancement factor
 is. That is also the more exact form: blending needs both the factor and one minus it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -27,6 +28,8 @@ RANDAUGMENT_OPS = (
 GEOMETRIC_OPS = RANDAUGMENT_OPS[1:6]
 SIGNED_OPS = RANDAUGMENT_OPS[1:10]
 MAGNITUDE_BINS = 31
+# Of CIFAR-10's training images, in grey levels: next to nought once the images are normalised.
+MEAN_COLOUR = (125, 123, 114)
 
 
 # ---------------------------------------------------------------------------------------------- operators on colours
@@ -173,6 +176,25 @@ def equalize(images: Tensor) -> Tensor:
     return torch.where(step > 0, spread, pixels).to(torch.uint8).view_as(images)
 
 
+def cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:
+    """Grey out a square about the pixel whose flat index is `centre`; what lies outside the image is lost.
+
+    DeVries and Taylor 2017, arXiv:1708.04552.
+    """
+    height, width = images.shape[2:]
+    centre = centre.view(-1, 1)
+    low_y, low_x = centre // width - side // 2, centre % width - side // 2
+    y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    in_rows, in_columns = (low_y <= y) & (y < low_y + side), (low_x <= x) & (x < low_x + side)
+    inside = (in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).to(torch.uint8).mul_(255).unsqueeze(1)
+    return _choose(inside, _mean_colour(images.device), images)
+
+
+@functools.cache  # a copy to the device for every chunk would make the host wait each time
+def _mean_colour(device: torch.device) -> Tensor:
+    return torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
+
+
 # --------------------------------------------------------------------------------------- operators that move pixels
 
 
@@ -291,7 +313,7 @@ NUM_GROUPS = 2 + len(RANDAUGMENT)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strong the four augmentations are; the fields have the names of the recipe's."""
+    """How strong the augmentations are; the fields have the names of the recipe's."""
 
     crop_padding: int = 4
     brightness: float = 0.2
@@ -301,6 +323,7 @@ class Augmentation:
     flip: float = 0.5
     randaugment_ops: int = 2
     randaugment_magnitude: int = 9
+    cutout: int = 0
 
 
 @dataclass(frozen=True)
@@ -313,6 +336,7 @@ class Draws:
     flip: Tensor  # (N,) 0 or 1
     randaugment_op: Tensor  # (N, K) index into RANDAUGMENT_OPS
     randaugment_magnitude: Tensor  # (N, K) with its sign
+    cutout: Tensor  # (N,) flat index of the square's centre
 
     def __getitem__(self, rows: Tensor | slice | int) -> "Draws":
         return Draws(*(getattr(self, field.name)[rows] for field in fields(self)))
@@ -343,18 +367,20 @@ def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Ge
     signed = torch.tensor([name in SIGNED_OPS for name in RANDAUGMENT_OPS])
     chosen = randaugment_op.long()
     sign = torch.where(signed[chosen] & (uniform(ops) < 0.5), -1.0, 1.0)
-    return Draws(crop, jitter_op, jitter_change, flip, randaugment_op, strengths[chosen] * sign)
+    # Drawn last, and only where it is wanted: it changes no other draw.
+    cutout = below(size * size) if settings.cutout else torch.zeros(num_images, dtype=torch.int32)
+    return Draws(crop, jitter_op, jitter_change, flip, randaugment_op, strengths[chosen] * sign, cutout)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An epoch's draws on the device, in the order in which the images come.
+    """An epoch's draws, in the order in which the images come.
 
-    An operator runs at once on all images of a chunk that drew it. Which those are is sorted out on the CPU, before the
-    copy: asking the device would make the host wait for it.
+    An operator runs at once on all images of a chunk that drew it. Which those are is sorted out on the CPU: asking a
+    GPU would make the host wait for it.
     """
 
-    index: Tensor  # (N,) int64, the image that comes at each place
+    index: Tensor  # (N,) int32, the image that comes at each place
     draws: Draws  # in the same order
     rows: Tensor  # (N, 4 + K) int32: for each step, a chunk's rows, numbered from its start, sorted by operator
     places: Tensor  # (N, 4 + K) int32: where in that order each row stands
@@ -364,9 +390,21 @@ class Plan:
     def __len__(self) -> int:
         return len(self.counts)
 
+    def to(self, device: torch.device | str) -> "Plan":
+        """The same plan on `device`, copied there in one piece."""
+        parts = [self.index, self.rows, self.places, *(getattr(self.draws, field.name) for field in fields(self.draws))]
+        table = torch.cat([part.reshape(len(part), -1).view(torch.int32) for part in parts], 1)
+        if torch.device(device).type == "cuda":
+            table = table.pin_memory()
+        columns = table.to(device, non_blocking=True).split([part[0].numel() for part in parts], 1)
+        index, rows, places, *draws = (
+            column.contiguous().view(part.dtype).view(part.shape) for column, part in zip(columns, parts, strict=True)
+        )
+        return Plan(index, Draws(*draws), rows, places, self.counts, self.chunk)
 
-def plan(order: Tensor, draws: Draws, chunk: int, device: torch.device | str = "cpu") -> Plan:
-    """Put `draws` into `order` (int64, N), sort each chunk by operator, and copy all of it to `device` at once."""
+
+def plan(order: Tensor, draws: Draws, chunk: int) -> Plan:
+    """Put `draws` into `order` (int64, N) and sort each chunk by operator, on the CPU."""
     draws = draws[order]
     groups = torch.cat((draws.jitter_op.long(), RANDAUGMENT_GROUPS[draws.randaugment_op.long()]), 1)
     chunk_of = torch.arange(len(order)) // chunk
@@ -377,23 +415,14 @@ def plan(order: Tensor, draws: Draws, chunk: int, device: torch.device | str = "
     start = (chunk_of * chunk)[:, None]
     counts = torch.stack([column.bincount(minlength=num_chunks * NUM_GROUPS) for column in key.T])
     counts = counts.view(key.shape[1], num_chunks, NUM_GROUPS).transpose(0, 1).tolist()
-
-    columns = [order, rows - start, places - start, *(getattr(draws, field.name) for field in fields(draws))]
-    columns = [column if column.is_floating_point() else column.int() for column in columns]
-    table = torch.cat([column.reshape(len(order), -1).view(torch.int32) for column in columns], 1)
-    if torch.device(device).type == "cuda":
-        table = table.pin_memory()
-    parts = table.to(device, non_blocking=True).split([column[0].numel() for column in columns], 1)
-    index, rows, places, *parts = (
-        part.contiguous().view(column.dtype).view(column.shape) for part, column in zip(parts, columns, strict=True)
-    )
-    return Plan(index, Draws(*parts), rows, places, counts, chunk)
+    return Plan(order.int(), draws, (rows - start).int(), (places - start).int(), counts, chunk)
 
 
 class Augmenter:
-    """The chain RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment for square images on one device."""
+    """The chain RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment, Cutout for square images on one device."""
 
     def __init__(self, size: int, settings: Augmentation, device: torch.device | str = "cpu"):
+        self.cutout = settings.cutout
         self.crop_sources = crop_sources(size, settings.crop_padding).to(device)
         self.geometric_sources = geometric_sources(size, settings.randaugment_magnitude).to(device)
         # As in torchvision, a jitter of no strength is left out.
@@ -430,7 +459,7 @@ class Augmenter:
             others = [(operator, magnitude) for operator in RANDAUGMENT.values()]
             operators = [(None, op), (self.move, 2 * (op - 1) + (magnitude < 0)), *others]
             batch = by_group(batch, len(JITTER) + k, operators)
-        return batch
+        return cut_out(batch, draws.cutout, self.cutout) if self.cutout else batch
 
     def move(self, images: Tensor, variants: Tensor) -> Tensor:
         """RandAugment's geometric operators; `variants`, int32 (B,), are rows of `geometric_sources`."""

@@ -1,5 +1,6 @@
 """The one exception that means "the user can mend this", and how a script ends on it."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -8,8 +9,13 @@ from collections.abc import Callable
 class UserError(Exception):
     """A mistake of the user's, or of the machine around the program: bad flag, bad file, no network, full disk.
 
-    The message names the file or flag, what was found, what was expected, and what to do.
+    The message names the file or flag, what was found, what was expected, and what to do. `silent` says that another
+    process prints it.
     """
+
+    def __init__(self, message: str, *, silent: bool = False):
+        super().__init__(message)
+        self.silent = silent
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -20,10 +26,18 @@ def run(main: Callable[[], int | None]) -> None:
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        sys.exit(main())
+        status = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if not error.silent:
+            rank = f" in process {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
+            print(f"error{rank}: {error}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        status = 128 + signal.SIGINT
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A thread of Gloo's that hands a tensor back while Python takes itself down would abort the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
+    sys.exit(status)

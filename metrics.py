@@ -1,11 +1,17 @@
-"""Loss and accuracy of predicted probabilities.
+"""What predicted probabilities are worth: loss, accuracy, Brier score, calibration, and how sure one can be of each.
 
 In float64: a test loss summed over ten thousand images should not depend on the order of the sum.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+PER_IMAGE = ("loss", "accuracy", "brier")  # the means of what `per_image` gives
+BINS = 15
+RESAMPLES = 10_000
+RESAMPLED_AT_ONCE = 2**20  # images drawn in one go: 8 MB of them, and as much of their counts
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> float:
@@ -13,15 +19,97 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> float:
     return F.cross_entropy(logits.double(), labels).item()
 
 
+def sums(logits: Tensor, labels: Tensor) -> list[float]:
+    """The cross-entropies of all rows added up, and how many rows are right: parts of which make up the whole."""
+    loss = F.cross_entropy(logits.double(), labels, reduction="sum").item()
+    return [loss, float((logits.argmax(1) == labels).sum())]
+
+
 def negative_log_likelihood(probs: Tensor, labels: Tensor) -> float:
     """Mean −log of the probability that `probs`, (N, C), give to `labels`, int64 (N,).
 
     A probability of nought counts as the smallest float64 above it.
     """
-    chosen = probs.double().gather(1, labels[:, None])
-    return -chosen.clamp(min=torch.finfo(torch.float64).tiny).log().mean().item()
+    return per_image(probs, labels)[:, 0].mean().item()
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
     """Fraction of rows whose highest score, of logits or probabilities (N, C), is that of the label, int64 (N,)."""
     return (scores.argmax(1) == labels).double().mean().item()
+
+
+def brier_score(probs: Tensor, labels: Tensor) -> float:
+    """Mean squared distance, 0 to 2, of `probs`, (N, C), from the certainty of `labels`, int64 (N,) (Brier 1950)."""
+    return per_image(probs, labels)[:, 2].mean().item()
+
+
+def per_image(probs: Tensor, labels: Tensor) -> Tensor:
+    """What each image adds to the means of `PER_IMAGE`, float64 (N, 3), from `probs`, (N, C), and int64 (N,)."""
+    probs = probs.double()
+    chosen = probs.gather(1, labels[:, None])[:, 0]
+    loss = -chosen.clamp(min=torch.finfo(torch.float64).tiny).log()
+    hits = (probs.argmax(1) == labels).double()
+    brier = probs.square().sum(1) - 2 * chosen + 1  # Σ(p − y)², y being 1 for the label and 0 elsewhere
+    return torch.stack([loss, hits, brier], 1)
+
+
+def reliability(probs: Tensor, labels: Tensor, bins: int = BINS) -> tuple[Tensor, Tensor, Tensor]:
+    """How many images, how confident and how accurate, in each of `bins` equal parts of the confidence's 0 to 1.
+
+    An image's confidence is the probability of its most probable class. Returns int64, float64 and float64 (bins,),
+    the last two being fractions, and 0 where a bin is empty. (Guo et al. 2017, arXiv:1706.04599, section 2)
+    """
+    confidence, predicted = probs.double().max(1)
+    bin_of = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)  # a bin holds its upper edge, as in the paper
+    counts = torch.bincount(bin_of, minlength=bins)
+    sums = (torch.bincount(bin_of, weights, bins) for weights in (confidence, (predicted == labels).double()))
+    mean_confidence, accuracies = (total / counts.clamp(min=1) for total in sums)
+    return counts, mean_confidence, accuracies
+
+
+def calibration_error(probs: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error, a fraction: how far confidence and accuracy are apart in a bin of `reliability`, in
+    the mean over all images.
+    """
+    counts, confidence, accuracies = reliability(probs, labels, bins)
+    return ((accuracies - confidence).abs() * counts).sum().item() / len(labels)
+
+
+def disagreement(probs: Tensor) -> Tensor:
+    """Fraction of images that two members give different classes, float64 (M, M), from `probs`, (M, N, C)."""
+    predicted = probs.argmax(2)
+    return (predicted[:, None] != predicted).double().mean(2)
+
+
+def confusions(probs: Tensor, labels: Tensor, most: int) -> list[tuple[int, int, int]]:
+    """The `most` frequent mistakes: true class, predicted class, number of images; the most frequent one first."""
+    predicted, classes = probs.argmax(1), probs.shape[1]
+    wrong = predicted != labels
+    counts = torch.bincount(labels[wrong] * classes + predicted[wrong], minlength=classes**2)
+    counts, cells = counts.sort(descending=True, stable=True)
+    return [
+        (*divmod(cell, classes), count)
+        for cell, count in zip(cells[:most].tolist(), counts[:most].tolist(), strict=True)
+        if count
+    ]
+
+
+def bootstrap(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Means of `values`, (N, K), over N rows drawn with replacement, again and again: float64 (resamples, K).
+
+    The K columns share every draw, so the difference of two of them is that of a paired comparison. (Efron 1979)
+    """
+    rng = np.random.default_rng(seed)
+    images = len(values)
+    means = np.empty((resamples, values.shape[1]))
+    for start in range(0, resamples, at_once := max(1, RESAMPLED_AT_ONCE // images)):
+        drawn = rng.integers(0, images, (min(at_once, resamples - start), images))
+        # How often each row was drawn: one product with `values` then takes the place of gathering them all.
+        counts = np.stack([np.bincount(rows, minlength=images) for rows in drawn]).astype(np.float64)
+        means[start : start + len(drawn)] = counts @ values / images
+    return means
+
+
+def interval(means: np.ndarray) -> list[float]:
+    """The middle 95 % of resampled means, (resamples,): their lower and upper end."""
+    return np.percentile(means, [2.5, 97.5]).tolist()

@@ -1,4 +1,4 @@
-"""The pictures: what a training run did, epoch by epoch, and what an ensemble adds to its members.
+"""The pictures: what a training run did, epoch by epoch; what an ensemble adds to its members, and where it errs.
 
 A run's history is also kept as a CSV file, so that a picture can be drawn again, or drawn over another run. Everything
 here goes through matplotlib's `Figure` object straight to a PNG file: no window, no display, no global state.
@@ -7,6 +7,7 @@ here goes through matplotlib's `Figure` object straight to a PNG file: no window
 import csv
 import io
 import logging
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,10 @@ SPLITS = {"train": ("train", BLUE), "val": ("validation", GREEN), "test": ("test
 MEMBER_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 MEMBER_DASHES = ("-", "--", ":")
 GREY = "#595959"
+PALE = "#D9D9D9"
+FEW = 10  # images, too few to say how accurate a bin is
+MISTAKES_SHOWN, MISTAKES_ABREAST = 16, 4
+LINES_BESIDE = 9  # of text, as many as there is room for beside an image
 
 # The default font has no Chinese, Japanese or Korean; those of these that the machine has stand in for it.
 CJK_FONTS = (
@@ -129,12 +134,46 @@ def plot_ensemble(
 ) -> None:
     """Draw an ensemble beside its members as one PNG file: results, how they settle over the test set, confusions.
 
-    Each member, and the ensemble, is a dict of `name`, `loss` (nats), `accuracy` (a fraction) and `probs` (N, C), the
-    predicted probabilities of the N test images. `labels` (N,) are the true classes as integers, `classes` their C
-    names. Raises `UserError` if the picture cannot be written.
+    Each member, and the ensemble, is a dict of `name`, `loss` (nats), `accuracy` (a fraction), `intervals`, which has
+    the two ends of either, and `probs` (N, C), the predicted probabilities of the N test images. `labels` (N,) are the
+    true classes as integers, `classes` their C names. Raises `UserError` if the picture cannot be written.
     """
     with _style():
         _save(draw_ensemble(members=members, ensemble=ensemble, labels=labels, classes=classes, title=title), path)
+
+
+def plot_reliability(path: str | Path, rows: list[dict], *, title: str) -> None:
+    """Draw one reliability diagram for each row, the ensemble's last, into one PNG file.
+
+    A row is a dict of `name`, `calibration_error` (a fraction) and `bins`: how many images, their mean confidence and
+    their accuracy, three arrays as `metrics.reliability` gives them. Raises `UserError` if it cannot be written.
+    """
+    with _style():
+        _save(draw_reliability(rows, title=title), path)
+
+
+def plot_mistakes(
+    path: str | Path,
+    *,
+    images: np.ndarray,
+    labels: np.ndarray,
+    members: np.ndarray,
+    ensemble: np.ndarray,
+    names: Sequence[str],
+    classes: Sequence[str],
+    title: str,
+) -> None:
+    """Draw the images that the ensemble is surest of and wrong about, with what each member said, as one PNG file.
+
+    `images` are uint8 (N, 3, H, W), `labels` (N,) their true classes as integers. `members` (M, N, C) and `ensemble`
+    (N, C) are probabilities, `names` the members' and `classes` the classes'. Raises `UserError` if the picture cannot
+    be written.
+    """
+    with _style():
+        figure = draw_mistakes(
+            images=images, labels=labels, members=members, ensemble=ensemble, names=names, classes=classes, title=title
+        )
+        _save(figure, path)
 
 
 def running_accuracy(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -207,20 +246,140 @@ def draw_ensemble(
     """The figure that `plot_ensemble` saves."""
     rows = [*members, ensemble]
     figure = Figure(figsize=(12.8, 6.8), dpi=DPI, layout="constrained")
-    figure.suptitle(_short(title, 90), fontsize=15)
+    figure.suptitle(_short(title, 104), fontsize=15)
     left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
     (accuracy_dots, loss_dots), (accuracy_lines, loss_lines) = left.subplots(2, 2)
 
-    _draw_dots(accuracy_dots, [100 * row["accuracy"] for row in rows], "{:.2f}", "test accuracy (%)")
-    _draw_dots(loss_dots, [row["loss"] for row in rows], "{:.4f}", "test loss (nats)")
+    _draw_dots(accuracy_dots, rows, "accuracy", 100, "{:.2f}", "test accuracy (%)")
+    _draw_dots(loss_dots, rows, "loss", 1, "{:.4f}", "test loss (nats)")
     accuracy_dots.set_yticks(range(len(rows)), [_short(row["name"], 16) for row in rows])
     accuracy_dots.get_yticklabels()[-1].set_fontweight("bold")
     loss_dots.set_yticks([])
 
+    left.supxlabel("broad lines: 95 % intervals over the test images", fontsize=12, color=GREY)
     _draw_lines(accuracy_lines, [100 * running_accuracy(row["probs"], labels) for row in rows], "running accuracy (%)")
     _draw_lines(loss_lines, [running_loss(row["probs"], labels) for row in rows], "running loss (nats)")
     _draw_confusion(right.subplots(), confusion_matrix(ensemble["probs"], labels), classes)
     return figure
+
+
+def draw_reliability(rows: list[dict], *, title: str) -> Figure:
+    """The figure that `plot_reliability` saves."""
+    columns = min(len(rows), 5 if len(rows) > 8 else 4)
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(12.8, 1.2 + lines * (0.65 + 11.4 / max(columns, 3))), dpi=DPI, layout="constrained")
+    figure.suptitle(_short(title, 104), fontsize=15)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for number, axes in enumerate(grid.flat):
+        if number < len(rows):
+            _draw_bins(axes, rows[number], colour=_row_style(number, len(rows) - 1)["color"])
+        else:
+            axes.remove()
+    figure.supxlabel(
+        "confidence, the probability of the predicted class (%)\n"
+        f"grey: share of the images; hollow: a bin of fewer than {FEW} images",
+        fontsize=13,
+    )
+    figure.supylabel("accuracy (%)", fontsize=13)
+    figure.get_layout_engine().set(wspace=0.04)
+    return figure
+
+
+def draw_mistakes(
+    *,
+    images: np.ndarray,
+    labels: np.ndarray,
+    members: np.ndarray,
+    ensemble: np.ndarray,
+    names: Sequence[str],
+    classes: Sequence[str],
+    title: str,
+) -> Figure:
+    """The figure that `plot_mistakes` saves."""
+    predicted, confidence = ensemble.argmax(axis=1), ensemble.max(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
+    surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES_SHOWN]
+    lines = -(-len(surest) // MISTAKES_ABREAST)
+
+    # In inches, so that the text beside the images changes neither their size nor their place.
+    width, height, top, side, line = 12.8, 1.7 + 2.1 * lines, 0.8, 1.6, 2.1
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure.suptitle(_short(title, 104), fontsize=15, y=1 - 0.2 / height, va="top")
+    said = "true class → what the ensemble says, and how sure it is" if lines else "no image was mistaken"
+    figure.text(0.5, 1 - 0.55 / height, f"{len(wrong):,} mistakes, the surest first: {said}", ha="center", va="top")
+    for number, image in enumerate(surest):
+        row, column = divmod(number, MISTAKES_ABREAST)
+        left, low = 0.15 + column * (width - 0.15) / MISTAKES_ABREAST, height - top - line * row - side - 0.3
+        axes = figure.add_axes((left / width, low / height, side / width, side / height))
+        _draw_mistake(axes, images[image], labels[image], members[:, image], ensemble[image], names, classes)
+    if lines:
+        note = "beside each image, what the members say, in green where they are right"
+        if not _named_beside(names):
+            order = ", ".join(_short(name, 24) for name in names[:LINES_BESIDE])
+            more = f" (and {len(names) - LINES_BESIDE} more)" if len(names) > LINES_BESIDE else ""
+            note += "; from top to bottom:\n" + textwrap.fill(order + more, 130)
+        figure.text(0.5, 0.1 / height, note, ha="center", va="bottom", fontsize=12, color=GREY)
+    return figure
+
+
+def _draw_mistake(
+    axes: Axes,
+    image: np.ndarray,
+    label: int,
+    members: np.ndarray,
+    ensemble: np.ndarray,
+    names: Sequence[str],
+    classes: Sequence[str],
+) -> None:
+    """One image, its pixels as they are, and beside it what each member says, below its name where there is room."""
+    axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set(visible=True, color=PALE)  # or a white sky would have no end
+    said = ensemble.argmax()
+    axes.set_title(
+        f"{_short(classes[label], 10)} → {_short(classes[said], 10)}, {100 * ensemble[said]:.1f} %",
+        loc="left",
+        fontsize=12,
+        pad=4,
+    )
+    lines = []
+    for name, probs in zip(names[:LINES_BESIDE], members, strict=False):
+        said = probs.argmax()
+        if _named_beside(names):
+            lines.append((_short(name, 15), GREY))
+        text = f"{_short(classes[said], 10)}, {100 * probs[said]:.0f} %"
+        lines.append((text, GREEN if said == label else "black"))
+    for number, (text, colour) in enumerate(lines):
+        height = 1 - (number + 0.5) / LINES_BESIDE
+        axes.text(1.05, height, text, transform=axes.transAxes, va="center", fontsize=11, color=colour)
+
+
+def _named_beside(names: Sequence[str]) -> bool:
+    return 2 * len(names) <= LINES_BESIDE
+
+
+def _draw_bins(axes: Axes, row: dict, colour: str) -> None:
+    """A dot for each bin of confidence that has images, tied to the diagonal, where it would be if it were calibrated.
+
+    Behind them, pale, what share of the images each bin holds. A dot far off may well stand for two images: those of
+    fewer than `FEW` are hollow.
+    """
+    counts, confidence, accuracy = row["bins"]
+    edges = np.linspace(0, 100, len(counts) + 1)
+    some = counts > 0
+    confidence, accuracy = 100 * confidence[some], 100 * accuracy[some]
+    axes.stairs(100 * counts / max(counts.sum(), 1), edges, fill=True, color=PALE, zorder=0)
+    axes.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle=(0, (3, 2)), zorder=1)
+    axes.vlines(confidence, confidence, accuracy, color=colour, linewidth=2.5, alpha=0.5, zorder=2)
+    faces = np.where(counts[some] < FEW, "white", colour)
+    axes.scatter(confidence, accuracy, s=36, c=faces, edgecolors=colour, linewidths=1.5, zorder=3, clip_on=False)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 102)
+    axes.set_aspect("equal", adjustable="box")
+    axes.set_xticks((0, 50, 100))
+    axes.set_yticks((0, 50, 100))
+    axes.set_title(f"{_short(row['name'], 18)}\nECE {100 * row['calibration_error']:.2f} %")
 
 
 def _draw_run(axes: Axes, history: list[dict], key: str, scale: float, colour: str, label: str) -> None:
@@ -275,19 +434,22 @@ def _scale_loss(axes: Axes) -> bool:
     return True
 
 
-def _draw_dots(axes: Axes, values: list[float], form: str, title: str) -> None:
-    """One dot a row, the ensemble's below the members', each value spelled out at the right edge.
+def _draw_dots(axes: Axes, rows: list[dict], key: str, scale: float, form: str, title: str) -> None:
+    """One dot a row and its 95 % interval, the ensemble's below the members', each value spelled out at the right edge.
 
     Dots and not bars: the differences are small, so the axis cannot begin at 0, and a bar that does not misleads.
     """
+    values = [scale * row[key] for row in rows]
+    intervals = [[scale * end for end in row["intervals"][key]] for row in rows]
     last = len(values) - 1
-    low, high = min(values), max(values)
+    low, high = np.min(intervals), np.max(intervals)
     margin = 0.12 * (high - low) or 0.005 * abs(high) or 0.01
     axes.axhspan(last - 0.5, last + 0.5, color="black", alpha=0.07, linewidth=0)
     for row, value in enumerate(values):
         style = _row_style(row, last)
         # The line across is the key to the curves below: the same colour, the same dashes.
         axes.axhline(row, **style, alpha=0.4)
+        axes.plot(intervals[row], (row, row), color=style["color"], linewidth=5, alpha=0.4, solid_capstyle="butt")
         axes.plot(value, row, "D" if row == last else "o", color=style["color"], markersize=9, zorder=5)
         weight = "bold" if row == last else "normal"
         axes.text(1.03, row, form.format(value), transform=axes.get_yaxis_transform(), va="center", fontweight=weight)

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -15,6 +16,17 @@ from errors import UserError
 # The batch size for which --lr and --min-lr are given.
 REFERENCE_BATCH = 64
 DEVICES = ("auto", "cuda", "mps", "cpu")
+RECIPES = ("ours", "original")
+# How a training step is run: operator by operator, as one CUDA graph, through torch.compile, or the last two together.
+COMPILE = ("none", "graph", "inductor", "both")
+SCHEDULE_STEPS = ("epoch", "batch")
+# The original's recipe, the same for its three networks; --recipe original puts it in place of a script's own.
+ORIGINAL = {
+    "epochs": 200, "batch_size": 64, "lr": 0.01, "min_lr": 0.0001, "warmup": 0.0, "schedule_step": "epoch",
+    "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True, "label_smoothing": 0.0,
+    "ema_decay": 0.0, "crop_padding": 4, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2,
+    "flip": 0.5, "randaugment_ops": 2, "randaugment_magnitude": 9, "cutout": 0,
+}  # fmt: skip
 
 
 def flag(
@@ -50,33 +62,62 @@ class Recipe:
 
     network: ClassVar[str] = ""  # key of models.NETWORKS
 
-    epochs: int = flag("passes over the training images", at_least=1)
-    batch_size: int = flag("images in a step", at_least=2)
-    lr: float = flag(f"learning rate of the first epoch, for a batch of {REFERENCE_BATCH}", above=0)
+    recipe: str = flag("ours, or original: the original's values for all that no flag changes", "ours", choices=RECIPES)
+    epochs: int = flag("passes over the training images", at_least=1, at_most=10**6)
+    batch_size: int = flag("images in a step", at_least=2, at_most=10**6)
+    lr: float = flag(f"learning rate of the first epoch, for a batch of {REFERENCE_BATCH}", above=0, at_most=1e30)
     min_lr: float = flag(f"learning rate at the end of the cosine, for a batch of {REFERENCE_BATCH}", at_least=0)
+    warmup: float = flag("part of the run in which the rate climbs to --lr, before the cosine", at_least=0, at_most=0.9)
+    schedule_step: str = flag("the learning rate changes with each epoch or each batch", choices=SCHEDULE_STEPS)
     momentum: float = flag("momentum of SGD", at_least=0, at_most=1)
-    weight_decay: float = flag("weight decay of SGD, on all parameters", at_least=0)
+    nesterov: bool = flag("Nesterov's momentum")
+    weight_decay: float = flag("weight decay of SGD", at_least=0)
+    decay_norms: bool = flag("weight decay on the norms' parameters and on biases too")
+    label_smoothing: float = flag("part of each label that is spread over all classes", at_least=0, at_most=1)
+    ema_decay: float = flag(
+        "test and keep a moving average of the weights, which keeps this part of itself at each step; 0: none",
+        at_least=0,
+        at_most=0.999999,
+    )
     seed: int = flag("seed of the weights, the images' order and their augmentation", 0, at_least=0, at_most=2**63 - 1)
     device: str = flag("auto takes CUDA, else MPS, else the CPU", "auto", choices=DEVICES, fixed=False)
+    deterministic: bool = flag("the same bits in every run on CUDA too, where it costs time", False, fixed=False)
+    sync_bn: bool = flag("with several processes: batch-norm over all their images, on CUDA", False)
+    compile: str = flag(
+        "a step as one CUDA graph, through torch.compile (inductor), or both; none: operator by operator",
+        choices=COMPILE,
+        fixed=False,
+    )
 
     crop_padding: int = flag("RandomCrop: zeros around the image, in pixels", group="augmentation", at_least=0)
-    brightness: float = flag("ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0)
-    contrast: float = flag("ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0)
-    saturation: float = flag("ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0)
+    brightness: float = flag(
+        "ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0, at_most=100
+    )
+    contrast: float = flag(
+        "ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0, at_most=100
+    )
+    saturation: float = flag(
+        "ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0, at_most=100
+    )
     hue: float = flag("ColorJitter: up to this part of a turn", group="augmentation", at_least=0, at_most=0.5)
     flip: float = flag("RandomHorizontalFlip: probability", group="augmentation", at_least=0, at_most=1)
-    randaugment_ops: int = flag("RandAugment: operations for each image", group="augmentation", at_least=0)
+    randaugment_ops: int = flag("RandAugment: operations for each image", group="augmentation", at_least=0, at_most=100)
     randaugment_magnitude: int = flag("RandAugment: strength", group="augmentation", at_least=0, at_most=30)
+    cutout: int = flag("Cutout: side of a square greyed out, in pixels", group="augmentation", at_least=0)
 
     data: str = flag(
         "cifar10, digits, or the path of an archive or a folder (see README)", "cifar10", group="data", fixed=False
     )
     data_url: str | None = flag("where to look first for the CIFAR-10 archive", None, group="data", fixed=False)
-    image_size: int = flag("side of the images, in pixels", 32, group="data", at_least=8)
-    train_size: int | None = flag("train on so many images, the same number of each class", None, group="data")
-    test_size: int | None = flag("test on so many images, the same number of each class", None, group="data")
+    image_size: int = flag("side of the images, in pixels", 32, group="data", at_least=8, at_most=4096)
+    train_size: int | None = flag(
+        "train on so many images, the same number of each class", None, group="data", at_least=1
+    )
+    test_size: int | None = flag(
+        "test on so many images, the same number of each class", None, group="data", at_least=1
+    )
     val_size: int = flag("hold out so many training images to choose the checkpoint by", 0, group="data", at_least=0)
-    split_seed: int = flag("seed of the subsets and hold-outs above", 0, group="data", at_least=0)
+    split_seed: int = flag("seed of the subsets and hold-outs above", 0, group="data", at_least=0, at_most=2**63 - 1)
 
     name: str = flag("name of the run's files", group="files", fixed=False)
     checkpoint_dir: str = flag("folder of the checkpoint", "checkpoints", group="files", fixed=False)
@@ -91,6 +132,20 @@ class Recipe:
             check(item, getattr(self, item.name))
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the cosine goes down")
+        if self.nesterov and not self.momentum:
+            raise UserError("--nesterov needs a --momentum above 0; give one, or --no-nesterov")
+        if self.data_url is not None and self.data != "cifar10":
+            raise UserError(f"--data-url {self.data_url!r} is for --data cifar10, not for {self.data!r}; leave one out")
+        for name in ("crop_padding", "cutout"):
+            if getattr(self, name) > self.image_size:
+                raise UserError(
+                    f"{spelled(name)} {getattr(self, name)} is above --image-size {self.image_size}; nothing of an "
+                    "image might be left"
+                )
+        for name in ("data", "data_url", "checkpoint_dir", "plot_dir", "reference"):
+            value = getattr(self, name)
+            if value is not None and (not value or "\0" in value):
+                raise UserError(f"{spelled(name)} is {value!r}; it must name a file, a folder or an address")
         if not self.name or self.name != self.name.strip() or any(sign in self.name for sign in "/\\:\0"):
             raise UserError(f"--name {self.name!r} cannot name a file; take letters, digits, '-', '_' or '.'")
         if len(os.fsencode(self.name)) > 200:
@@ -163,7 +218,7 @@ def check(item: Field, value: Any) -> None:
 
 
 def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = None) -> RecipeT:
-    """The script's recipe with the values that the command line gives in place of its own.
+    """The script's recipe, or with --recipe original the original's, with the values that the command line gives.
 
     Ends the process with status 2, after a line that names the flag, where a flag is unknown or not of its type.
     Raises UserError for a value out of range.
@@ -171,6 +226,9 @@ def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = 
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    argv = sys.argv[1:] if argv is None else argv
+    if named_recipe(argv) == "original":
+        recipe = replace(recipe, recipe="original", **ORIGINAL)
     types_of = typing.get_type_hints(type(recipe))
     groups: dict[str, Any] = {}
     # The network's own flags first: they are what sets one script apart from the others.
@@ -180,14 +238,27 @@ def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = 
             groups[rules["group"]] = parser.add_argument_group(rules["group"])
         options: dict[str, Any] = {"help": rules["help"], "default": default}
         if types_of[item.name] is bool:
-            options["action"] = "store_true"
+            # A flag whose value each script chooses can be turned off as well as on.
+            options["action"] = argparse.BooleanOptionalAction if item.default is MISSING else "store_true"
+            options["help"] += " (default: yes)" if default else ""
         else:
             options["type"] = without_none(types_of[item.name])
             options["metavar"] = options["type"].__name__.upper()
             if default is not None:
                 options["help"] += f" (default: {default})"
         groups[rules["group"]].add_argument(spelled(item.name), **options)
-    return replace(recipe, **vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        if isinstance(value, list):  # what argparse of Python 3.11 makes of --name=--
+            parser.error(f"argument {spelled(name)}: expected one argument")
+    return replace(recipe, **values)
+
+
+def named_recipe(argv: Sequence[str]) -> str | None:
+    """The value of --recipe, which decides the other flags' defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    return parser.parse_known_args(argv)[0].recipe
 
 
 def without_none(hint: Any) -> type:

@@ -6,18 +6,22 @@ of some thousand images at a time (augment.py), cuts the chunk into batches and 
 
 import ctypes
 import functools
+import math
+import os
 import platform
+import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import augment
 import dataset
+import parallel
 from dataset import Dataset, Split
 from errors import UserError
 from recipe import Recipe
@@ -31,8 +35,10 @@ STD = (0.2471, 0.2436, 0.2616)
 CHUNK_PIXELS = {"cpu": 2**20, "cuda": 16 * 2**20, "mps": 4 * 2**20}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that --device names; `auto` takes CUDA, then MPS, then the CPU. Makes the CPU ready where it is that.
+def pick_device(name: str, *, deterministic: bool = False) -> torch.device:
+    """The device that --device names; `auto` takes CUDA, then MPS, then the CPU. Sets what makes it fast.
+
+    `deterministic` also has it give the same bits in each run, at a price on CUDA; the CPU does so anyway.
 
     Raises UserError where it is not there.
     """
@@ -42,8 +48,17 @@ def pick_device(name: str) -> torch.device:
     if not there[name]:
         have = ", ".join(kind for kind, is_there in there.items() if is_there)
         raise UserError(f"--device {name}: PyTorch {torch.__version__} finds no such device here, only {have}")
+    if name == "cuda" and deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a guard for code that reads such memory
     if name == "cpu":
         keep_freed_memory()
+        refuse_memory_that_is_not_there()
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        # The sizes stay the same for a whole run: try which algorithm is fastest, where the choice may differ by run.
+        torch.backends.cudnn.benchmark = not deterministic
     return torch.device(name)
 
 
@@ -60,6 +75,27 @@ def keep_freed_memory() -> None:
         mallopt(m_mmap_max, 0)  # take no block from outside it
 
 
+def refuse_memory_that_is_not_there() -> None:
+    """Have allocations fail beyond what is free now, with an error that can be explained, on Linux.
+
+    By default Linux grants any amount and kills the process, without a word, when it comes to use it.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    kilobytes = {}
+    for path in ("/proc/meminfo", "/proc/self/status"):
+        for line in Path(path).read_text().splitlines():
+            name, _, value = line.partition(":")
+            if value.endswith(" kB"):
+                kilobytes[name] = int(value.split()[0])
+    limit = 1024 * (kilobytes["VmData"] + kilobytes["MemAvailable"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
 def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
     """uint8 (B, 3, H, W) to float32 of the same shape in channels-last order: (image / 255 − mean) / std."""
     shift, scale = _in_grey_levels(mean, images.device), _in_grey_levels(std, images.device)
@@ -73,15 +109,16 @@ def _in_grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def load_data(recipe: Recipe) -> Dataset:
     """The images that a recipe's flags name, as arrays on the host."""
-    return dataset.load(
-        recipe.data,
-        image_size=recipe.image_size,
-        train_size=recipe.train_size,
-        test_size=recipe.test_size,
-        val_size=recipe.val_size,
-        split_seed=recipe.split_seed,
-        data_url=recipe.data_url,
-    )
+    with parallel.first_here():  # what it downloads and decodes, the others find there
+        return dataset.load(
+            recipe.data,
+            image_size=recipe.image_size,
+            train_size=recipe.train_size,
+            test_size=recipe.test_size,
+            val_size=recipe.val_size,
+            split_seed=recipe.split_seed,
+            data_url=recipe.data_url,
+        )
 
 
 def augmentation_of(recipe: Recipe) -> augment.Augmentation:
@@ -98,7 +135,11 @@ class TrainLoader:
     """Augmented and normalised batches of a split, made on the device.
 
     The order of the images and all their draws follow from (seed, epoch) alone: neither the batch size nor the chunk
-    changes what becomes of an image. The last batch may be smaller.
+    changes what becomes of an image. The last batch may be smaller. Of several processes each gets its share of every
+    batch.
+
+    `ahead` (by default on CUDA) keeps the work off the critical path: a thread draws for the next epoch while this one
+    is trained, and the device augments the next chunk beside the training steps on this one.
     """
 
     def __init__(
@@ -110,14 +151,22 @@ class TrainLoader:
         seed: int = 0,
         device: torch.device | str = "cpu",
         chunk_size: int | None = None,
+        ahead: bool | None = None,
     ):
         self.images = torch.from_numpy(split.images).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
+        self.device = self.images.device
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
         self.size = self.images.shape[-1]
         self.augmenter = augment.Augmenter(self.size, augmentation, device)
-        chunk_size = chunk_size or CHUNK_PIXELS[self.images.device.type] // self.size**2
-        self.chunk_size = max(1, chunk_size // batch_size) * batch_size
+        self.rank, self.world_size = parallel.rank(), parallel.world_size()
+        self.own_size = len(range(batch_size)[self.share(batch_size)])
+        chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.size**2
+        self.chunk_size = max(1, chunk_size // self.own_size) * self.own_size
+        ahead = self.device.type == "cuda" if ahead is None else ahead
+        self.thread = ThreadPoolExecutor(1, "plan") if ahead else None
+        self.planned: dict[int, Future] = {}  # by epoch
+        self.stream = torch.cuda.Stream(self.device) if ahead and self.device.type == "cuda" else None
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
@@ -126,20 +175,74 @@ class TrainLoader:
         """Batches `start` and after of an epoch (both from 0): images, float32 (B, 3, H, W), and labels, int64 (B,)."""
         if start >= len(self):
             return
+        waiting = self.planned.pop(epoch, None) if start == 0 else None
+        plan = waiting.result() if waiting else self.plan(epoch, start)
+        if self.thread:
+            self.planned = {epoch + 1: self.thread.submit(self.plan, epoch + 1)}
+        for images, labels in self.chunks(plan.to(self.device)):
+            for batch, targets in zip(images.split(self.own_size), labels.split(self.own_size), strict=True):
+                yield normalize(batch), targets
+
+    def share(self, count: int) -> slice:
+        return parallel.share(count, self.rank, self.world_size)
+
+    def images_in(self, step: int) -> int:
+        """How many images a step's batch has, in all processes together."""
+        return min(self.batch_size, len(self.images) - step * self.batch_size)
+
+    def plan(self, epoch: int, start: int = 0) -> augment.Plan:
         generator = epoch_generator(self.seed, epoch)
         draws = augment.draw(len(self.images), self.size, self.augmentation, generator)
         order = torch.randperm(len(self.images), generator=generator)[start * self.batch_size :]
-        plan = augment.plan(order, draws, self.chunk_size, self.images.device)
+        order = torch.cat([batch[self.share(len(batch))] for batch in order.split(self.batch_size)])
+        return augment.plan(order, draws, self.chunk_size)
+
+    def chunks(self, plan: augment.Plan) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented images, uint8 (chunk, 3, H, W), and their labels."""
+        if self.stream is None:
+            for number in range(len(plan)):
+                yield self.chunk(plan, number)
+            return
+        training = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(training)  # which copies the plan
+        with torch.cuda.stream(self.stream):
+            ready = self.chunk(plan, 0)
         for number in range(len(plan)):
-            chunk = self.augmenter(self.images, plan, number)
-            labels = self.labels[plan.index[number * plan.chunk : (number + 1) * plan.chunk]]
-            for images, targets in zip(chunk.split(self.batch_size), labels.split(self.batch_size), strict=True):
-                yield normalize(images), targets
+            chunk = ready
+            training.wait_stream(self.stream)
+            for part in chunk:
+                part.record_stream(training)  # its memory may be taken again only when the training is done with it
+            if number + 1 < len(plan):
+                with torch.cuda.stream(self.stream):
+                    ready = self.chunk(plan, number + 1)
+            yield chunk
+
+    def chunk(self, plan: augment.Plan, number: int) -> tuple[Tensor, Tensor]:
+        index = plan.index[number * plan.chunk : (number + 1) * plan.chunk]
+        return self.augmenter(self.images, plan, number), self.labels.index_select(0, index)
 
 
-def cosine_schedule(optimizer: Optimizer, epochs: int, min_lr: float) -> CosineAnnealingLR:
-    """From the optimiser's rate in the first epoch to `min_lr` after the last, half a cosine, one step an epoch.
+@dataclass(frozen=True)
+class CosineSchedule:
+    """The learning rate of every step: a linear climb, then half a cosine down.
 
-    Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts.
+    From `lr` to `min_lr`, Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts; the climb over the first part
+    of the run, `warmup`, is that of Goyal et al. 2017, arXiv:1706.02677. `each` says when the rate changes: "epoch" or
+    "batch".
     """
-    return CosineAnnealingLR(optimizer, T_max=epochs, eta_min=min_lr)
+
+    lr: float
+    min_lr: float
+    epochs: int
+    warmup: float = 0.0
+    each: str = "epoch"
+
+    def __call__(self, epoch: int, step: int, steps: int) -> float:
+        """The rate of step `step` of the `steps` in epoch `epoch`, the first two counted from 0."""
+        done, stride = (epoch * steps + step, 1) if self.each == "batch" else (epoch * steps, steps)
+        total = self.epochs * steps
+        climb = self.warmup * total
+        if done < climb:
+            return self.lr * min(1.0, (done + stride) / climb)
+        turn = (done - climb) / (total - climb)
+        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * turn)) / 2

@@ -1,5 +1,6 @@
 """What several test files share: a network, images and a recipe so small that an epoch takes a moment."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -19,6 +20,13 @@ from recipe import Recipe, flag
 
 ROOT = Path(__file__).parents[1]
 TIMES = ("seconds", "images_per_second")  # what differs between two histories of the same run
+
+
+# What a recipe may ask for beside the original's values, all at once.
+ALL_ON = {
+    "nesterov": True, "decay_norms": False, "label_smoothing": 0.1, "ema_decay": 0.9, "warmup": 0.4,
+    "schedule_step": "batch", "cutout": 3,
+}  # fmt: skip
 
 
 def without_times(history):
@@ -73,49 +81,53 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def tiny_network(num_classes: int = 3, channels: int = 4) -> Tiny:
+    """Always with the same first weights."""
+    torch.manual_seed(7)
+    return Tiny(num_classes, channels=channels)
+
+
+def tiny_recipe_in(folder: Path, **changes) -> TinyRecipe:
+    values = {
+        "name": "tiny", "channels": 4, "epochs": 3, "batch_size": 4, "lr": 0.8, "min_lr": 0.016, "warmup": 0.0,
+        "schedule_step": "epoch", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True,
+        "label_smoothing": 0.0, "ema_decay": 0.0, "compile": "none", "crop_padding": 2, "brightness": 0.2,
+        "contrast": 0.2, "saturation": 0.2, "hue": 0.2, "flip": 0.5, "randaugment_ops": 1, "randaugment_magnitude": 9,
+        "cutout": 0, "image_size": 8, "device": "cpu", "checkpoint_dir": str(folder / "checkpoints"),
+        "plot_dir": str(folder / "plots"),
+    }  # fmt: skip
+    return TinyRecipe(**{**values, **changes})
+
+
+def tiny_images(*, val: bool = False, train_size: int = 22, seed: int = 0) -> Dataset:
+    """22 training, 9 test and, if asked for, 8 validation images of 8×8: the class is a tint of one channel."""
+    rng = np.random.default_rng(seed)
+
+    def split(size: int) -> Split:
+        labels = np.arange(size) % 3
+        images = rng.integers(0, 190, (size, 3, 8, 8), np.uint8)
+        images[np.arange(size), labels] += 65
+        return Split(images, labels.astype(np.int64))
+
+    train, test, held_out = split(train_size), split(9), split(8)
+    return Dataset("made up", ("red", "green", "blue"), train, test, held_out if val else None, f"digest {seed}")
+
+
 @pytest.fixture
 def tiny(monkeypatch):
-    """Build the tiny network, always with the same first weights; checkpoints know it by name."""
+    """Build the tiny network; checkpoints know it by name."""
     monkeypatch.setitem(NETWORKS, "tiny", Tiny)
-
-    def build(num_classes: int = 3, channels: int = 4) -> Tiny:
-        torch.manual_seed(7)
-        return Tiny(num_classes, channels=channels)
-
-    return build
+    return tiny_network
 
 
 @pytest.fixture
 def tiny_recipe(tmp_path):
-    def build(**changes) -> TinyRecipe:
-        values = {
-            "name": "tiny", "channels": 4, "epochs": 3, "batch_size": 4, "lr": 0.8, "min_lr": 0.016, "momentum": 0.9,
-            "weight_decay": 5e-4, "crop_padding": 2, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2,
-            "flip": 0.5, "randaugment_ops": 1, "randaugment_magnitude": 9, "image_size": 8, "device": "cpu",
-            "checkpoint_dir": str(tmp_path / "checkpoints"), "plot_dir": str(tmp_path / "plots"),
-        }  # fmt: skip
-        return TinyRecipe(**{**values, **changes})
-
-    return build
+    return functools.partial(tiny_recipe_in, tmp_path)
 
 
 @pytest.fixture
 def tiny_data():
-    """22 training, 9 test and, if asked for, 8 validation images of 8×8: the class is a tint of one channel."""
-
-    def build(*, val: bool = False, train_size: int = 22, seed: int = 0) -> Dataset:
-        rng = np.random.default_rng(seed)
-
-        def split(size: int) -> Split:
-            labels = np.arange(size) % 3
-            images = rng.integers(0, 190, (size, 3, 8, 8), np.uint8)
-            images[np.arange(size), labels] += 65
-            return Split(images, labels.astype(np.int64))
-
-        train, test, held_out = split(train_size), split(9), split(8)
-        return Dataset("made up", ("red", "green", "blue"), train, test, held_out if val else None, f"digest {seed}")
-
-    return build
+    return tiny_images
 
 
 @pytest.fixture(scope="module")

@@ -288,6 +288,34 @@ def test_each_augmentation_can_be_had_alone(name):
     assert changed < 100 or name in JITTER_OPS
 
 
+@pytest.mark.parametrize("side", [1, 4, 5, 40])
+def test_cutout_greys_a_square_about_its_centre_and_nothing_else(side):
+    images = photos(300, 16)
+    centres = torch.randint(256, (300,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    expected = images.clone()
+    for image, centre in zip(expected, centres.tolist(), strict=True):
+        top, left = centre // 16 - side // 2, centre % 16 - side // 2
+        square = image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
+        square.copy_(torch.tensor(augment.MEAN_COLOUR).view(3, 1, 1).expand_as(square))
+    assert torch.equal(augment.cut_out(images, centres, side), expected)
+    assert normalize(torch.tensor(augment.MEAN_COLOUR).to(torch.uint8).view(1, 3, 1, 1)).abs().max() < 0.02
+
+
+def test_cutout_comes_last_and_changes_no_other_draw():
+    images = photos(100, 32)
+    plain, cut = Augmentation(), Augmentation(cutout=9)
+    draws = [augment.draw(100, 32, settings, torch.Generator().manual_seed(0)) for settings in (plain, cut)]
+    for field in fields(augment.Draws):
+        same = torch.equal(getattr(draws[0], field.name), getattr(draws[1], field.name))
+        assert same == (field.name != "cutout"), field.name
+    assert len(draws[1].cutout.unique()) > 80
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    without = augmented(images, order, draws[0], plain, chunk=30)
+    assert torch.equal(
+        augmented(images, order, draws[1], cut, chunk=30), augment.cut_out(without, draws[1].cutout[order], 9)
+    )
+
+
 ALL_OPERATORS = {
     **dict(zip(JITTER_OPS, augment.JITTER, strict=True)),
     **augment.RANDAUGMENT,
@@ -553,6 +581,14 @@ def test_batches_are_the_chain_normalised(split, usual):
     assert usual[1].dtype == torch.int64
     ours = (usual[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).mul(255)
     assert_same_chain(ours.round().to(torch.uint8), theirs, draws[usual[1]])
+
+
+def test_a_loader_that_works_ahead_gives_the_same_batches(split):
+    given = [TrainLoader(split, 30, Augmentation(), seed=3, chunk_size=60, ahead=ahead) for ahead in (False, True)]
+    for epoch, start in ((0, 0), (1, 0), (2, 0), (2, 2), (3, 0), (7, 1), (8, 0), (0, 0)):
+        (images, labels), (images_ahead, labels_ahead) = (epoch_of(loader, epoch, start) for loader in given)
+        assert torch.equal(images_ahead, images)
+        assert torch.equal(labels_ahead, labels)
 
 
 def test_plan_puts_draws_in_order():

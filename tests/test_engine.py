@@ -2,9 +2,13 @@
 
 import copy
 import csv
+import functools
+import itertools
 import math
+import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TIMES, assert_same, without_times
+from conftest import ALL_ON, TIMES, assert_same, without_times
 from torch.nn import functional as F
 
 import checkpoint
@@ -23,7 +27,7 @@ import mobilenetv2
 import plotting
 from dataset import Split
 from errors import UserError
-from utils import TrainLoader, augmentation_of, cosine_schedule, normalize, pick_device
+from utils import CosineSchedule, TrainLoader, augmentation_of, normalize, pick_device
 
 STEPS = 6  # of an epoch of tiny_data: five batches of 4 and one of 2
 
@@ -94,43 +98,87 @@ def assert_same_end(path, expected_path):
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
+def naive_average(averaged, model, decay, steps_done):
+    """One entry of the state dict after the other, in float64."""
+    keep = min(decay, (1 + steps_done) / (10 + steps_done))
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            averaged[name] = keep * averaged[name] + (1 - keep) * value.double()
+
+
+@pytest.mark.parametrize("changes", [{}, ALL_ON], ids=["original", "all on"])
 @pytest.mark.parametrize("val", [False, True], ids=["", "val"])
-def test_weights_and_curves_are_those_of_a_naive_loop(train, tiny, tiny_data, tiny_recipe, val):
-    recipe, data, model = tiny_recipe(), tiny_data(val=val), tiny()
+def test_weights_and_curves_are_those_of_a_naive_loop(train, tiny, tiny_data, tiny_recipe, val, changes):
+    recipe, data, model = tiny_recipe(**changes), tiny_data(val=val), tiny()
     loader = TrainLoader(data.train, recipe.batch_size, augmentation_of(recipe), seed=recipe.seed)
-    sgd = torch.optim.SGD(model.parameters(), momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    expected = []
+    undecayed = {"conv.weight", "classifier.weight"} ^ {name for name, _ in model.named_parameters()}
+    sgd = torch.optim.SGD(
+        [
+            {"params": [parameter], "weight_decay": 0 if changes and name in undecayed else recipe.weight_decay}
+            for name, parameter in model.named_parameters()
+        ],
+        lr=1.0,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+    )
+    averaged = {name: value.double() for name, value in model.state_dict().items() if value.is_floating_point()}
+    expected, steps_done = [], 0
     for epoch in range(recipe.epochs):
-        turn = (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
-        rate = (recipe.min_lr + (recipe.lr - recipe.min_lr) * turn) * recipe.batch_size / 64
-        sgd.param_groups[0]["lr"] = rate
         losses, hits = [], 0
         model.train()
-        for images, labels in loader.epoch(epoch):
+        for step, (images, labels) in enumerate(loader.epoch(epoch)):
+            turn = (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
+            rate = recipe.min_lr + (recipe.lr - recipe.min_lr) * turn
+            if changes:  # a climb over two fifths of the 18 steps
+                done, climb = epoch * STEPS + step, 0.4 * 18
+                turn = (1 + math.cos(math.pi * (done - climb) / (18 - climb))) / 2
+                rate = recipe.min_lr + (recipe.lr - recipe.min_lr) * turn
+                rate = recipe.lr * min(1, (done + 1) / climb) if done < climb else rate
+            rate *= recipe.batch_size / 64
+            for group in sgd.param_groups:
+                group["lr"] = rate
             logits = model(images)
+            targets = F.one_hot(labels, 3) * (1 - recipe.label_smoothing) + recipe.label_smoothing / 3
             sgd.zero_grad()
-            F.cross_entropy(logits, labels).backward()
+            (-targets * logits.log_softmax(1)).sum(1).mean().backward()
             sgd.step()
+            naive_average(averaged, model, recipe.ema_decay, steps_done)
+            steps_done += 1
             losses += F.cross_entropy(logits, labels, reduction="none").tolist()
             hits += int((logits.argmax(1) == labels).sum())
         row = {"epoch": epoch + 1, "learning_rate": rate}
         row |= {"train_loss": sum(losses) / 22, "train_accuracy": hits / 22}
-        model.eval()
+        tested = copy.deepcopy(model).eval()
+        if recipe.ema_decay:
+            tested.load_state_dict({**model.state_dict(), **averaged})
         for name, split in [("test", data.test), ("val", data.val)][: 1 + val]:
             with torch.no_grad():
-                logits = model(normalize(torch.from_numpy(split.images)))
+                logits = tested(normalize(torch.from_numpy(split.images)))
             labels = torch.from_numpy(split.labels)
             right = (logits.argmax(1) == labels).float().mean().item()
             row |= {f"{name}_loss": F.cross_entropy(logits, labels).item(), f"{name}_accuracy": right}
         expected.append(row)
 
-    run = train(data)
+    run = train(data, **changes)
     assert [row.keys() - TIMES for row in run.history] == [row.keys() for row in expected]
     for found, row in zip(run.history, expected, strict=True):
-        assert {name: found[name] for name in row} == pytest.approx(row, rel=1e-6, abs=1e-6)
-    assert expected[-1]["train_loss"] < 0.9 * expected[0]["train_loss"], "the network ought to have learned"
+        assert {name: found[name] for name in row} == pytest.approx(row, rel=1e-5, abs=1e-6)
+    assert expected[-1]["train_loss"] < 0.95 * expected[0]["train_loss"], "the network ought to have learned"
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    for name, value in averaged.items() if recipe.ema_decay else ():
+        torch.testing.assert_close(run.average.state_dict()[name], value.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_with_an_average_it_is_the_average_that_is_kept(train, path):
+    run = train(ema_decay=0.5)
+    content = checkpoint.read(path)
+    assert_same(content["model"], run.average.state_dict())
+    assert_same(content["training"]["model"], run.model.state_dict())
+    assert content["training"]["average"] is None, "it stands in the file already"
+    assert content["model"]["norm.num_batches_tracked"] == 3 * STEPS
+    for name in ("conv.weight", "norm.weight", "norm.running_mean", "norm.running_var"):
+        assert not torch.equal(content["model"][name], content["training"]["model"][name]), name
 
 
 def test_the_last_batch_is_trained_though_it_is_smaller(train):
@@ -152,30 +200,41 @@ def test_a_last_batch_of_one_image_is_refused_before_anything_is_done(train, tin
 
 
 def test_the_last_of_200_epochs_trains_at_0_000101():
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
-    schedule = cosine_schedule(optimizer, 200, 0.0001)
-    rates = []
-    for _ in range(200):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx(
+    schedule = CosineSchedule(0.01, 0.0001, 200)
+    rates = [schedule(epoch, step, 782) for epoch in range(200) for step in (0, 500, 781)]
+    assert rates[::3] == rates[1::3] == rates[2::3]
+    assert rates[::3] == pytest.approx(
         [0.0001 + 0.0099 * (1 + math.cos(math.pi * epoch / 200)) / 2 for epoch in range(200)], rel=1e-9
     )
     assert rates[0] == 0.01
-    assert f"{rates[199]:.6f}" == "0.000101"
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0001)
+    assert f"{rates[-1]:.6f}" == "0.000101"
+
+
+@pytest.mark.parametrize("each", ["epoch", "batch"])
+@pytest.mark.parametrize("warmup", [0.0, 0.2, 0.25])
+def test_the_rate_climbs_and_then_falls_without_a_leap(each, warmup):
+    schedule = CosineSchedule(0.08, 0.0008, 10, warmup, each)
+    rates = [schedule(epoch, step, 5) for epoch in range(10) for step in range(5)]
+    changes = 10 if each == "epoch" else 50
+    top = rates.index(max(rates))
+    assert rates[top] == pytest.approx(0.08)
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[0] == pytest.approx(0.08 / (warmup * changes) if warmup else 0.08)
+    assert 0.0008 < rates[-1] < 0.005
+    assert len(set(rates)) in (changes, changes - 1)  # the climb's end and the cosine's start may be the same
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < (0.05 if each == "epoch" else 0.01)
 
 
 def test_twice_the_batch_doubles_both_rates_and_the_run_says_so(train, tiny_data, capsys):
     rates = {}
     for batch_size in (64, 128):
         run = train(tiny_data(train_size=66), batch_size=batch_size, name=f"batch{batch_size}", epochs=2)
-        rates[batch_size] = [row["learning_rate"] for row in run.history] + run.schedule.get_last_lr()
+        rates[batch_size] = [row["learning_rate"] for row in run.history]
         said = "learning rates 0.8 and 0.016 for a batch of 64 become 1.6 and 0.032 for a batch of 128"
         assert (said in capsys.readouterr().out) == (batch_size == 128)
-    assert rates[64] == pytest.approx([0.8, 0.408, 0.016])
-    assert rates[128] == pytest.approx([1.6, 0.816, 0.032])
+    assert rates[64] == pytest.approx([0.8, 0.408])
+    assert rates[128] == pytest.approx([1.6, 0.816])
 
 
 @pytest.mark.parametrize(("step_seconds", "least", "most"), [(0.01, 1, 1), (0.5, 3, 4)])
@@ -207,12 +266,10 @@ def test_predict_gives_the_logits_of_one_pass_and_leaves_the_network_alone(tiny)
     for logits in pieces:
         assert (logits.dtype, logits.shape) == (torch.float32, (11, 3))
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    other = engine.predict(model, images, device, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    torch.testing.assert_close(other, model(images / 255).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_predict_keeps_its_batches_small_for_large_images(tiny, monkeypatch):
-    monkeypatch.setattr(engine, "EVAL_PIXELS", 4 * 8 * 8)
+    monkeypatch.setitem(engine.EVAL_PIXELS, "cpu", 4 * 8 * 8)
     sizes, model = [], tiny()
     model.on_forward = lambda model, logits: sizes.append(len(logits)) or logits
     engine.predict(model, torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"))
@@ -270,7 +327,7 @@ def scripted(monkeypatch, path):
     def script(test, val):
         written, contents = checkpoint.write, []
         left = {9: iter(test), 8: iter(val)}
-        monkeypatch.setattr(engine.metrics, "accuracy", lambda logits, labels: next(left[len(labels)]))
+        monkeypatch.setattr(engine.metrics, "sums", lambda _, labels: [1.0, len(labels) * next(left[len(labels)])])
 
         def write(*arguments):
             written(*arguments)
@@ -359,10 +416,132 @@ def test_a_disk_that_fills_up_keeps_the_epoch_before(train, path, monkeypatch):
         kept.append(path.read_bytes())
         monkeypatch.setattr(files.os, "fsync", refuse)
 
-    with pytest.raises(UserError, match=r"tiny\.pt: the checkpoint could not be written .No space left"):
+    with pytest.raises(UserError) as error:
         train(on_forward=at_call(STEPS + 2, fill))
+    assert f"{path}: the checkpoint could not be written (No space left" in str(error.value)
+    assert f"{path} holds epoch 1; --resume goes on from there" in str(error.value)
     assert path.read_bytes() == kept[0]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_disk_that_is_full_from_the_start_says_that_nothing_is_saved(train, monkeypatch):
+    def refuse(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    with pytest.raises(UserError, match=r"No space left.*; nothing of this run is saved"):
+        train()
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "plots"])
+def test_a_folder_that_vanishes_ends_the_run_and_is_not_made_anew(train, tmp_path, folder):
+    def vanish(_):
+        shutil.move(tmp_path / folder, tmp_path / "elsewhere")
+
+    with pytest.raises(UserError) as error:
+        train(on_forward=at_call(STEPS + 2, vanish))
+    assert f"{tmp_path / folder}: this folder has vanished" in str(error.value)
+    assert "tiny.pt holds epoch 1; --resume goes on from there" in str(error.value)
+    assert not (tmp_path / folder).exists()
+    moved = tmp_path / ("elsewhere" if folder == "checkpoints" else "checkpoints") / "tiny.pt"
+    assert checkpoint.read(moved)["training"]["epoch"] == 1
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(train, path):
+    for name, seed in (("one", 3), ("same", 3), ("other", 4)):
+        train(name=name, seed=seed, **ALL_ON)
+    one, same, other = (checkpoint.read(path.with_name(f"{name}.pt")) for name in ("one", "same", "other"))
+    assert_same_end(path.with_name("one.pt"), path.with_name("same.pt"))
+    assert [content["recipe"]["seed"] for content in (one, same, other)] == [3, 3, 4]
+    assert not torch.equal(one["model"]["conv.weight"], other["model"]["conv.weight"])
+    assert one["history"][0]["train_loss"] != other["history"][0]["train_loss"]
+
+
+def test_what_is_saved_in_the_background_is_what_stood_there_then(train, tiny_recipe, path, csv_path, monkeypatch):
+    train(name="whole", **ALL_ON)
+    monkeypatch.setattr(engine, "Saver", functools.partial(in_background, engine.Saver))
+    train(**ALL_ON)
+    assert_same_end(path, path.with_name("whole.pt"))
+    assert without_times(plotting.read_csv(csv_path)) == without_times(
+        plotting.read_csv(csv_path.with_name("whole.csv"))
+    )
+    written, contents = checkpoint.write, []
+
+    def write_late(target, content):
+        time.sleep(0.1)  # while the next epoch is trained
+        written(target, content)
+        contents.append(checkpoint.read(target))
+
+    monkeypatch.setattr(checkpoint, "write", write_late)
+    train(overwrite=True, **ALL_ON)
+    weights = [content["model"]["conv.weight"] for content in contents]
+    train(overwrite=True, on_forward=at_call(2 * STEPS, send(signal.SIGINT)), **ALL_ON)
+    assert [content["training"]["epoch"] for content in contents] == [1, 2, 3, 1, 2, 2]
+    assert_same([content["model"]["conv.weight"] for content in contents[3:5]], weights[:2])
+    assert not torch.equal(weights[0], weights[1])
+    train(resume=True, **ALL_ON)
+    assert_same_end(path, path.with_name("whole.pt"))
+
+
+def in_background(saver, **_):
+    return saver(in_background=True)
+
+
+def test_a_disk_that_fills_up_in_the_background_ends_the_run(train, path, monkeypatch):
+    monkeypatch.setattr(engine, "Saver", functools.partial(in_background, engine.Saver))
+    written = []
+
+    def write(target, content):
+        written.append(content["training"]["epoch"])
+        raise UserError(f"{target}: full")
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    with pytest.raises(UserError, match=r"tiny\.pt: full"):
+        train(epochs=1)  # the last epoch's error is not lost either
+    with pytest.raises(UserError, match=r"tiny\.pt: full"):
+        train()
+    assert written == [1, 1], "no epoch is written behind a lost one"
+
+
+# ------------------------------------------------------------------------------------------------ memory that runs out
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "device memory"),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to"), "memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), "memory"),
+        (MemoryError(), "memory"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["step", "evaluation"])
+def test_memory_that_runs_out_names_the_batch_size_and_a_smaller_one(train, path, error, memory, training):
+    kept = []
+
+    def run_out(_):
+        kept.append(path.read_bytes())
+        raise error
+
+    with pytest.raises(UserError, match=rf"--batch-size 4: the {memory}.* is too small for it; try --batch-size 2"):
+        train(on_forward=at_call(STEPS + 2 if training else 1, run_out, training=training))
+    assert path.read_bytes() == kept[0]
+
+
+def test_memory_that_runs_out_for_two_images_asks_for_smaller_ones(train, tiny_data):
+    def run_out(_):
+        raise MemoryError
+
+    with pytest.raises(UserError, match=r"--batch-size 2: .* try smaller images or a smaller network"):
+        train(batch_size=2, on_forward=at_call(0, run_out))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(train):
+    def fail(_):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(on_forward=at_call(0, fail))
 
 
 # ------------------------------------------------------------------------------------------- a loss that is not finite
@@ -451,20 +630,23 @@ PIECES = {
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("val", [False, True], ids=["", "val"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"val": True}, ALL_ON, {"val": True, **ALL_ON}], ids=["", "val", "all on", "val, all on"]
+)
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
-def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path, monkeypatch, pieces, val):
-    monkeypatch.setattr(engine, "EVAL_PIXELS", 4 * 8 * 8)
-    whole = train(val=val, name="whole")
+def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path, monkeypatch, pieces, settings):
+    monkeypatch.setitem(engine.EVAL_PIXELS, "cpu", 4 * 8 * 8)
+    whole = train(**settings, name="whole")
     for kind, number in pieces:
         stop = at_call(number, send(signal.SIGTERM), training=kind == "train")
-        assert train(val=val, resume=True, on_forward=stop).exit_status == 143
+        assert train(**settings, resume=True, on_forward=stop).exit_status == 143
         plotted = plotting.read_csv(csv_path) if csv_path.exists() else []
         assert plotted == checkpoint.read(path)["history"]
-    run = train(val=val, resume=True)
+    run = train(**settings, resume=True)
     assert run.exit_status == 0
     assert_same_end(path, path.with_name("whole.pt"))
     assert_same(run.model.state_dict(), whole.model.state_dict())
+    assert_same(run.tested.state_dict(), whole.tested.state_dict())
     whole_csv = plotting.read_csv(csv_path.with_name("whole.csv"))
     assert without_times(plotting.read_csv(csv_path)) == without_times(whole_csv)
 

@@ -18,7 +18,9 @@ import dataset
 import dense
 import errors
 import main_ens
+import metrics
 import mobilenetv2
+import models.ensemble
 import resnext
 from utils import normalize
 
@@ -117,7 +119,11 @@ def test_logit_average_equals_numpy(folder):
 
 def test_what_is_stored_and_printed(folder, tested):
     printed, result = tested
-    assert set(result) == {"members", "ensemble", "average", "data", "num_images"}
+    assert set(result) == {
+        "members", "ensemble", "best_member", "versus_members", "leave_one_out", "disagreement", "confusions",
+        "by_network", "average", "temperature", "tta", "data", "num_images",
+    }  # fmt: skip
+    assert (result["temperature"], result["tta"], result["by_network"]) == (None, None, [])
     assert [member["name"] for member in result["members"]] == ["densenet", "mobilenetv2", "resnext"]
     assert [Path(member["checkpoint"]) for member in result["members"]] == [
         Path("checkpoints", f"{name}.pt") for name in ("densenet", "mobilenetv2", "resnext")
@@ -126,7 +132,17 @@ def test_what_is_stored_and_printed(folder, tested):
     for row in (*result["members"], result["ensemble"]):
         assert f"{row['loss']:.4f}" in printed
         assert f"{row['accuracy']:.2%}".rstrip("%") in printed
-    assert (folder / "plots" / "ensemble.png").read_bytes().startswith(b"\x89PNG")
+        assert f"{row['brier']:.4f}" in printed
+        assert f"{100 * row['calibration_error']:.2f} %" in printed
+        low, high = row["intervals"]["accuracy"]
+        assert f"[{100 * low:.2f}, {100 * high:.2f}]" in printed
+    assert f"ensemble against its best member, {result['best_member']}: " in printed
+    assert len(result["confusions"]) <= 10
+    for row in result["confusions"][:3]:
+        assert f"{row['true']} for {row['predicted']} ({row['images']})" in printed
+    assert max(len(line) for line in printed.splitlines() if "plots and figures" not in line) <= 100
+    for name in ("ensemble", "reliability", "mistakes"):
+        assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_member_equals_the_last_row_of_its_own_curve(folder, tested):
@@ -134,6 +150,123 @@ def test_member_equals_the_last_row_of_its_own_curve(folder, tested):
         last = checkpoint.read(folder / member["checkpoint"])["history"][-1]
         assert member["loss"] == pytest.approx(last["test_loss"], abs=1e-6)
         assert member["accuracy"] == last["test_accuracy"]
+
+
+def test_leaving_one_out_equals_the_ensemble_of_the_others(folder, tested):
+    done = run(folder, main_ens, "checkpoints/densenet.pt", "checkpoints/resnext.pt", "--plot-dir", "two")
+    assert done.returncode == 0, done.stderr
+    others = json.loads((folder / "two" / "ensemble.json").read_text())["ensemble"]
+    without = tested[1]["leave_one_out"][1]
+    assert without["without"] == "mobilenetv2"
+    assert {name: without[name] for name in others if name != "intervals"} == pytest.approx(
+        {name: others[name] for name in others if name != "intervals"}
+    )
+
+
+def test_mirror_images_equal_doing_it_by_hand(folder, tested):
+    done = run(folder, main_ens, "--tta", "flip", "--plot-dir", "mirrored")
+    assert done.returncode == 0, done.stderr
+    assert "with --tta flip" in done.stdout
+    assert "ensemble (softmax averaged, --tta flip)" in done.stdout
+    result = json.loads((folder / "mirrored" / "ensemble.json").read_text())
+    assert result["tta"] == "flip"
+    data = dataset.load("digits", image_size=16, train_size=200, test_size=100)
+    views = []
+    for name in ("densenet", "mobilenetv2", "resnext"):
+        path = folder / "checkpoints" / f"{name}.pt"
+        model = checkpoint.build_model(path, checkpoint.read(path))
+        with torch.no_grad():
+            for images in (data.test.images, data.test.images[..., ::-1].copy()):
+                views.append(numpy_softmax(model(normalize(torch.from_numpy(images))).double().numpy()))
+    rows, labels = np.arange(100), data.test.labels
+    for number, member in enumerate(result["members"]):
+        own = (views[2 * number] + views[2 * number + 1]) / 2
+        assert member["loss"] == pytest.approx(-np.log(own[rows, labels]).mean(), abs=1e-6)
+    mean = np.mean(views, 0)
+    assert result["ensemble"]["loss"] == pytest.approx(-np.log(mean[rows, labels]).mean(), abs=1e-6)
+    assert abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) > 1e-5, "mirror images ought to differ"
+
+
+def test_a_second_analysis_builds_no_network_and_says_the_same(folder, tested, monkeypatch):
+    def build(path, content):
+        raise AssertionError(f"{path} is built")
+
+    monkeypatch.setattr(models.ensemble, "build_member", build)
+    done = run(folder, main_ens, "--plot-dir", "again")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "again" / "ensemble.json").read_text() == (folder / "plots" / "ensemble.json").read_text()
+    assert done.stdout.splitlines()[:-1] == tested[0].splitlines()[:-1]
+    with pytest.raises(AssertionError, match="is built"):
+        run(folder, main_ens, "--no-cache")
+
+
+@pytest.fixture(scope="module")
+def held_out(folder):
+    """Two checkpoints of one network, with validation images, trained for long enough to have a temperature."""
+    easy = ["--recipe", "original", "--flip", "0", "--crop-padding", "1", "--randaugment-ops", "0"]
+    easy += [word for name in ("brightness", "contrast", "saturation", "hue") for word in (f"--{name}", "0")]
+    easy += ["--epochs", "12", "--batch-size", "16", "--lr", "0.05", "--val-size", "100"]
+    names = ("held-out", "held-out-seed1")
+    for seed, name in enumerate(names):
+        trained(folder, mobilenetv2, *easy, "--name", name, "--seed", str(seed))
+    return [f"checkpoints/{name}.pt" for name in names]
+
+
+def test_a_temperature_is_fitted_on_the_validation_images_alone(folder, held_out):
+    done = run(folder, main_ens, *held_out, "--temperature", "fit", "--plot-dir", "fitted")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "fitted" / "ensemble.json").read_text())
+    temperature = result["temperature"]
+    assert temperature["fitted_on"] == 100
+
+    data = dataset.load("digits", image_size=16, train_size=200, test_size=100, val_size=100)
+    contents = [(folder / path, checkpoint.read(folder / path)) for path in held_out]
+    losses = {}
+    for factor in (0.97, 1, 1.03):
+        ensemble = models.ensemble.build(contents, temperature=factor * temperature["value"])
+        with torch.no_grad():
+            probs = ensemble(torch.from_numpy(data.val.images))
+            tested = ensemble(torch.from_numpy(data.test.images))
+        losses[factor] = metrics.negative_log_likelihood(probs, torch.from_numpy(data.val.labels))
+        if factor == 1:
+            assert result["ensemble"]["loss"] == pytest.approx(
+                metrics.negative_log_likelihood(tested, torch.from_numpy(data.test.labels)), abs=1e-5
+            )
+    assert losses[1] < min(losses[0.97], losses[1.03])
+
+    before, after = temperature["before"], temperature["after"]
+    assert after == {name: result["ensemble"][name] for name in after}
+    assert before["accuracy"] == after["accuracy"]
+    assert f"test loss from {before['loss']:.4f} to {after['loss']:.4f}" in done.stdout
+    assert "fitted on 100 validation images" in done.stdout
+
+
+def test_a_temperature_can_be_given(folder, tested):
+    done = run(folder, main_ens, "--temperature", "2", "--plot-dir", "two-degrees")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "two-degrees" / "ensemble.json").read_text())
+    assert (result["temperature"]["value"], result["temperature"]["fitted_on"]) == (2, None)
+    assert result["temperature"]["before"]["loss"] == tested[1]["ensemble"]["loss"]
+    assert result["members"] == tested[1]["members"]
+    assert "T = 2" in done.stdout
+
+
+def test_members_of_one_network_have_a_mean_and_a_spread(folder, held_out):
+    done = run(folder, main_ens, *held_out, "--plot-dir", "seeds")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "seeds" / "ensemble.json").read_text())
+    [group] = result["by_network"]
+    accuracies = [100 * member["accuracy"] for member in result["members"]]
+    assert (group["network"], group["members"]) == ("mobilenetv2", ["held-out", "held-out-seed1"])
+    assert f"test accuracy {np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f} %" in done.stdout
+
+
+def test_a_fit_without_common_validation_images_is_refused(folder, held_out):
+    error = refused(folder, "--temperature", "fit")
+    assert "checkpoints/densenet.pt was trained without" in error
+    assert "--val-size" in error
+    assert "--val-size: 0 in" in refused(folder, "checkpoints/densenet.pt", held_out[0], "--temperature", "fit")
+    assert "--data digits replaces them" in refused(folder, *held_out, "--temperature", "fit", "--data", "digits")
 
 
 def test_any_number_of_any_kind(folder):
@@ -217,21 +350,25 @@ def test_one_file_twice_is_refused(folder):
     assert "twice" in refused(folder, "checkpoints/densenet.pt", "checkpoints/../checkpoints/densenet.pt")
 
 
-def test_broken_weights_are_refused(folder):
+@pytest.mark.parametrize(
+    ("value", "words"), [("nan", "weights are not finite (classifier.weight)"), ("3e38", "predictions are not finite")]
+)
+def test_broken_weights_are_refused(folder, value, words):
     content = checkpoint.read(folder / "checkpoints" / "resnext.pt")
-    content["model"]["classifier.bias"][0] = float("nan")
-    checkpoint.write(folder / "checkpoints" / "nan.pt", content)
-    assert "nan.pt: its predictions are not finite" in refused(folder, "checkpoints/nan.pt")
+    content["model"]["classifier.weight"].fill_(float(value))
+    checkpoint.write(folder / "checkpoints" / "broken.pt", content)
+    assert f"broken.pt: its {words}" in refused(folder, "checkpoints/broken.pt")
 
 
 def test_unfinished_member_is_used_with_a_warning(folder):
     content = checkpoint.read(folder / "checkpoints" / "resnext.pt")
     content["finished"] = False
     content["training"]["epoch"] = 1
+    del content["history"][1:]
     checkpoint.write(folder / "checkpoints" / "half.pt", content)
     done = run(folder, main_ens, "checkpoints/half.pt", "--plot-dir", "half")
     assert done.returncode == 0, done.stderr
-    assert "half.pt is not finished, 1 of 2 epochs" in done.stdout
+    assert "half.pt is not finished, 1 of 2 epochs" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -241,6 +378,9 @@ def test_unfinished_member_is_used_with_a_warning(folder):
         (["--test-size", "7000"], "--test-size 7000"),
         (["--average", "median"], "--average"),
         (["--averag", "logits"], "--averag"),
+        (["--temperature", "0"], "--temperature: found 0, expected fit or a number above 0"),
+        (["--temperature", "warm"], "--temperature: found warm"),
+        (["--tta", "crop"], "--tta"),
         (["--data", "nowhere"], "nowhere"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Loss and accuracy against the same worked out in numpy."""
+"""Every figure of predicted probabilities against the same worked out in numpy, some against torchmetrics too."""
 
 import math
 
@@ -71,3 +71,111 @@ def test_a_mixture_never_loses_more_than_its_members_mean(logits, labels):
 def test_unknown_average(logits):
     with pytest.raises(ValueError, match="'median'"):
         average_probs(torch.from_numpy(logits), "median")
+
+
+def test_brier_score_equals_numpy(logits, labels):
+    probs = softmax(logits[0])
+    expected = ((probs - np.eye(7)[labels]) ** 2).sum(1)
+    own, targets = torch.from_numpy(probs), torch.from_numpy(labels)
+    assert metrics.brier_score(own, targets) == pytest.approx(expected.mean(), abs=1e-12)
+    np.testing.assert_allclose(metrics.per_image(own, targets)[:, 2], expected, atol=1e-12)
+
+
+def test_brier_score_goes_from_0_to_2():
+    sure = torch.tensor([[1.0, 0.0, 0.0]])
+    assert metrics.brier_score(sure, torch.tensor([0])) == 0
+    assert metrics.brier_score(sure, torch.tensor([2])) == 2
+
+
+def test_the_means_of_what_images_add_are_the_figures(logits, labels):
+    probs, targets = torch.from_numpy(softmax(logits[0])), torch.from_numpy(labels)
+    means = metrics.per_image(probs, targets).mean(0).tolist()
+    assert metrics.PER_IMAGE == ("loss", "accuracy", "brier")
+    assert means == [
+        metrics.negative_log_likelihood(probs, targets),
+        metrics.accuracy(probs, targets),
+        metrics.brier_score(probs, targets),
+    ]
+
+
+@pytest.mark.parametrize("bins", [10, 15])
+def test_calibration_equals_a_loop_in_numpy(logits, labels, bins):
+    probs = softmax(logits[0])
+    confidence, hits = probs.max(1), probs.argmax(1) == labels
+    own, targets = torch.from_numpy(probs), torch.from_numpy(labels)
+    counts, mean_confidence, accuracies = metrics.reliability(own, targets, bins)
+    error = 0
+    for number in range(bins):
+        inside = (confidence > number / bins) & (confidence <= (number + 1) / bins)
+        assert counts[number] == inside.sum()
+        if inside.any():
+            assert mean_confidence[number] == pytest.approx(confidence[inside].mean())
+            assert accuracies[number] == pytest.approx(hits[inside].mean())
+            error += inside.sum() / 500 * abs(hits[inside].mean() - confidence[inside].mean())
+        else:
+            assert mean_confidence[number] == accuracies[number] == 0
+    assert metrics.calibration_error(own, targets, bins) == pytest.approx(error, abs=1e-12)
+
+
+def test_calibration_error_equals_torchmetrics(logits, labels):
+    torchmetrics = pytest.importorskip("torchmetrics")
+    theirs = torchmetrics.classification.MulticlassCalibrationError(num_classes=7, n_bins=15, norm="l1")
+    for own in logits:
+        probs, targets = torch.from_numpy(softmax(own)), torch.from_numpy(labels)
+        edges = np.arange(16)[:, None] / 15
+        assert np.abs(probs.max(1).values.numpy() - edges).min() > 1e-6, "on an edge, rounding decides the bin"
+        assert metrics.calibration_error(probs, targets) == pytest.approx(theirs(probs, targets).item(), abs=1e-6)
+
+
+def test_a_bin_holds_its_upper_edge():
+    probs = torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]])
+    counts, _, _ = metrics.reliability(probs, torch.zeros(3, dtype=torch.long), bins=4)
+    assert counts.tolist() == [0, 1, 1, 1]
+
+
+def test_calibration_of_the_calibrated_and_of_the_overconfident():
+    labels = torch.tensor([0, 0, 0, 1])
+    assert metrics.calibration_error(torch.tensor([[0.75, 0.25]] * 4), labels) == pytest.approx(0)
+    assert metrics.calibration_error(torch.tensor([[1.0, 0.0]] * 4), labels) == pytest.approx(0.25)
+
+
+def test_disagreement_equals_numpy(logits):
+    predicted = logits.argmax(2)
+    ours = metrics.disagreement(torch.from_numpy(softmax(logits)))
+    for one in range(3):
+        for other in range(3):
+            assert ours[one, other] == (predicted[one] != predicted[other]).mean()
+
+
+def test_confusions_are_the_most_frequent_mistakes_in_order():
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    probs = torch.eye(3)[[1, 1, 0, 2, 1, 0, 0, 0, 2]]
+    assert metrics.confusions(probs, labels, 2) == [(2, 0, 3), (0, 1, 2)]
+    assert metrics.confusions(probs, labels, 10) == [(2, 0, 3), (0, 1, 2), (1, 2, 1)]
+    assert metrics.confusions(torch.eye(3)[labels], labels, 10) == []
+
+
+@pytest.mark.parametrize("at_once", [1, 35, 10_000])
+def test_bootstrap_equals_a_loop(monkeypatch, at_once):
+    values = np.random.default_rng(5).normal(size=(7, 3))
+    monkeypatch.setattr(metrics, "RESAMPLED_AT_ONCE", at_once)
+    rng = np.random.default_rng(3)
+    expected = [values[rng.integers(0, 7, 7)].mean(0) for _ in range(40)]
+    np.testing.assert_allclose(metrics.bootstrap(values, 40, seed=3), expected, atol=1e-12)
+
+
+def test_an_interval_is_as_wide_as_the_normal_distribution_has_it():
+    values = np.random.default_rng(5).random((400, 1)) < 0.9
+    low, high = metrics.interval(metrics.bootstrap(values)[:, 0])
+    share = values.mean()
+    assert low < share < high
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(share * (1 - share) / 400), rel=0.05)
+
+
+def test_a_paired_comparison_sees_what_two_intervals_would_hide():
+    # The second is right wherever the first is, and on 12 of its 200 mistakes: each alone is known far less well.
+    first = np.arange(1000) >= 200
+    second = np.arange(1000) >= 188
+    means = metrics.bootstrap(np.stack([first, second], 1))
+    assert metrics.interval(means[:, 0])[1] > metrics.interval(means[:, 1])[0]
+    assert metrics.interval(means[:, 1] - means[:, 0])[0] > 0

@@ -13,8 +13,12 @@ from errors import UserError
 from plotting import (
     confusion_matrix,
     draw_ensemble,
+    draw_mistakes,
+    draw_reliability,
     draw_training,
     plot_ensemble,
+    plot_mistakes,
+    plot_reliability,
     plot_training,
     read_csv,
     running_accuracy,
@@ -59,11 +63,32 @@ def make_ensemble(members: int, classes: int, images: int = 300) -> dict:
     probs = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
 
     def row(name: str, probs: np.ndarray) -> dict:
-        loss = -np.log(probs[np.arange(images), labels]).mean()
-        return {"name": name, "loss": loss, "accuracy": (probs.argmax(axis=1) == labels).mean(), "probs": probs}
+        loss, accuracy = -np.log(probs[np.arange(images), labels]).mean(), (probs.argmax(axis=1) == labels).mean()
+        intervals = {"loss": [0.8 * loss, 1.2 * loss], "accuracy": [0.9 * accuracy, 1.05 * accuracy]}
+        return {"name": name, "loss": loss, "accuracy": accuracy, "intervals": intervals, "probs": probs}
 
     rows = [row(f"member {index}", member.astype(np.float32)) for index, member in enumerate(probs)]
     return {"members": rows, "ensemble": row("ensemble", probs.mean(axis=0)), "labels": labels}
+
+
+def make_bins(names: list[str]) -> list[dict]:
+    """A row of a reliability picture for each name; the first bin holds nothing, the second few images."""
+    counts = np.array([0, 9, 30, 61])
+    confidence, accuracy = np.array([0, 0.4, 0.6, 0.9]), np.array([0, 0.5, 0.5, 1.0])
+    return [{"name": name, "calibration_error": 0.1234, "bins": (counts, confidence, accuracy)} for name in names]
+
+
+def make_mistakes(members: int, classes: int, images: int = 300) -> dict:
+    """Some of the images, at least, have labels that no member knows of."""
+    result = make_ensemble(members, classes, images)
+    result["labels"][::9] = (result["labels"][::9] + 1) % classes
+    return {
+        "images": np.random.default_rng(1).integers(0, 256, (images, 3, 8, 8), np.uint8),
+        "labels": result["labels"],
+        "members": np.stack([row["probs"] for row in result["members"]]),
+        "ensemble": result["ensemble"]["probs"],
+        "names": [row["name"] for row in result["members"]],
+    }
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -379,6 +404,8 @@ def test_ensemble_picture_names_what_it_shows():
     assert [text.get_text() for text in accuracy.texts] == [f"{100 * row['accuracy']:.2f}" for row in rows]
     assert [text.get_text() for text in loss.texts] == [f"{row['loss']:.4f}" for row in rows]
     assert [text.get_fontweight() for text in loss.texts] == ["normal"] * 3 + ["bold"]
+    broad = [list(line.get_xdata()) for line in loss.lines if line.get_linewidth() == 5]
+    assert broad == [row["intervals"]["loss"] for row in rows]
     for axes, key, scale in ((accuracy_lines, "accuracy", 100), (loss_lines, "loss", 1)):
         assert axes.get_xlabel() == "test images seen, shuffled"
         ends = [line.get_ydata()[-1] for line in axes.lines]
@@ -398,6 +425,83 @@ def test_many_classes_name_the_worst_confusion():
     result["ensemble"]["probs"] = np.eye(100)[np.where(result["labels"] == 7, 60, result["labels"])]
     figure = draw_ensemble(**result, classes=[f"kind {index}" for index in range(100)], title="many")
     assert any("kind 7 → kind 60  100.0 %" in text for text in all_texts(figure))
+
+
+# --- the picture of calibration
+
+
+@pytest.mark.parametrize("members", [1, 3, 9, 13])
+def test_reliability_picture(tmp_path, members):
+    names = [f"member {index}, with a name longer than anyone would write" for index in range(members)]
+    plot_reliability(tmp_path / "reliability.png", make_bins([*names, "$1 猫"]), title="Calibration $1\nof $2")
+    width, height = png_size(tmp_path / "reliability.png")
+    assert 1400 <= width <= 1700
+    assert 500 <= height <= 1700
+    assert list(tmp_path.iterdir()) == [tmp_path / "reliability.png"]
+
+
+def test_reliability_picture_names_what_it_shows():
+    figure = draw_reliability(make_bins(["densenet", "resnext", "ensemble"]), title="Two")
+    assert [axes.get_title() for axes in figure.axes] == [
+        f"{name}\nECE 12.34 %" for name in ("densenet", "resnext", "ensemble")
+    ]
+    assert figure.get_supylabel() == "accuracy (%)"
+    for axes in figure.axes:
+        dots = axes.collections[-1]
+        assert np.allclose(dots.get_offsets(), [[40, 50], [60, 50], [90, 100]]), "an empty bin has no dot"
+        assert [tuple(face) == (1, 1, 1, 1) for face in dots.get_facecolors()] == [True, False, False]
+        assert list(axes.patches[0].get_data().values) == pytest.approx([0, 9, 30, 61])
+    assert tuple(figure.axes[-1].collections[-1].get_edgecolors()[0]) == (0, 0, 0, 1), "the ensemble is black"
+
+
+# --- the picture of mistakes
+
+
+@pytest.mark.parametrize("members", [1, 3, 9, 13])
+@pytest.mark.parametrize("classes", [2, 100])
+def test_mistakes_picture(tmp_path, members, classes):
+    names = [f"class {index}, with a name longer than anyone would write" for index in range(classes)]
+    plot_mistakes(tmp_path / "mistakes.png", **make_mistakes(members, classes), classes=names, title="Mistakes")
+    width, height = png_size(tmp_path / "mistakes.png")
+    assert 1400 <= width <= 1700
+    assert 400 <= height <= 1400
+    assert list(tmp_path.iterdir()) == [tmp_path / "mistakes.png"]
+
+
+def test_mistakes_picture_without_any_and_with_names_of_any_script(tmp_path, caplog):
+    result = make_mistakes(2, 3)
+    plot_mistakes(tmp_path / "some.png", **result, classes=["猫", "$x^2$", "two\nlines"], title="鸟 $1 & $2")
+    result["labels"] = result["ensemble"].argmax(axis=1)
+    plot_mistakes(tmp_path / "none.png", **result, classes="abc", title="none")
+    assert png_size(tmp_path / "none.png")[1] < png_size(tmp_path / "some.png")[1]
+    assert "0 mistakes, the surest first: no image was mistaken" in all_texts(
+        draw_mistakes(**result, classes="abc", title="none")
+    )
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("members", [3, 9])
+def test_mistakes_picture_names_what_it_shows(members):
+    result = make_mistakes(members, 10)
+    figure = draw_mistakes(**result, classes=CIFAR10, title="Mistakes")
+    labels, ensemble = result["labels"], result["ensemble"]
+    predicted, confidence = ensemble.argmax(axis=1), ensemble.max(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
+    surest = sorted(wrong, key=lambda image: -confidence[image])[:16]
+    assert len(figure.axes) == len(surest) == 16
+    for axes, image in zip(figure.axes, surest, strict=True):
+        said = f"{CIFAR10[labels[image]]} → {CIFAR10[predicted[image]]}, {100 * confidence[image]:.1f} %"
+        assert axes.get_title(loc="left") == said
+        assert np.array_equal(axes.images[0].get_array(), result["images"][image].transpose(1, 2, 0))
+        assert axes.images[0].get_interpolation() == "nearest"
+        answers = axes.texts[1::2] if members == 3 else axes.texts
+        for text, probs in zip(answers, result["members"][:, image], strict=True):
+            assert text.get_text() == f"{CIFAR10[probs.argmax()]}, {100 * probs.max():.0f} %"
+            assert (text.get_color() == plotting.GREEN) == (probs.argmax() == labels[image])
+    texts = " ".join(all_texts(figure)).replace("\n", " ")
+    assert f"{len(wrong):,} mistakes" in texts
+    for name in result["names"]:
+        assert name in texts
 
 
 # --- the numbers in the picture

@@ -15,13 +15,16 @@ by_script = pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for 
 
 # All flags that may differ from the checkpoint's when a run is resumed: none of them changes what is trained.
 FREE = {
-    "device", "data", "data_url", "name", "checkpoint_dir", "plot_dir", "reference", "resume", "overwrite",
-    "tensorboard",
+    "device", "deterministic", "compile", "data", "data_url", "name", "checkpoint_dir", "plot_dir", "reference",
+    "resume", "overwrite", "tensorboard",
 }  # fmt: skip
 # Values of flags for which "twice as much and one" would be refused.
 ANOTHER = {
-    "depth": 37, "device": "cpu", "min_lr": 0.001, "momentum": 0.5, "hue": 0.1, "flip": 0.25,
-    "randaugment_magnitude": 3, "resume": True, "overwrite": True, "tensorboard": True,
+    "depth": 37, "recipe": "original", "min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
+    "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_decay": 0.5, "device": "cpu",
+    "deterministic": True, "sync_bn": True,
+    "compile": "none", "hue": 0.1, "flip": 0.25, "randaugment_magnitude": 3, "resume": True, "overwrite": True,
+    "tensorboard": True,
 }  # fmt: skip
 
 
@@ -48,8 +51,10 @@ def test_each_field_is_a_flag_of_its_name(script):
     for item in fields(script.RECIPE):
         value = another(item, getattr(script.RECIPE, item.name))
         flag = "--" + item.name.replace("_", "-")
-        changed = parse(*([flag] if value is True else [flag, str(value)]), script=script)
-        assert changed == replace(script.RECIPE, **{item.name: value}), flag
+        argv = [flag] if value is True else [flag.replace("--", "--no-")] if value is False else [flag, str(value)]
+        changed = parse(*argv, script=script)
+        others = recipe.ORIGINAL if item.name == "recipe" else {}
+        assert changed == replace(script.RECIPE, **{item.name: value}, **others), flag
         assert changed != script.RECIPE, flag
 
 
@@ -62,9 +67,29 @@ def test_help_lists_each_flag_with_its_meaning_and_value(script, capsys):
     assert script.__doc__.splitlines()[0] in text
     for item in fields(script.RECIPE):
         value = getattr(script.RECIPE, item.name)
-        meaning = item.metadata["help"] + (f" (default: {value})" if value not in (None, False) or value == 0 else "")
+        default = "yes" if value is True else "" if value is None or value is False else value
         assert "--" + item.name.replace("_", "-") in text
-        assert meaning.removesuffix(" (default: False)") in text
+        assert item.metadata["help"] + (f" (default: {default})" if default != "" else "") in text
+
+
+@by_script
+def test_the_originals_recipe_has_its_values_and_the_flags_beside_it_count(script):
+    original = parse("--recipe", "original", script=script)
+    assert {name: getattr(original, name) for name in recipe.ORIGINAL} == recipe.ORIGINAL
+    # All that decides the training of a network stands there; the rest says which images, which network, which files.
+    free = FREE | {"recipe", "seed", "sync_bn", "image_size", "train_size", "test_size", "val_size", "split_seed"}
+    assert recipe.ORIGINAL.keys() == {item.name for item in fields(recipe.Recipe)} - free
+    (name, value), *_ = original.network_arguments().items()
+    assert script.RECIPE.network_arguments()[name] == value
+    for argv in (["--recipe=original", "--epochs", "3"], ["--epochs", "3", "--recipe", "original"]):
+        assert parse(*argv, script=script) == replace(original, epochs=3)
+    assert parse("--recipe", "ours", script=script) == script.RECIPE
+
+
+def test_help_shows_the_values_of_the_recipe_that_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse("--recipe", "original", "--help")
+    assert f"(default: {recipe.ORIGINAL['epochs']})" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -76,6 +101,9 @@ def test_help_lists_each_flag_with_its_meaning_and_value(script, capsys):
         (["--epochs", "1.5"], "--epochs: invalid int value: '1.5'"),
         (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
         (["--lr"], "--lr: expected one argument"),
+        (["--lr=--"], "--lr: "),
+        (["--name=--"], "--name: expected one argument"),
+        (["--epochs", "9" * 5000], "--epochs: invalid int value"),
         (["--resume=yes"], "--resume: ignored explicit argument 'yes'"),
         (["cifar10"], "cifar10"),
     ],
@@ -90,12 +118,17 @@ def test_an_unknown_flag_or_a_value_of_another_type_ends_with_status_2(argv, wor
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--epochs 0", "--batch-size 1", "--lr 0", "--lr -0.1", "--lr nan", "--lr inf", "--min-lr -1", "--momentum 1.5",
+        "--epochs 0", "--batch-size 1", "--batch-size 1000001", "--lr 1e+31", "--lr 0", "--lr -0.1",
+        "--lr nan", "--lr inf", "--min-lr -1", "--momentum 1.5",
         "--momentum -0.5", "--momentum nan", "--weight-decay -0.1", "--weight-decay nan", "--seed -1",
         "--seed 18446744073709551616", "--device tpu", "--crop-padding -1", "--brightness -0.2", "--contrast -0.2",
         "--saturation nan", "--hue 0.6", "--hue -0.1", "--flip 1.1", "--flip -0.1", "--randaugment-ops -1",
         "--randaugment-magnitude 31", "--randaugment-magnitude -1", "--image-size 7", "--val-size -1",
-        "--split-seed -1", "--width 0", "--width nan", "--width -1",
+        "--split-seed -1", "--recipe theirs", "--warmup -0.1", "--warmup 1.0", "--warmup nan", "--schedule-step hour",
+        "--label-smoothing 1.5", "--label-smoothing -0.1", "--ema-decay 1.0", "--ema-decay -0.5", "--compile fast",
+        "--cutout -1", "--width 0", "--width nan", "--width -1", "--train-size 0", "--train-size -5", "--test-size 0",
+        "--epochs 1000001", "--image-size 4097", "--split-seed 9223372036854775808",
+        "--brightness 101", "--contrast 101", "--saturation 1e+300", "--randaugment-ops 101", "--width 101",
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_flag_and_value(arguments):
@@ -106,7 +139,15 @@ def test_a_value_out_of_range_is_refused_by_flag_and_value(arguments):
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments"), [(dense, "--depth 120"), (dense, "--growth-rate 0"), (resnext, "--cardinality 0")]
+    ("script", "arguments"),
+    [
+        (dense, "--depth 120"),
+        (dense, "--growth-rate 0"),
+        (dense, "--growth-rate 1025"),
+        (resnext, "--cardinality 0"),
+        (resnext, "--cardinality 1025"),
+        (resnext, "--base-width 1025"),
+    ],
 )
 def test_a_networks_own_flags_are_checked_too(script, arguments):
     with pytest.raises(UserError, match=arguments.replace(" ", " is ")):
@@ -118,7 +159,17 @@ def test_a_networks_own_flags_are_checked_too(script, arguments):
     [
         (["--min-lr", "0.02"], "--min-lr 0.02 is above --lr 0.01"),
         (["--lr", "0.00005"], "--min-lr 0.0001 is above --lr 5e-05"),
+        (["--momentum", "0", "--nesterov"], "--nesterov needs a --momentum above 0"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--data", "photos", "--data-url", "http://x/"], "--data-url 'http://x/' is for --data cifar10"),
+        (["--crop-padding", "33"], "--crop-padding 33 is above --image-size 32"),
+        (["--image-size", "8", "--cutout", "9"], "--cutout 9 is above --image-size 8"),
+        (["--data", ""], "--data is ''"),
+        (["--data", "a\0b"], r"--data is 'a\x00b'"),
+        (["--data-url", ""], "--data-url is ''"),
+        (["--checkpoint-dir", ""], "--checkpoint-dir is ''"),
+        (["--plot-dir", "a\0b"], r"--plot-dir is 'a\x00b'"),
+        (["--reference", ""], "--reference is ''"),
         (["--name", ""], "--name ''"),
         (["--name", " net"], "--name ' net'"),
         (["--name", "a/b"], "--name 'a/b'"),

@@ -1,0 +1,98 @@
+"""Run a training step faster than operator by operator: recorded as one CUDA graph, its network compiled, or both.
+
+Where a network is made of hundreds of small operators, Python needs longer to start them than a GPU to run them. A CUDA
+graph starts all of a step's at once; torch.compile makes fewer of them, each with less to read and write.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import parallel
+
+WARM_UP = 3  # runs before a recording, for cuDNN and cuBLAS to choose their algorithms and take their memory
+
+
+# Takes images, labels, and the network to call in place of the plain one, whose weights it has.
+Step = Callable[[Tensor, Tensor, nn.Module], None]
+
+
+class FastStep:
+    """A training step in the way that --compile names: "none", "graph", "inductor" or "both".
+
+    `step` may change nothing but the tensors that `state` lists, always the same ones. The way is prepared when a batch
+    of a new size comes, by running the step on it; the state is then put back, so that the preparation trains nothing.
+    What fails there is said in one line, and the operators run one by one from then on.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        model: nn.Module,
+        state: Callable[[], list[Tensor]],
+        *,
+        choice: str,
+        batch_size: int,
+        device: torch.device,
+    ):
+        self.step, self.model, self.state, self.choice, self.batch_size = step, model, state, choice, batch_size
+        self.prepared: dict[int, Callable[[Tensor, Tensor], None]] = {}  # by the batch's size
+        self.pool = None
+        if choice in ("graph", "both") and device.type != "cuda":
+            parallel.say(f"--compile {choice} is for CUDA; on this device the operators run one by one")
+            self.choice = "none"
+        elif choice in ("graph", "both"):
+            self.pool = torch.cuda.graph_pool_handle()  # the graphs never run at once: they share their memory
+        self.compiled = torch.compile(model, dynamic=False) if self.choice in ("inductor", "both") else None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        if len(images) not in self.prepared:
+            self.prepared[len(images)] = self.prepare(images, labels)
+        self.prepared[len(images)](images, labels)
+
+    def prepare(self, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """The way for batches of this size; it has not been taken when this returns."""
+        plain = functools.partial(self.step, network=self.model)
+        if self.choice == "none":
+            return plain
+        # For an epoch's last batch, of its own size, a second compilation would not pay.
+        network = self.compiled if self.compiled is not None and len(images) == self.batch_size else self.model
+        before = [tensor.clone() for tensor in self.state()]
+        try:
+            if self.pool:
+                return self.record(images.clone(), labels.clone(), network)
+            self.step(images, labels, network)
+            return functools.partial(self.step, network=network)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers and drivers fail in more ways than can be listed
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            parallel.say(f"--compile {self.choice} fails here ({reason}); the operators run one by one")
+            self.choice = "none"
+            return plain
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(self.state(), before, strict=True):
+                    tensor.copy_(value)
+            self.model.zero_grad(set_to_none=True)
+
+    def record(self, images: Tensor, labels: Tensor, network: nn.Module) -> Callable[[Tensor, Tensor], None]:
+        """Record a step that reads its batch from `images` and `labels`; returns what fills them and replays it."""
+        current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(current):  # a recording that fails leaves its own stream in force
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self.step(images, labels, network)
+            current.wait_stream(side)
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.step(images, labels, network)
+
+        def replay(new_images: Tensor, new_labels: Tensor) -> None:
+            images.copy_(new_images)
+            labels.copy_(new_labels)
+            graph.replay()
+
+        return replay

@@ -1,0 +1,127 @@
+"""What a trained network says of images: asked once, and then kept beside its checkpoint."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint
+import files
+import models.ensemble
+from engine import autocast, eval_batch_size, memory_that_runs_out
+from errors import UserError
+from models.ensemble import Member
+
+CACHE = ".logits"  # the folder beside the checkpoints
+CACHE_VERSION = 1  # goes up when the same checkpoint and images would give other logits than before
+
+
+def member_logits(
+    contents: Sequence[tuple[Path, dict[str, Any]]],
+    images: Tensor,
+    device: torch.device,
+    *,
+    mirrored: bool = False,
+    batch_size: int | None = None,
+    cached: bool = True,
+) -> Tensor:
+    """Logits, float32 (M, V, N, C), of M checkpoints for V views of `images`, uint8 (N, 3, H, W).
+
+    `contents` are paths and what `checkpoint.read` gave for them. The views are the image and, where `mirrored`, its
+    mirror image. With `cached`, logits come from the cache where it has them, and that network is not even built.
+    Raises UserError where they are not finite.
+    """
+    pixels = hashlib.sha256(repr(tuple(images.shape)).encode())
+    pixels.update(images.numpy())
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    view_logits(path, content, images, pixels.hexdigest(), device, view, batch_size, cached)
+                    for view in ((False, True) if mirrored else (False,))
+                ]
+            )
+            for path, content in contents
+        ]
+    )
+
+
+def view_logits(
+    path: Path,
+    content: dict[str, Any],
+    images: Tensor,
+    pixels: str,
+    device: torch.device,
+    mirrored: bool,
+    batch_size: int | None,
+    cached: bool,
+) -> Tensor:
+    """Logits, float32 (N, C), of one checkpoint for one view of images whose digest is `pixels`."""
+    kept = cache_path(path, pixels, device, mirrored)
+    if cached and (logits := read_cache(kept, len(images), len(content["data"]["classes"]))) is not None:
+        return logits
+    member = models.ensemble.build_member(path, content).to(device, memory_format=torch.channels_last)
+    batch_size = batch_size or eval_batch_size(images, device)
+    with memory_that_runs_out(batch_size):
+        logits = predict(member, images, device, mirrored, batch_size)
+    if not logits.isfinite().all():
+        raise UserError(f"{path}: its predictions are not finite; train it again with a lower --lr")
+    if cached:
+        write_cache(kept, logits)
+    return logits
+
+
+@torch.no_grad()
+def predict(member: Member, images: Tensor, device: torch.device, mirrored: bool, batch_size: int) -> Tensor:
+    logits = []
+    for batch in images.split(batch_size):
+        batch = batch.to(device, memory_format=torch.channels_last)
+        with autocast(device):
+            logits.append(member(batch.flip(3) if mirrored else batch).float())
+    return torch.cat(logits).cpu()
+
+
+def cache_path(path: Path, pixels: str, device: torch.device, mirrored: bool) -> Path:
+    """A file named by all that decides the logits."""
+    with autocast(device):
+        precision = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "float32"
+    decisive = {
+        "version": CACHE_VERSION,
+        "checkpoint": checkpoint.digest(path),
+        "images": pixels,
+        "mirrored": mirrored,
+        "device": device.type,
+        "precision": precision,
+        "torch": str(torch.__version__),
+    }
+    name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+    return path.parent / CACHE / f"{name[:32]}.npz"
+
+
+def read_cache(path: Path, images: int, classes: int) -> Tensor | None:
+    """The logits kept at `path`, or None where there are none or they are damaged."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as kept:
+            logits = kept["logits"]
+        if logits.dtype != np.float32 or logits.shape != (images, classes) or not np.isfinite(logits).all():
+            raise ValueError(f"found {logits.dtype} {logits.shape}, expected finite float32 {(images, classes)}")
+        return torch.from_numpy(logits)
+    except Exception as error:  # a damaged zip file fails in more ways than numpy and zipfile list
+        print(f"warning: {path} is damaged ({error}) and is made anew", file=sys.stderr)
+        return None
+
+
+def write_cache(path: Path, logits: Tensor) -> None:
+    try:
+        with files.replacing(path, "the members' logits", shared=True) as file:
+            np.savez(file, logits=logits.numpy())
+    except UserError as error:
+        print(f"warning: {error}. Until then every analysis computes them again", file=sys.stderr)

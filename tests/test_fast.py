@@ -1,0 +1,210 @@
+"""fast.py: whatever way a step takes, it trains the same; and a way that fails is left for the plain one."""
+
+import contextlib
+
+import pytest
+import torch
+from conftest import ALL_ON, assert_same, without_times
+from torch import nn
+
+import engine
+import fast
+from dataset import Split
+from errors import UserError
+from fast import FastStep
+from utils import TrainLoader, augmentation_of
+
+
+@pytest.fixture
+def train(tiny, tiny_recipe, tiny_data):
+    def run(**changes):
+        return engine.fit(tiny(), tiny_data(), tiny_recipe(overwrite=True, **{**ALL_ON, **changes}))
+
+    return run
+
+
+class Compiled(nn.Module):
+    """What torch.compile might give: it counts its calls, and fails where it is told to."""
+
+    def __init__(self, model, fails_in=None):
+        super().__init__()
+        self.model, self.fails_in, self.sizes = model, fails_in, []
+
+    def forward(self, images):
+        self.sizes.append(len(images))
+        if self.fails_in == "forward":
+            raise RuntimeError("no compiler found\nand more lines")
+        logits = self.model(images)
+        if self.fails_in == "backward":
+            logits.register_hook(lambda _: (_ for _ in ()).throw(ValueError("cannot lower")))
+        return logits
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Put `Compiled` in torch.compile's place; gives the networks that were compiled."""
+    made = []
+
+    def install(fails_in=None):
+        monkeypatch.setattr(torch, "compile", lambda model, **_: made.append(Compiled(model, fails_in)) or made[-1])
+        return made
+
+    return install
+
+
+def assert_same_run(found, expected):
+    assert without_times(found.history) == without_times(expected.history)
+    assert_same(found.model.state_dict(), expected.model.state_dict())
+    assert_same(found.average.state_dict(), expected.average.state_dict())
+    assert_same(found.optimizer.state_dict()["state"], expected.optimizer.state_dict()["state"])
+
+
+def test_compiled_steps_train_the_same_and_the_last_batch_is_left_as_it_is(train, compiler):
+    plain, made = train(), compiler()
+    assert_same_run(train(compile="inductor"), plain)
+    assert len(made) == 1
+    assert made[0].sizes == 16 * [4]  # one to prepare, then five in each epoch; the sixth is a batch of 2
+
+
+@pytest.mark.parametrize(("fails_in", "reason"), [("forward", "no compiler found"), ("backward", "cannot lower")])
+def test_a_compiler_that_fails_is_named_in_one_line_and_left(train, compiler, capsys, fails_in, reason):
+    plain, made = train(), compiler(fails_in)
+    capsys.readouterr()
+    assert_same_run(train(compile="inductor"), plain)
+    assert made[0].sizes == [4]
+    said = [line for line in capsys.readouterr().out.splitlines() if "--compile" in line]
+    assert said == [f"--compile inductor fails here ({reason}); the operators run one by one"]
+
+
+def test_memory_that_runs_out_in_the_preparation_is_no_reason_to_go_on(train, compiler, monkeypatch):
+    compiler()
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Compiled, "forward", run_out)
+    with pytest.raises(UserError, match=r"--batch-size 4: .* try --batch-size 2"):
+        train(compile="inductor")
+
+
+@pytest.mark.parametrize("choice", ["graph", "both"])
+def test_graphs_are_for_cuda_and_elsewhere_that_is_said(train, capsys, choice):
+    plain = train()
+    capsys.readouterr()
+    assert_same_run(train(compile=choice), plain)
+    assert capsys.readouterr().out.count(f"--compile {choice} is for CUDA") == 1
+
+
+def test_inductor_itself_trains_a_network(train, capsys):
+    plain, run = train(epochs=1), train(epochs=1, compile="inductor")
+    if "fails here" in capsys.readouterr().out:
+        pytest.skip("torch.compile does not work on this machine")
+    assert run.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"], rel=1e-4)
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+class Graph:
+    """Stands in for a CUDA graph where there is no GPU: a replay repeats the step that was recorded."""
+
+    recording = None
+
+    def replay(self):
+        self.repeat()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The parts of torch.cuda that a recording needs, for tensors on the CPU."""
+
+    class Stream:
+        def wait_stream(self, _):
+            pass
+
+    @contextlib.contextmanager
+    def record(graph, pool):
+        assert pool == "pool"
+        Graph.recording = graph
+        yield
+        Graph.recording = None
+
+    for name, value in {
+        "current_stream": Stream, "Stream": Stream, "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": Graph,
+        "graph": record, "graph_pool_handle": lambda: "pool",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.parametrize("choice", ["graph", "both"])
+def test_a_recorded_step_is_replayed_on_each_batch(tiny, tiny_recipe, tiny_data, graphs, compiler, choice):
+    made = compiler()
+    recipe, data = tiny_recipe(**ALL_ON), tiny_data()
+    ends = []
+    for way in ("none", choice):
+        model = tiny()
+        device = torch.device("cpu")
+        run = engine.Run(model, engine.make_optimizer(model, recipe, device), engine.Average(model, recipe.ema_decay))
+        trainer = engine.Trainer(run, data.train, recipe, device)
+        steps = []
+
+        def step(images, labels, network, trainer=trainer, steps=steps):
+            if Graph.recording:  # CUDA records what a step would do, and does nothing
+                Graph.recording.repeat = lambda: trainer.step(images, labels, network)
+                return
+            steps.append(len(images))
+            trainer.step(images, labels, network)
+
+        trainer.fast_step = FastStep(
+            step, model, trainer.state, choice=way, batch_size=recipe.batch_size, device=torch.device("cuda")
+        )
+        model.train()
+        for epoch in range(2):
+            for number, (images, labels) in enumerate(trainer.loader.epoch(epoch)):
+                trainer.train(epoch, number, images, labels)
+        ends.append((trainer.state(), dict(run.average.state_dict())))
+        assert steps == (2 * [4, 4, 4, 4, 4, 2] if way == "none" else fast.WARM_UP * [4] + fast.WARM_UP * [2])
+    assert_same(list(ends[1]), list(ends[0]))
+    assert [set(compiled.sizes) for compiled in made] == ([{4}] if choice == "both" else [])
+
+
+# ------------------------------------------------------------------------------------------------------- with a GPU
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+
+
+@needs_cuda
+@pytest.mark.parametrize("choice", ["graph", "inductor", "both"])
+def test_on_a_gpu_every_way_trains_the_same(train, capsys, choice):
+    plain, run = (train(device="cuda", epochs=2, compile=way) for way in ("none", choice))
+    assert "fails here" not in capsys.readouterr().out
+    for found, expected in zip(without_times(run.history), without_times(plain.history), strict=True):
+        assert found == pytest.approx(expected, rel=0.02, abs=0.12)  # an image more or less, in bfloat16
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=0.05, atol=0.05)
+
+
+@needs_cuda
+def test_on_a_gpu_batches_are_those_of_the_cpu(tiny_recipe):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    split = Split(images.numpy(), torch.arange(200).numpy())
+    settings = augmentation_of(tiny_recipe(cutout=5, randaugment_ops=2))
+    for epoch in range(2):
+        here, there = (
+            list(TrainLoader(split, 30, settings, device=device, chunk_size=60).epoch(epoch))
+            for device in ("cpu", "cuda")
+        )
+        for (images, labels), (images_there, labels_there) in zip(here, there, strict=True):
+            assert torch.equal(labels_there.cpu(), labels)
+            levels = (images_there.cpu() - images).abs() * 0.26 * 255
+            assert (levels > 0.5).float().mean() < 0.05, "one level lost early can become many in what follows"
+
+
+@needs_cuda
+def test_on_a_gpu_a_deterministic_run_has_the_same_bits_twice(train):
+    """In processes of their own it would be stricter; here at least the same steps come out the same."""
+    try:
+        one, other = (train(device="cuda", deterministic=True, compile="graph") for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_run(one, other)

@@ -1,0 +1,312 @@
+"""parallel.py and what the engine makes of it: N processes train as one does that takes their shares in turn."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from conftest import ALL_ON, assert_same, tiny_images, tiny_network, tiny_recipe_in, without_times
+from torch.nn import functional as F
+
+import checkpoint
+import parallel
+import plotting
+from utils import CosineSchedule, TrainLoader, augmentation_of, normalize
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="PyTorch for Windows has no torchrun over Gloo")
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Processes that have imported all they need when they start: torchrun's take seconds each."""
+    context = multiprocessing.get_context("forkserver")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
+    context.set_forkserver_preload(["tiny_run"])
+    yield context
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture
+def run(forks, tmp_path):
+    """Train in so many processes: their exit statuses, and what each printed. tests/tiny_run.py explains the rest."""
+
+    def run_processes(world_size, changes=None, *fault):
+        argv = [str(tmp_path), json.dumps(changes or {}), *fault]
+        port, processes, logs = str(free_port()), [], []
+        for rank in range(world_size):
+            environment = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+            logs.append(tmp_path / f"log{rank}")
+            processes.append(forks.Process(target=tiny_run.as_one_of, args=(environment, argv, str(logs[-1]))))
+            processes[-1].start()
+        for process in processes:
+            process.join(100)
+            if process.is_alive():
+                for other in processes:
+                    other.kill()
+                pytest.fail(f"hung: {[log.read_text() for log in logs]}")
+        return [process.exitcode for process in processes], [log.read_text() for log in logs]
+
+    return run_processes
+
+
+def torchrun(num_processes, folder, arguments, *options, script="tests/tiny_run.py"):
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}",
+            *(options or ["--standalone"]), str(HERE.parent / script), *arguments,
+        ],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process, seconds=150):
+    try:
+        return (*process.communicate(timeout=seconds), process.returncode)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"hung: {process.communicate()}")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
+def test_shares_are_equal_but_for_one_and_make_up_the_whole(count, world_size):
+    parts = [list(range(count))[parallel.share(count, rank, world_size)] for rank in range(world_size)]
+    assert list(itertools.chain(*parts)) == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("batch_size", [8, 11, 19])
+def test_the_processes_shares_of_a_batch_make_up_the_batch(monkeypatch, tmp_path, batch_size):
+    data, settings = tiny_images().train, augmentation_of(tiny_recipe_in(tmp_path))
+    whole = list(TrainLoader(data, batch_size, settings).epoch(1, start=1))
+    monkeypatch.setattr(parallel, "world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        shares.append(list(TrainLoader(data, batch_size, settings, chunk_size=batch_size).epoch(1, start=1)))
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert_same([torch.cat(part) for part in zip(*parts, strict=True)], list(batch))
+
+
+def in_turn(recipe, world_size):
+    """What the processes compute, in one: the shares of each batch in turn, the gradients weighed by their images."""
+    data, model = tiny_images(), tiny_network().double()
+    loader = TrainLoader(data.train, recipe.batch_size, augmentation_of(recipe), seed=recipe.seed)
+    scale = recipe.rate_scale
+    schedule = CosineSchedule(
+        recipe.lr * scale, recipe.min_lr * scale, recipe.epochs, recipe.warmup, recipe.schedule_step
+    )
+    sgd = torch.optim.SGD(
+        [
+            {"params": [weight], "weight_decay": recipe.weight_decay if weight.ndim > 1 or recipe.decay_norms else 0}
+            for weight in model.parameters()
+        ],
+        lr=1.0, momentum=recipe.momentum, nesterov=recipe.nesterov,
+    )  # fmt: skip
+    curves = []
+    for epoch in range(recipe.epochs):
+        model.train()
+        loss_sum = 0.0
+        for step, (images, labels) in enumerate(loader.epoch(epoch)):
+            for group in sgd.param_groups:
+                # The processes' rate is a float32.
+                group["lr"] = torch.tensor(schedule(epoch, step, len(loader))).item()
+            sgd.zero_grad()
+            for rank in range(world_size):
+                part = parallel.share(len(labels), rank, world_size)
+                before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+                logits = model(images[part].double())
+                loss = F.cross_entropy(logits, labels[part], reduction="sum", label_smoothing=recipe.label_smoothing)
+                (loss / len(labels)).backward()
+                loss_sum += F.cross_entropy(logits, labels[part], reduction="sum").item()
+                if rank:
+                    for name, buffer in model.named_buffers():
+                        buffer.copy_(before[name])
+            sgd.step()
+        model.eval()
+        with torch.no_grad():
+            test = F.cross_entropy(
+                model(normalize(torch.from_numpy(data.test.images)).double()), torch.from_numpy(data.test.labels)
+            ).item()
+        curves.append((loss_sum / len(data.train), test))
+    return model.state_dict(), curves
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 6), (3, 8)])
+@pytest.mark.parametrize("settings", [{}, {**ALL_ON, "ema_decay": 0.0}], ids=["original", "all on"])
+def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, world_size, batch_size, settings):
+    settings = {**settings, "batch_size": batch_size}
+    statuses, logs = run(world_size, settings)
+    assert statuses == world_size * [0], logs
+    expected, curves = in_turn(tiny_recipe_in(tmp_path, **settings), world_size)
+    found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world_size)]
+    for one in found:
+        assert without_times(one["history"]) == without_times(found[0]["history"])
+        for name, value in expected.items():  # the norms' statistics are the first process's, in all of them
+            torch.testing.assert_close(one["model"][name], value, rtol=1e-9, atol=1e-9)
+    for row, (train_loss, test_loss) in zip(found[0]["history"], curves, strict=True):
+        assert row["train_loss"] == pytest.approx(train_loss, rel=1e-6)
+        assert row["test_loss"] == pytest.approx(test_loss, rel=1e-6)  # of float32 logits
+    content = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
+    assert_same(dict(content["model"]), dict(found[0]["model"]))
+    assert len(plotting.read_csv(tmp_path / "plots" / "tiny.csv")) == 3
+    assert f"in {world_size} processes" in logs[0]
+    rate = 0.8 * batch_size / 64
+    assert f"batches of {batch_size} in all processes together, learning rates {rate:g} and" in logs[0]
+    assert logs[1:] == (world_size - 1) * [""], "one process alone prints"
+
+
+def test_the_average_of_the_weights_is_the_first_processs(run, tmp_path):
+    statuses, logs = run(2, {"batch_size": 6, "ema_decay": 0.5, "val_size": 0})
+    assert statuses == [0, 0], logs
+    content = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
+    assert content["model"]["norm.num_batches_tracked"] == 3 * 4
+    assert not torch.equal(content["model"]["conv.weight"], content["training"]["model"]["conv.weight"])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
+    settings = {**ALL_ON, "ema_decay": 0.0, "epochs": 6, "batch_size": 8, "resume": True}
+    for world_size, fault in ((2, "1:5"), (3, "1:6")):
+        (tmp_path / "killed").unlink(missing_ok=True)
+        statuses, logs = run(world_size, settings, fault)
+        assert statuses[1] == -signal.SIGKILL
+        assert statuses[0] == 2
+        assert "another process of this run is gone" in logs[0]
+        assert "Traceback" not in logs[0]
+    assert run(1, settings)[0] == [0]
+    content = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
+    assert [row["epoch"] for row in content["history"]] == [1, 2, 3, 4, 5, 6]
+    assert content["model"]["norm.num_batches_tracked"] == 6 * 3
+
+
+def test_a_loss_that_is_not_finite_ends_all_processes(run, tmp_path):
+    statuses, logs = run(2, {"batch_size": 6, "lr": 1e30})
+    assert statuses == [2, 2]
+    assert "is not finite at epoch 1" in "".join(logs)
+    assert not (tmp_path / "checkpoints" / "tiny.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 4}, "--batch-size 4 leaves a process fewer than two images"),
+        ({"batch_size": 19}, "--batch-size 19 leaves a process fewer than two images"),
+        ({"batch_size": 6, "sync_bn": True}, "--sync-bn is for several processes on CUDA"),
+        ({"batch_size": 6, "reference": "nowhere.csv"}, "nowhere.csv"),
+    ],
+)
+def test_what_cannot_be_done_is_said_by_the_first_process_alone(run, changes, words):
+    statuses, logs = run(2, changes)
+    assert statuses == [2, 2]
+    assert words in logs[0]
+    assert "Traceback" not in logs[0]
+    assert logs[1] == ""
+
+
+def test_a_checkpoint_that_is_there_already_is_refused_by_the_first_alone(run):
+    assert run(2, {"batch_size": 6, "epochs": 1})[0] == [0, 0]
+    statuses, logs = run(2, {"batch_size": 6, "epochs": 1})
+    assert statuses == [2, 2]
+    assert "exists already" in logs[0]
+    assert logs[1] == ""
+
+
+def test_mps_is_for_one_process(run):
+    statuses, logs = run(2, {"batch_size": 6, "device": "mps"})
+    assert statuses == [2, 2]
+    assert "--device mps has one GPU" in logs[0]
+
+
+# ------------------------------------------------------------------------------------------------------ torchrun itself
+
+
+def test_torchrun_names_the_process_that_dies_and_goes_on_from_the_checkpoint(run, tmp_path):
+    started = time.monotonic()
+    arguments = [str(tmp_path), json.dumps({"batch_size": 6, "resume": True}), "1:6"]
+    out, err, status = finish(torchrun(2, tmp_path, arguments, "--standalone", "--max-restarts=1"))
+    assert status == 0, err
+    assert "failed (exitcode: -9) local_rank: 1" in err
+    assert time.monotonic() - started < 120, "both starts included"
+    assert "going on from" in out
+    assert [out.count(f"epoch {epoch}/3") for epoch in (1, 2, 3)] == [1, 1, 1]
+    disturbed = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
+    run(2, {"batch_size": 6, "overwrite": True})
+    undisturbed = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
+    assert_same(dict(disturbed["model"]), dict(undisturbed["model"]))
+    assert without_times(disturbed["history"]) == without_times(undisturbed["history"])
+
+
+@pytest.mark.parametrize(("world_size", "said"), [("2", "done\n"), ("1", "done\ntaken down\n")])
+def test_one_of_several_processes_ends_without_taking_python_down(world_size, said):
+    """Or else a thread of Gloo's, late with the last exchange, aborts about every fourth that ends right behind it."""
+    code = "import atexit, errors; atexit.register(print, 'taken down'); errors.run(lambda: print('done') or 3)"
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "WORLD_SIZE": world_size}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, encoding="utf-8")
+    assert (ended.stdout, ended.returncode) == (said, 3)
+
+
+def test_two_agents_train_as_two_nodes(tmp_path):
+    arguments = [str(tmp_path), json.dumps({"batch_size": 6})]
+    agents = [
+        torchrun(
+            1, tmp_path, arguments, "--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=tiny",
+            f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1",
+        )
+        for port in 2 * [free_port()]
+    ]  # fmt: skip
+    ends = [finish(agent) for agent in agents]
+    assert [status for _, _, status in ends] == [0, 0], ends
+    assert sum("in 2 processes" in out for out, _, _ in ends) == 1
+    expected, _ = in_turn(tiny_recipe_in(tmp_path, batch_size=6), 2)
+    found = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")["model"]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_saves_the_step(tmp_path, number):
+    process = torchrun(2, tmp_path, [str(tmp_path), json.dumps({"batch_size": 6, "epochs": 30_000})])
+    while "epoch     2/" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+    os.killpg(process.pid, number)  # as a terminal does; torchrun then sends its own
+    out, err, status = finish(process)
+    assert status != 0
+    assert "saved to" in out, err
+    content = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
+    assert 2 <= content["training"]["epoch"] == len(content["history"]) < 30_000
+
+
+def test_a_script_itself_trains_in_two_processes(tmp_path):
+    flags = "--data digits --image-size 16 --train-size 60 --test-size 20 --width 0.25 --epochs 1 --batch-size 20"
+    out, err, status = finish(torchrun(2, tmp_path, [*flags.split(), "--device", "cpu"], script="mobilenetv2.py"))
+    assert status == 0, err
+    assert out.count("weights: checkpoints/mobilenetv2.pt") == 1
+    assert (tmp_path / "plots" / "mobilenetv2.png").exists()

@@ -1,0 +1,580 @@
+"""Whatever is made up as a source, a download or a flag: it works as it should, or ends in an error that names it.
+
+The examples are the same on every run. PROPERTY_SCALE=20 in the environment tries twenty times as many.
+"""
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import pickle
+import tempfile
+import typing
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_dataset import BAD_HOSTS, Host, encode, in_folder, official, pictures, same, write_folder, write_tar
+
+import dataset
+import dense
+import mobilenetv2
+import recipe
+import resnext
+from errors import UserError
+
+
+def tries(number: int):
+    """So many examples, always the same, however long each takes."""
+    return settings(
+        max_examples=number * int(os.environ.get("PROPERTY_SCALE", "1")),
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],  # to shrink what fails takes minutes; what there is, is small
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    )
+
+
+@contextmanager
+def folder():
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+def load(source: Path, data_dir: Path) -> dataset.Dataset | None:
+    """None where it is refused; any other exception than a UserError fails the test."""
+    try:
+        return dataset.load(str(source), image_size=8, data_dir=data_dir)
+    except UserError as error:
+        message = str(error)
+    assert str(source) in message
+    return None
+
+
+@st.composite
+def damaged(draw, wholes: list[bytes]) -> bytes:
+    """One of these files with bits flipped, bytes set, cut out, doubled, moved, or its end cut off."""
+    content = bytearray(draw(st.sampled_from(wholes)))
+    for _ in range(draw(st.integers(1, 6))):
+        if not content:
+            break
+        at = draw(st.integers(0, len(content) - 1))
+        length = draw(st.sampled_from([1, 2, 4, 8, 64, 512]))
+        match draw(st.sampled_from(["flip", "set", "extreme", "cut", "double", "move", "end"])):
+            case "flip":
+                content[at] ^= 1 << draw(st.integers(0, 7))
+            case "set":
+                content[at : at + length] = draw(st.binary(min_size=length, max_size=length))
+            case "extreme":
+                content[at : at + length] = draw(st.sampled_from([b"\0", b"\x7f", b"\x80", b"\xff"])) * length
+            case "cut":
+                del content[at : at + length]
+            case "double":
+                content[at:at] = content[at : at + length]
+            case "move":
+                content[at : at + length], content[:length] = content[:length], content[at : at + length]
+            case "end":
+                del content[at:]
+    return bytes(content)
+
+
+# ----------------------------------------------------------------------------------------------- folders and archives
+
+# Names as people give them, and as nobody should: the latter are what a file system takes.
+NAMES = st.one_of(
+    st.sampled_from(
+        ["cat", "Käfer", "Ka\u0308fer", "кошка", "犬", "🐕", "قطة", "a b", " a", "a ", "..a", "a.png", "-rf"]
+    ),
+    st.sampled_from(
+        [".hidden", "Thumbs.db", "train", "test", "data_batch_1", "batches.meta", "~", "$HOME", "a\\b", "%s"]
+    ),
+    st.sampled_from(["\n", "a\tb", "\x7f", "\u202egnp.exe", "\ufeff", "nul", "{x}", "'", '"', "*", "?", "\udcff"]),
+    st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12),
+).filter(lambda name: name not in (".", ".."))
+KINDS = {
+    "PNG": ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"], "JPEG": ["L", "RGB", "CMYK"], "GIF": ["L", "P", "RGB"],
+    "BMP": ["1", "L", "P", "RGB"], "TIFF": ["1", "L", "LA", "RGB", "RGBA", "CMYK", "I", "F", "YCbCr", "LAB", "I;16"],
+    "PPM": ["1", "L", "RGB", "I"], "WEBP": ["RGB", "RGBA"], "TGA": ["L", "RGB", "RGBA"], "PCX": ["L", "P", "RGB"],
+    "ICO": ["RGBA"], "SGI": ["L", "RGB"], "DDS": ["RGB", "RGBA"], "JPEG2000": ["L", "RGB", "RGBA"],
+}  # fmt: skip
+READABLE = [(kind, mode) for kind, modes in KINDS.items() for mode in modes if mode != "LAB"]
+
+
+def picture(kind: str, mode: str, size: tuple[int, int], seed: int = 0) -> bytes:
+    width, height = size
+    generator = np.random.default_rng(seed)
+    if mode == "I;16":
+        return encode(generator.integers(0, 1 << 16, (height, width)).astype(np.uint16), kind)
+    image = Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
+    return encode(image if mode == "LAB" else image.convert(mode), kind)
+
+
+images = st.builds(
+    lambda kind_mode, size, seed: picture(*kind_mode, size, seed),
+    st.sampled_from(READABLE),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.integers(0, 99),
+)
+
+
+def is_junk(name: str) -> bool:
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+@pytest.mark.parametrize("kind", ["folder", "w", "w:gz", "w:xz"])
+@tries(40)
+@given(data=st.data())
+def test_made_up_class_folders_give_their_classes_and_counts_or_are_refused(kind, data):
+    classes = data.draw(st.dictionaries(NAMES, st.none(), min_size=1, max_size=4), label="classes")
+    contents = st.dictionaries(NAMES, images, min_size=0 if data.draw(st.booleans()) else 1, max_size=3)
+    found = {split: {name: data.draw(contents) for name in classes} for split in ("train", "test")}
+    if data.draw(st.integers(0, 9)) == 0:
+        found["test"].popitem()
+    files = {
+        f"{split}/{name}/{image}": content
+        for split in found
+        for name in found[split]
+        for image, content in (found[split][name] or {".": None}).items()
+    }
+    with folder() as place:
+        source = place / "pets"
+        if kind == "folder":
+            write_folder(source, files)
+        else:
+            write_tar(source, files, kind)
+        expected = {split: {} for split in found}
+        for split, name in [(split, name) for split, names in found.items() for name in names if not is_junk(name)]:
+            count = sum(not is_junk(image) for image in found[split][name])
+            # This archive lists no folder that has something in it; so one with nothing but junk is not there.
+            if count or kind == "folder" or not found[split][name]:
+                expected[split][name] = count
+        fine = expected["train"].keys() == expected["test"].keys() and all(
+            counts and all(counts.values()) for counts in expected.values()
+        )
+        fine = fine and "\udcff" not in expected["train"]
+        for _ in ("decoded", "cached"):
+            loaded = load(source, place / "data")
+            assert (loaded is not None) == fine
+            if loaded:
+                assert loaded.classes == tuple(sorted(expected["train"]))
+                for split in ("train", "test"):
+                    counts = [expected[split][name] for name in loaded.classes]
+                    assert np.bincount(getattr(loaded, split).labels).tolist() == counts
+
+
+def archives(content: bytes) -> list[bytes]:
+    return [content, gzip.compress(content, 1, mtime=0), bz2.compress(content), lzma.compress(content, preset=0)]
+
+
+def tar_of(files: dict) -> bytes:
+    with folder() as place:
+        return write_tar(place / "a.tar", files).read_bytes()
+
+
+PICTURES = tar_of(pictures(per_class=1))
+LONG_NAMES = tar_of(
+    {f"{name}/{'ä' * 60}.png": image for name, image in pictures(per_class=1).items() if 0}
+    | {name.replace("0.png", "ä" * 70 + ".png"): image for name, image in pictures(per_class=1).items()}
+)
+
+
+@tries(150)
+@given(st.one_of(st.binary(max_size=2000), damaged(archives(PICTURES) + archives(LONG_NAMES))))
+def test_any_bytes_as_an_archive_load_or_are_refused(content):
+    with folder() as place:
+        (place / "a.tar").write_bytes(content)
+        load(place / "a.tar", place / "data")
+
+
+@tries(200)
+@given(damaged([PICTURES, LONG_NAMES]), st.sampled_from([0, 1, 2, 3]), st.booleans())
+def test_damaged_headers_in_a_whole_archive_load_or_are_refused(content, compression, mend):
+    if mend:  # the checksums of all headers, so that what they say is believed
+        content = bytearray(content)
+        for at in range(0, len(content) - 511, 512):
+            if content[at + 257 : at + 262] == b"ustar":
+                content[at + 148 : at + 156] = b"%06o\0 " % (
+                    sum(content[at : at + 512]) - sum(content[at + 148 : at + 156]) + 256
+                )
+    with folder() as place:
+        (place / "a.tar").write_bytes(archives(bytes(content))[compression])
+        load(place / "a.tar", place / "data")
+
+
+# ------------------------------------------------------------------------------------------------------------- pickles
+
+
+class Calls:
+    """Pickled, a call of any function with any arguments."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def touch(path: str) -> None:
+    Path(path).touch()
+
+
+VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=5),
+        st.binary(max_size=5),
+        st.just(5000).map(lambda digits: 10**digits),
+        st.sampled_from([np.zeros((4, 3072), np.uint8), np.arange(4), np.array(None), np.float32(1)]),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(["data", "labels", "label_names", b"data", b"labels", b"label_names"])
+SMALL = official(per_batch=2)
+PICKLES = [pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}, protocol) for protocol in range(6)]
+
+
+def load_with(name: str, content: bytes) -> dataset.Dataset | None:
+    with folder() as place:
+        source = write_folder(place / "batches", SMALL | {name: content})
+        loaded = load(source, place / "data")
+        if loaded:
+            assert all(0 <= label < len(loaded.classes) for label in loaded.train.labels)
+        return loaded
+
+
+@tries(200)
+@given(
+    st.sampled_from(["data_batch_1", "test_batch", "batches.meta"]),
+    st.one_of(st.binary(max_size=200), damaged([*PICKLES, SMALL["batches.meta"]])),
+)
+@example("data_batch_1", b"\x80\x02Nr\xff\xff\xff\x7f.")  # an object's place in the memo: 34 GB of memo
+@example("data_batch_1", b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7fa.")  # a string of 9 EB
+@example("data_batch_1", b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".")
+@example("data_batch_1", b"\x80\x02})" + b"\x85" * 5_000_000 + b"Ns.")  # the hash of a tuple looks into it
+@example("data_batch_1", b"(" * 100_000 + b"l" * 100_000 + b".")
+def test_any_bytes_as_a_batch_load_or_are_refused(name, content):
+    load_with(name, content)
+
+
+@tries(100)
+@given(
+    st.sampled_from(["data_batch_1", "test_batch", "batches.meta"]),
+    st.one_of(VALUES, st.dictionaries(KEYS, VALUES)),
+    st.integers(2, 5),
+)
+def test_any_values_as_a_batch_load_or_are_refused(name, value, protocol):
+    load_with(name, pickle.dumps(value, protocol))
+
+
+@tries(60)
+@given(
+    st.sampled_from(["touch", "open", "exec", "eval", "system", "import", "getattr", "popen", "dtype of code"]),
+    st.integers(0, 5),
+    st.booleans(),
+    st.sampled_from(["data", "labels", "x"]),
+)
+def test_nothing_in_a_pickle_is_run(what, protocol, among_others, key):
+    with folder() as place:
+        target = str(place / "ran")
+        code = f"open({target!r}, 'w')"
+        evil = {
+            "touch": Calls(touch, target),
+            "open": Calls(open, target, "w"),
+            "exec": Calls(exec, code),
+            "eval": Calls(eval, code),
+            "system": Calls(os.system, f"touch {target}"),
+            "import": Calls(__import__, "antigravity"),
+            "getattr": Calls(getattr, Calls(__import__, "os"), "system"),
+            "popen": Calls(os.popen, f"touch {target}"),
+            "dtype of code": Calls(np.dtype, Calls(eval, code)),
+        }[what]
+        value = {"data": np.zeros((1, 3072), np.uint8), "labels": [0], key: evil} if among_others else evil
+        assert load_with("data_batch_1", pickle.dumps(value, protocol)) is None
+        assert not Path(target).exists()
+
+
+# --------------------------------------------------------------------------------------------------------- image files
+
+WHOLE_IMAGES = [picture(kind, mode, (11, 7)) for kind, modes in KINDS.items() for mode in modes]
+MAGIC = [
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff",
+    b"GIF89a",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"P6\n",
+    b"RIFF",
+    b"\0\0\1\0",
+    b"8BPS",
+]
+MAGIC += [
+    b"%!PS-Adobe",
+    b"\x0a\x05",
+    b"DDS ",
+    b"\x01\xda",
+    b"icns",
+    b"\0\0\0\x0cjP  ",
+    b"SIMPLE  =",
+    b"\xd7\xcd\xc6\x9a",
+]
+
+
+@tries(300)
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.builds(bytes.__add__, st.sampled_from(MAGIC), st.binary(max_size=200)),
+        damaged(WHOLE_IMAGES),
+    ),
+    st.sampled_from([1, 8, 33]),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_any_bytes_as_an_image_are_decoded_or_refused(content, image_size):
+    with mock.patch("subprocess.Popen", side_effect=AssertionError("a program was started")):
+        try:
+            decoded, message = dataset.decode("the file", content, image_size), ""
+        except UserError as error:
+            decoded, message = None, str(error)
+    assert "the file" in message or (decoded.shape, decoded.dtype) == ((3, image_size, image_size), np.uint8)
+
+
+@tries(60)
+@given(st.sampled_from(READABLE), st.integers(1, 300), st.integers(1, 300), st.integers(1, 40))
+def test_images_of_any_kind_and_size_are_decoded(kind_mode, width, height, image_size):
+    decoded = dataset.decode("x", picture(*kind_mode, (width, height)), image_size)
+    assert (decoded.shape, decoded.dtype) == ((3, image_size, image_size), np.uint8)
+    assert decoded.flags.c_contiguous
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A source, its data_dir, its cached file and what both hold."""
+    place = tmp_path_factory.mktemp("cached")
+    source = write_folder(place / "pets", pictures(per_class=1))
+    loaded = load(source, place / "data")
+    (path,) = (place / "data" / "cache").iterdir()
+    return source, place / "data", path, loaded, path.read_bytes()
+
+
+@tries(100)
+@given(data=st.data())
+def test_any_bytes_as_the_cache_are_made_anew(cached, data):
+    source, data_dir, path, loaded, whole = cached
+    content = data.draw(st.one_of(st.binary(max_size=100), damaged([whole])))
+    path.write_bytes(content)
+    assert same(load(source, data_dir), loaded)
+
+
+@tries(60)
+@given(data=st.data())
+def test_any_arrays_as_the_cache_are_made_anew(cached, data):
+    source, data_dir, path, loaded, whole = cached
+    arrays = dict(np.load(io.BytesIO(whole)))
+    name = data.draw(st.sampled_from(sorted(arrays)))
+    other = data.draw(st.sampled_from([
+        None, np.zeros(0), np.array(3), np.array("cat"), np.array([-1, 0]), np.array([0, 2]), np.zeros((2, 3, 8, 8)),
+        np.array([None, "cat"]), np.zeros((2, 2), np.int64), np.array([0, 1], np.int32), np.array([b"cat", b"dog"]),
+    ]))  # fmt: skip
+    arrays[name] = other
+    np.savez(path, **({key: value for key, value in arrays.items() if value is not None}))
+    assert same(load(source, data_dir), loaded)
+
+
+# ------------------------------------------------------------------------------------------------------------- subsets
+
+
+@tries(300)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    st.integers(-5, 400),
+    st.integers(0, 3),
+    st.integers(1, 5),
+    st.integers(0, 2**70),
+)
+def test_a_subset_of_any_size_is_balanced_or_refused(counts, size, spare, least, seed):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    classes = [str(label) for label in range(len(counts))]
+    try:
+        rows, message = dataset.balanced_rows("--size", size, labels, classes, (seed, 0), least=least, spare=spare), ""
+    except UserError as error:
+        rows, message = None, str(error)
+    if rows is None:
+        assert f"--size {size}: expected {least} to " in message
+        return
+    picked = np.bincount(labels[rows], minlength=len(counts))
+    assert len(rows) == size == len(set(rows.tolist()))
+    assert np.ptp(picked) <= 1
+    assert (np.array(counts) - picked >= min(spare, min(counts))).all()
+    assert (np.diff(rows) > 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ download
+
+GOOD = ("right", "also", "whole", "unranged", "elsewhere", "liar")
+
+
+@pytest.fixture(scope="module")
+def host():
+    archive = archives(tar_of(in_folder(SMALL)))[1]
+    host = Host(archive)
+    changes = {
+        "ARCHIVE_MD5": hashlib.md5(archive).hexdigest(), "ARCHIVE_BYTES": len(archive), "TIMEOUT": 0.1,
+        "PACE_SECONDS": 0.05,
+    }  # fmt: skip
+    with mock.patch.multiple(dataset, **changes), mock.patch.dict(os.environ, {"no_proxy": "*"}):
+        yield host, archive
+    host.close()
+
+
+@tries(40)
+@given(
+    st.lists(st.sampled_from([*BAD_HOSTS, *GOOD]), min_size=1, max_size=3),
+    st.integers(0, 20_000),
+    st.binary(max_size=50),
+)
+def test_any_hosts_after_any_beginning_give_the_archive_or_an_error_and_then_the_next_start_does(
+    host, pages, begun, junk
+):
+    host, archive = host
+    with folder() as place:
+        partial = place / f".{dataset.ARCHIVE}.part"
+        partial.write_bytes(archive[:begun] + junk)
+        with mock.patch.object(dataset, "MIRRORS", tuple(map(host.url, pages))):
+            message = ""
+            try:
+                assert dataset.download_cifar10(place).read_bytes() == archive
+            except UserError as error:
+                message = str(error)
+        if message:
+            assert not set(pages) & set(GOOD)
+            assert all(host.url(page) in message for page in pages)
+        with mock.patch.object(dataset, "MIRRORS", (host.url("right"),)):
+            assert dataset.find_cifar10(place).read_bytes() == archive
+        assert [path.name for path in place.iterdir()] == [dataset.ARCHIVE]
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+FLAGS = [
+    (script, item)
+    for script in (dense, mobilenetv2, resnext)
+    for item in fields(script.RECIPE)
+    if script is mobilenetv2 or item.metadata["group"] == "network"
+]
+NUMBERS = [
+    "0",
+    "-0",
+    "1",
+    "-1",
+    "1.0",
+    "1e3",
+    "1e400",
+    "-inf",
+    "nan",
+    "1_000",
+    "٣",
+    "0x10",
+    "9" * 30,
+    "9" * 5000,
+    "1e-400",
+]
+WORDS = [
+    "",
+    " ",
+    "\0",
+    "a\0b",
+    "--",
+    "-",
+    "True",
+    "none",
+    "None",
+    "ours",
+    "original",
+    "cpu",
+    "a/b",
+    "é" * 300,
+    "\udcff",
+    "🐕",
+]
+arguments = st.one_of(
+    st.sampled_from(NUMBERS + WORDS),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text(max_size=20),
+    st.integers(-3, 40).map(str),
+)
+
+
+def satisfies(item, value, kind) -> bool:
+    """What the flag's declaration asks for, said another way than recipe.py does."""
+    rules = item.metadata
+    if value is None:
+        return item.default is None
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        return False
+    if kind is str:
+        return "\0" not in value and (rules["choices"] is None or value in rules["choices"])
+    low, high, above = rules["at_least"], rules["at_most"], rules["above"]
+    return (
+        (rules["choices"] is None or value in rules["choices"])
+        and abs(value) != float("inf")
+        and (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+    )
+
+
+def parse(script, argv: list[str]) -> tuple[recipe.Recipe | None, str]:
+    """The recipe, or None and what the error says."""
+    errors = io.StringIO()
+    with mock.patch("sys.stderr", errors):
+        try:
+            return recipe.parse_flags(script.RECIPE, script.__doc__, argv), ""
+        except UserError as error:
+            return None, str(error)
+        except SystemExit as end:
+            status = end.code
+    assert status == 2
+    return None, errors.getvalue()
+
+
+@pytest.mark.parametrize(("script", "item"), FLAGS, ids=[f"{s.__name__} {i.name}" for s, i in FLAGS])
+@tries(25)
+@given(value=arguments)
+def test_any_value_of_a_flag_is_taken_or_refused_by_its_name(script, item, value):
+    kind = recipe.without_none(typing.get_type_hints(type(script.RECIPE))[item.name])
+    parsed, message = parse(script, [f"{recipe.spelled(item.name)}={value}"])
+    assert satisfies(item, getattr(parsed, item.name), kind) if parsed else recipe.spelled(item.name) in message
+
+
+@tries(150)
+@given(st.dictionaries(st.sampled_from(fields(mobilenetv2.RECIPE)).map(lambda item: item.name), arguments, max_size=6))
+def test_any_values_of_several_flags_are_taken_or_refused_by_name(values):
+    parsed, message = parse(mobilenetv2, [f"{recipe.spelled(name)}={value}" for name, value in values.items()])
+    if not parsed:
+        assert any(recipe.spelled(name) in message for name in values)
+        return
+    kinds = typing.get_type_hints(type(parsed))
+    for item in fields(parsed):
+        assert satisfies(item, getattr(parsed, item.name), recipe.without_none(kinds[item.name]))
+    assert parsed.min_lr <= parsed.lr
+    assert not (parsed.resume and parsed.overwrite)
+    assert parsed.data_url is None or parsed.data == "cifar10"
+    assert max(parsed.cutout, parsed.crop_padding) <= parsed.image_size

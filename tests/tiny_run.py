@@ -1,0 +1,69 @@
+"""Train the tiny network in float64, as one of several processes where there are such: FOLDER CHANGES [FAULT].
+
+CHANGES are fields of the recipe, as JSON. FAULT is "RANK:STEP": that process kills itself at that step, the first time.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conftest import Tiny, tiny_images, tiny_network, tiny_recipe_in
+
+import engine
+import errors
+import parallel
+from models import NETWORKS
+
+
+class Double(Tiny):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images.double())
+
+
+def main(argv: list[str] | None = None) -> int:
+    folder, changes, *fault = argv or sys.argv[1:]
+    folder = Path(folder)
+    recipe = tiny_recipe_in(folder, **json.loads(changes))
+    NETWORKS["tiny"] = Double
+    torch.set_num_threads(1)
+    rank = os.environ.get("RANK", "0")
+    with parallel.processes(recipe.device):
+        previous = engine.previous_run(recipe)
+        model = tiny_network().double()
+        model.__class__ = Double
+        if fault and fault[0].split(":")[0] == rank:
+            kill_at(model, int(fault[0].split(":")[1]), folder / "killed")
+        run = engine.fit(model, tiny_images(), recipe, previous)
+        if run.stopped_by is None:
+            torch.save({"model": model.state_dict(), "history": run.history}, folder / f"rank{rank}.pt")
+    return run.exit_status
+
+
+def as_one_of(environment: dict[str, str], argv: list[str], log: str) -> None:
+    """What a process does that another than torchrun starts: `main`, with its output in a file."""
+    os.environ.update(environment)
+    sys.stdout = sys.stderr = open(log, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (for a traceback as well)
+    errors.run(lambda: main(argv))
+
+
+def kill_at(model: Tiny, step: int, marker: Path) -> None:
+    calls = [0]
+
+    def on_forward(model: Tiny, logits: torch.Tensor) -> torch.Tensor:
+        calls[0] += model.training
+        if calls[0] == step and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return logits
+
+    model.on_forward = on_forward
+
+
+if __name__ == "__main__":
+    errors.run(main)
