@@ -1,0 +1,412 @@
+"""Name what images show, by an ensemble of trained networks: python predict.py cat.jpg photos/
+
+Without --checkpoints it takes the three that dense.py, mobilenetv2.py and resnext.py write. Folders are walked. Images
+of any size are decoded and resized as the training images were; one that cannot be is reported and skipped, and the
+exit status is then 1.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dataset
+import errors
+import files
+import models.ensemble
+from engine import autocast, memory_that_runs_out
+from errors import UserError
+from models.ensemble import AVERAGES, SCRIPTS, Ensemble, average_probs, names
+from recipe import DEVICES
+from utils import pick_device
+
+TOP = 3
+# Pixels of a batch, 32 images of 32×32 on the CPU: more would not be faster there, and the first line would come later.
+BATCH_PIXELS = {"cpu": 2**15, "cuda": 2**19, "mps": 2**18}
+DECODE_CHUNK = 8  # images that a thread decodes in one go; handing small ones over singly costs more than it gains
+MAX_COLUMN = 60  # where a file's name is longer, its line moves out of the columns instead of widening them all
+NAMED = 3  # of the images far from the training size
+
+Vote = tuple[str, float]  # a class and its probability
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the networks say about one image file, or why they say nothing."""
+
+    path: str
+    size: tuple[int, int] | None = None  # width and height in the file
+    top: Sequence[Vote] = ()  # the ensemble's, the likeliest class first
+    members: dict[str, Vote] = field(default_factory=dict)  # each member's likeliest class
+    error: str | None = None
+
+
+@dataclass
+class Tally:
+    """What the last lines on stderr tell."""
+
+    images: int = 0
+    skipped: int = 0
+    far: list[str] = field(default_factory=list)
+    decoding: float = 0.0  # seconds
+    networks: float = 0.0  # seconds
+
+
+class ReaderGone(Exception):
+    """Nobody reads standard output any more: `head` has what it wants."""
+
+
+def main() -> int:
+    options = parse_flags()
+    paths = find_images(options.images)
+    checkpoints = options.checkpoints or [Path(options.checkpoint_dir) / name for name in SCRIPTS]
+    ensemble = models.ensemble.load(checkpoints, average=options.average, temperature=options.temperature)
+    num_classes = len(ensemble.classes)
+    top = min(TOP, num_classes) if options.top is None else options.top
+    if top > num_classes:
+        raise UserError(f"--top is {top}; these networks know {num_classes} classes, so it must be 1 to {num_classes}")
+    device = pick_device(options.device)
+    ensemble.to(device, memory_format=torch.channels_last)
+    batch_size = options.batch_size or max(1, BATCH_PIXELS[device.type] // ensemble.image_size**2)
+
+    tally = Tally()
+    try:
+        with contextlib.ExitStack() as stack:
+            writers = []
+            if options.json:
+                writers.append(stack.enter_context(json_writer(options.json)))
+            if options.csv:
+                writers.append(stack.enter_context(csv_writer(options.csv, top)))
+            if "-" not in (options.json, options.csv):
+                writers.append(text_writer(paths, ensemble, names(checkpoints), options.verbose))
+            for prediction in predict(paths, ensemble, checkpoints, top, batch_size, tally):
+                if prediction.error:
+                    print(f"skipped: {printable(prediction.error)}", file=sys.stderr)
+                for write in writers:
+                    write(prediction)
+    except ReaderGone:
+        return 128 + 13  # as a shell shows SIGPIPE, which Windows does not have
+    report(tally, ensemble.image_size)
+    return 1 if tally.skipped else 0
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, and folders of them")
+    parser.add_argument(
+        "--checkpoints", nargs="+", type=Path, metavar="PATH",
+        help="the ensemble's members (default: the three networks' in --checkpoint-dir); images come before this flag",
+    )  # fmt: skip
+    parser.add_argument("--checkpoint-dir", default="checkpoints", help="(default: checkpoints)")
+    parser.add_argument("--average", choices=AVERAGES, default="softmax", help="what is averaged (default: softmax)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T",
+        help="above 1 the ensemble is less sure of itself, below 1 surer (default: 1)",
+    )  # fmt: skip
+    parser.add_argument("--top", type=int, metavar="K", help=f"classes named for each image (default: {TOP})")
+    parser.add_argument("--json", metavar="FILE", help="write the predictions there as JSON; - is standard output")
+    parser.add_argument("--csv", metavar="FILE", help="write the predictions there as CSV; - is standard output")
+    parser.add_argument("--verbose", action="store_true", help="tell each member's vote, and which images are far off")
+    parser.add_argument("--batch-size", type=int, help="images in one go (default: 32 of 32×32, on a GPU 512)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
+    options = parser.parse_intermixed_args()
+    for flag, value in (("--batch-size", options.batch_size), ("--top", options.top)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} is {value}; it must be 1 or more")
+    if not 0 < options.temperature < math.inf:
+        raise UserError(f"--temperature is {options.temperature}; it must be a number above 0")
+    if options.json and options.json == options.csv:
+        raise UserError(f"--json and --csv both name {options.json}; give each its own file")
+    return options
+
+
+def find_images(paths: Sequence[str]) -> list[str]:
+    """Files as they are given and, sorted, all those that lie in or below a folder that is given.
+
+    In folders the same files are passed over as in a folder to train on. Links are followed, but into no folder twice.
+    Raises UserError for a path that is not there, and for a folder that is unreadable or without images.
+    """
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            if not os.path.exists(path):
+                raise UserError(f"{path}: there is no such file or folder; expected images, or folders of images")
+            found.append(path)
+        elif images := walk(path):
+            found += images
+        else:
+            raise UserError(f"{path}: there are no images in this folder; expected one or more, in it or below it")
+    return found
+
+
+def walk(top: str) -> list[str]:
+    found, walked = [], set()
+    for folder, folders, files_here in os.walk(top, followlinks=True, onerror=refuse_folder):
+        real = os.path.realpath(folder)
+        if real in walked:
+            folders.clear()
+            continue
+        walked.add(real)
+        folders[:] = sorted(name for name in folders if not dataset.is_junk((name,)))
+        found += [str(Path(folder, name)) for name in sorted(files_here) if not dataset.is_junk((name,))]
+    return found
+
+
+def refuse_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); open it up, or leave it out")
+
+
+def predict(
+    paths: Sequence[str],
+    ensemble: Ensemble,
+    checkpoints: Sequence[Path],  # of its members
+    top: int,
+    batch_size: int,
+    tally: Tally,
+) -> Iterator[Prediction]:
+    """One prediction after the other, in the paths' order, from one batch of images in memory at a time.
+
+    Raises UserError for memory that runs out, and for a member whose predictions are not finite.
+    """
+    members = names(checkpoints)
+    with ThreadPoolExecutor(dataset.num_cores(), "decode") as pool:
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            started = time.perf_counter()
+            decoded = decode(batch, ensemble.image_size, pool)
+            tally.decoding += time.perf_counter() - started
+            pixels = [image[0] for image in decoded if not isinstance(image, UserError)]
+            if pixels:
+                started = time.perf_counter()
+                with memory_that_runs_out(batch_size):
+                    logits = member_logits(ensemble, np.stack(pixels))
+                tally.networks += time.perf_counter() - started
+                for checkpoint, own in zip(checkpoints, logits, strict=True):
+                    if not own.isfinite().all():
+                        raise UserError(f"{checkpoint}: its predictions are not finite; train it again")
+                probs = average_probs(logits, ensemble.average, ensemble.temperature)
+                tops = iter(votes(probs, ensemble.classes, top))
+                # By member, then by image; turned round.
+                ballots = zip(*(votes(own, ensemble.classes, 1) for own in logits.softmax(2)), strict=True)
+            for path, image in zip(batch, decoded, strict=True):
+                if isinstance(image, UserError):
+                    tally.skipped += 1
+                    yield Prediction(path, error=str(image))
+                    continue
+                _, size = image
+                tally.images += 1
+                if is_far(size, ensemble.image_size):
+                    tally.far.append(f"{path} ({size[0]}×{size[1]})")
+                ballot = {name: vote for name, (vote,) in zip(members, next(ballots), strict=True)}
+                yield Prediction(path, size, next(tops), ballot)
+
+
+def decode(
+    paths: Sequence[str], image_size: int, pool: Executor
+) -> list[tuple[np.ndarray, tuple[int, int]] | UserError]:
+    """Of each file the pixels, uint8 (3, image_size, image_size), and its width and height; or what is wrong with it.
+
+    Threads do it, since Pillow decodes and resizes without the interpreter's lock. To fork processes would not be safe
+    any more, with PyTorch's threads running.
+    """
+    chunks = [paths[at : at + DECODE_CHUNK] for at in range(0, len(paths), DECODE_CHUNK)]
+    return list(itertools.chain.from_iterable(pool.map(functools.partial(decode_chunk, image_size=image_size), chunks)))
+
+
+def decode_chunk(paths: Sequence[str], image_size: int) -> list[tuple[np.ndarray, tuple[int, int]] | UserError]:
+    return [decode_file(path, image_size) for path in paths]
+
+
+def decode_file(path: str, image_size: int) -> tuple[np.ndarray, tuple[int, int]] | UserError:
+    if not os.path.isfile(path):  # a pipe would keep its reader waiting
+        return UserError(f"{path} is no file, or a link to none; remove it")
+    try:
+        return dataset.decode_sized(path, Path(path), image_size)
+    except UserError as error:
+        return error
+
+
+@torch.inference_mode()
+def member_logits(ensemble: Ensemble, pixels: np.ndarray) -> torch.Tensor:
+    """Logits, float64 (M, B, classes) on the CPU, for images, uint8 (B, 3, H, W)."""
+    device = next(ensemble.parameters()).device
+    images = torch.from_numpy(pixels).to(device, memory_format=torch.channels_last)
+    with autocast(device):
+        logits = ensemble.logits(images)
+    return logits.float().cpu().double()
+
+
+def votes(probs: torch.Tensor, classes: Sequence[str], top: int) -> list[list[Vote]]:
+    """The `top` likeliest classes of each image, from probabilities (B, classes)."""
+    probs, labels = probs.sort(dim=1, descending=True, stable=True)
+    return [
+        [(classes[label], prob) for label, prob in zip(*row, strict=True)]
+        for row in zip(labels[:, :top].tolist(), probs[:, :top].tolist(), strict=True)
+    ]
+
+
+def is_far(size: tuple[int, int], image_size: int) -> bool:
+    """Whether resizing leaves little of an image, makes up much of it or cuts off half."""
+    shorter, longer = sorted(size)
+    return shorter > 4 * image_size or 2 * longer < image_size or longer > 2 * shorter
+
+
+def report(tally: Tally, image_size: int) -> None:
+    """The note on sizes and the rates, on stderr."""
+    if tally.far:
+        named, more = ", ".join(tally.far[:NAMED]), len(tally.far) - NAMED
+        print(
+            f"note: {count(len(tally.far))} far from {image_size}×{image_size} in size or shape, which is all that the "
+            f"networks were trained on: {printable(named)}{f' and {more:,} more' if more > 0 else ''}. Trust these "
+            "predictions less",
+            file=sys.stderr,
+        )
+    rates = ""
+    if tally.images:
+        decoding = (tally.images + tally.skipped) / tally.decoding
+        rates = f"; decoding {decoding:,.0f} images/s, networks {tally.images / tally.networks:,.0f} images/s"
+    print(f"{count(tally.images)}, {tally.skipped:,} skipped{rates}", file=sys.stderr)
+
+
+def count(images: int) -> str:
+    return f"{images:,} image{'s' if images != 1 else ''}"
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def put(content: bytes) -> None:
+    """Add to standard output. Raises ReaderGone where it is closed, UserError where it is full."""
+    try:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        # What could not be written is tried once more when Python ends; let that go nowhere instead of fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise ReaderGone from None
+        raise UserError(f"standard output could not be written ({error.strerror}); free that place") from None
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[Callable[[bytes], Any]]:
+    """A function that adds to `path`, which is replaced whole or not at all, or to standard output."""
+    if path == "-":
+        yield put
+    else:
+        with files.replacing(path, "the predictions") as file:
+            yield file.write
+
+
+@contextlib.contextmanager
+def json_writer(path: str) -> Iterator[Callable[[Prediction], None]]:
+    """A function that adds a prediction to a JSON list."""
+    lead = itertools.chain(["[\n"], itertools.repeat(",\n"))
+    with opened(path) as write:
+        yield lambda prediction: write(encoded(next(lead) + json.dumps(as_dict(prediction), ensure_ascii=False)))
+        write(b"\n]\n")
+
+
+def as_dict(prediction: Prediction) -> dict[str, Any]:
+    if prediction.error:
+        return {"image": prediction.path, "error": prediction.error}
+    return {
+        "image": prediction.path,
+        "top": [{"class": name, "prob": prob} for name, prob in prediction.top],
+        "members": {member: {"class": name, "prob": prob} for member, (name, prob) in prediction.members.items()},
+    }
+
+
+@contextlib.contextmanager
+def csv_writer(path: str, top: int) -> Iterator[Callable[[Prediction], None]]:
+    """A function that adds a prediction to a table: image, class1, prob1, …, error."""
+    columns = [f"{column}{rank}" for rank in range(1, top + 1) for column in ("class", "prob")]
+
+    def row(cells: Sequence[Any]) -> bytes:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        return encoded(text.getvalue())
+
+    def add(prediction: Prediction) -> None:
+        cells = [cell for vote in prediction.top for cell in vote] or [""] * len(columns)
+        write(row([prediction.path, *cells, prediction.error or ""]))
+
+    with opened(path) as write:
+        write(row(["image", *columns, "error"]))
+        yield add
+
+
+def encoded(text: str) -> bytes:
+    # A file's name need not be Unicode; its odd bytes come out as JSON's own escapes, and so the same when read.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def text_writer(
+    paths: Sequence[str], ensemble: Ensemble, members: Sequence[str], verbose: bool
+) -> Callable[[Prediction], None]:
+    """A function that prints a prediction as a line, with `verbose` and the members' votes below."""
+    below = [f"  {printable(member)}" for member in members] if verbose else []
+    widths = [columns(text) for text in [*map(printable, paths), *below]]
+    indent = max((width for width in widths if width <= MAX_COLUMN), default=0)
+    class_width = max(columns(printable(name)) for name in ensemble.classes)
+
+    def line(lead: str, *votes: Vote) -> str:
+        # The class's own column is filled up, so that the percentages stand below each other.
+        shown = [f"{filled(printable(name), class_width)} {prob * 100:5.1f} %" for name, prob in votes]
+        return "  ".join([filled(lead, indent), *shown]) + "\n"
+
+    def add(prediction: Prediction) -> None:
+        if prediction.error:
+            return
+        text = line(printable(prediction.path), *prediction.top)
+        if verbose:
+            lines = zip(below, prediction.members.values(), strict=True)
+            text += "".join(line(lead, vote) for lead, vote in lines)
+            if is_far(prediction.size, ensemble.image_size):
+                width, height = prediction.size
+                text += f"  {width}×{height} pixels, far from {ensemble.image_size}×{ensemble.image_size}\n"
+        put(text.encode(sys.stdout.encoding, "backslashreplace"))
+
+    return add
+
+
+def printable(text: str) -> str:
+    """With whatever would steer a terminal, or cannot be encoded, as an escape sequence to read."""
+    return "".join(
+        sign.encode("unicode_escape").decode() if unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") else sign
+        for sign in text
+    )
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal `text` takes: two for a Chinese sign, none for an accent on the sign before."""
+    return sum(
+        0 if unicodedata.category(sign) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(sign) in "WF")
+        for sign in text
+    )
+
+
+def filled(text: str, width: int) -> str:
+    return text + " " * (width - columns(text))
+
+
+if __name__ == "__main__":
+    errors.run(main)
