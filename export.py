@@ -1,0 +1,276 @@
+"""Write the ensemble, or one network of it, as one file that is used without this project.
+
+Images go in, uint8 (batch, 3, S, S) with any batch from 1 up; probabilities come out, float32 (batch, classes). The
+normalisation is inside, and so are the weights. Metadata, all of it text, under the same names in both formats: classes
+and members (lists in JSON), image_size (S), average, temperature, format, version.
+
+    python export.py --output ensemble.onnx                     # for onnxruntime
+    session = onnxruntime.InferenceSession("ensemble.onnx")
+    classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+    (probs,) = session.run(None, {"images": images})            # NumPy arrays
+
+    python export.py --output ensemble.pt2                      # for PyTorch
+    metadata = {"classes": ""}                                  # names what to read
+    network = torch.export.load("ensemble.pt2", extra_files=metadata).module()
+    classes, probs = json.loads(metadata["classes"]), network(images)
+
+It takes the three checkpoints that dense.py, mobilenetv2.py and resnext.py write, or those that are given, one or more.
+The file is kept only where it agrees with PyTorch on test images; what was there before is then replaced in one step.
+"""
+
+import argparse
+import importlib
+import io
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dataset
+import errors
+import files
+import models.ensemble
+from errors import UserError
+from models.ensemble import AVERAGES, SCRIPTS, Ensemble, names, read_all
+
+NAME = "cifar10-ensemble export"
+VERSION = 1
+
+TOLERANCE = 1e-4  # of a probability: float32 sums in another order differ by some 1e-6
+BATCH_SIZE = 64
+
+Predict = Callable[[Tensor], Tensor]  # images to probabilities, as Ensemble
+
+
+@dataclass(frozen=True)
+class Format:
+    packages: tuple[str, ...]  # needed beside PyTorch
+    write: Callable[[Ensemble, dict[str, str]], bytes]  # an ensemble and its metadata, as a file's content
+    read: Callable[[bytes], Predict]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of a file with PyTorch, on the same images."""
+
+    difference: float  # the largest of any probability; NaN where one is NaN
+    torch_rate: float  # images/s, medians over the batches
+    file_rate: float
+
+
+def main() -> int:
+    options = parse_flags()
+    file_format = FORMATS[options.format]
+    require(options.format)
+    paths = options.checkpoints or [Path(options.checkpoint_dir) / name for name in SCRIPTS]
+    contents = read_all(paths)
+    ensemble = models.ensemble.build(contents, average=options.average, temperature=options.temperature)
+    files.check_writable(options.output.parent, "the file")
+    images, source = pick_images(contents[0][1]["data"], options)
+    check_finite(ensemble, paths, images)
+
+    written = file_format.write(ensemble, metadata(ensemble, names(paths)))
+    with files.replacing(options.output, "the file") as file:
+        file.write(written)
+        file.flush()
+        found = compare(ensemble, file_format.read(Path(file.name).read_bytes()), images)
+        if not found.difference <= TOLERANCE:
+            raise UserError(
+                f"{options.output} is not written: on {source} its probabilities differ from PyTorch's by up to "
+                f"{found.difference:.1e}, more than {TOLERANCE:.0e}; take the other format, or other versions of the "
+                f"packages of {options.format}"
+            )
+
+    members = f"{', '.join(names(paths))} ({options.average} averaged)" if len(paths) > 1 else names(paths)[0]
+    print(f"{options.output}: {members}, {len(written) / 1e6:.1f} MB")
+    print(f"largest difference from PyTorch: {found.difference:.1e}, on {len(images):,} {source}")
+    threads = torch.get_num_threads()
+    print(
+        f"on the CPU, {threads} thread{'s' if threads > 1 else ''}: PyTorch {found.torch_rate:,.1f} images/s, "
+        f"{options.format} {found.file_rate:,.1f} images/s"
+    )
+    return 0
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="*", type=Path, help="default: the three networks' in --checkpoint-dir")
+    parser.add_argument("--output", type=Path, required=True, help="the file to write")
+    parser.add_argument("--format", choices=FORMATS, help="(default: what the ending of --output says)")
+    parser.add_argument("--average", choices=AVERAGES, default="softmax", help="what is averaged (default: softmax)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="above 1 the probabilities are less sure, below surer (default: 1)",
+    )
+    tested = parser.add_mutually_exclusive_group()
+    tested.add_argument(
+        "--data", help="compare on its test images (default: the data the first member was trained with)"
+    )
+    tested.add_argument("--random", action="store_true", help="compare on random images, no data needed")
+    parser.add_argument("--images", type=int, default=256, help="how many are compared (default: 256)")
+    parser.add_argument("--checkpoint-dir", default="checkpoints", help="(default: checkpoints)")
+    options = parser.parse_args()
+    if options.format is None:
+        options.format = options.output.suffix.lower().removeprefix(".")
+        if options.format not in FORMATS:
+            raise UserError(
+                f"--output {options.output}: its ending names no format; expected one of "
+                f"{', '.join(f'.{name}' for name in FORMATS)}, or --format"
+            )
+    if not 0 < options.temperature < math.inf:
+        raise UserError(f"--temperature is {options.temperature:g}; it must be above 0")
+    if options.images < 1:
+        raise UserError(f"--images is {options.images}; it must be 1 or more")
+    return options
+
+
+def require(name: str) -> None:
+    """Raise UserError where packages that a format needs are missing."""
+    missing = []
+    for package in FORMATS[name].packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            missing.append(package)
+    if missing:
+        plural = "s" if len(missing) > 1 else ""
+        raise UserError(
+            f"the format {name} needs the package{plural} {', '.join(missing)}: pip install {' '.join(missing)}"
+        )
+
+
+def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tensor, str]:
+    """Images to compare on, uint8 (N, 3, S, S), and what they are; `data` is that of a checkpoint.
+
+    Where the images that a member was trained with cannot be had, random ones take their place. Raises UserError where
+    those that --data names cannot.
+    """
+    size = data["image_size"]
+    if not options.random:
+        source = options.data or data["source"]
+        try:
+            loaded = dataset.load(source, image_size=size, split_seed=data["split"]["split_seed"])
+            # Those from folders come class by class.
+            rows = np.random.default_rng(0).permutation(len(loaded.test))[: options.images]
+            return torch.from_numpy(loaded.test.images[rows]), f"test images of {source}"
+        except UserError as error:
+            if options.data:
+                raise
+            print(f"warning: the file is compared on random images, since those of the training are not there: {error}")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(
+        0, 256, (options.images, 3, size, size), dtype=torch.uint8, generator=generator
+    ), "random images"
+
+
+@torch.inference_mode()
+def check_finite(ensemble: Ensemble, paths: list[Path], images: Tensor) -> None:
+    """Raise UserError, naming the checkpoint, where a member's logits for `images` are not finite."""
+    for path, logits in zip(paths, ensemble.logits(images[:BATCH_SIZE]), strict=True):
+        if not logits.isfinite().all():
+            raise UserError(f"{path}: its predictions are not finite; train it again with a lower --lr")
+
+
+def metadata(ensemble: Ensemble, members: list[str]) -> dict[str, str]:
+    """What a file says of itself."""
+    return {
+        "format": NAME,
+        "version": str(VERSION),
+        "classes": json.dumps(ensemble.classes),
+        "image_size": str(ensemble.image_size),
+        "average": ensemble.average,
+        "temperature": str(ensemble.temperature),
+        "members": json.dumps(members),
+    }
+
+
+def write_onnx(ensemble: Ensemble, about: dict[str, str]) -> bytes:
+    with quiet():
+        program = torch.onnx.export(
+            ensemble,
+            (example(ensemble),),
+            dynamo=True,
+            dynamic_shapes=DYNAMIC_BATCH,
+            input_names=["images"],
+            output_names=["probs"],
+            verbose=False,
+        )
+    program.model.metadata_props.update(about)
+    return program.model_proto.SerializeToString()
+
+
+def read_onnx(content: bytes) -> Predict:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def write_pt2(ensemble: Ensemble, about: dict[str, str]) -> bytes:
+    ensemble.requires_grad_(False)  # so that whoever loads the file needs no torch.no_grad()
+    buffer = io.BytesIO()
+    with quiet():
+        program = torch.export.export(ensemble, (example(ensemble),), dynamic_shapes=DYNAMIC_BATCH)
+        torch.export.save(program, buffer, extra_files=about)
+    return buffer.getvalue()
+
+
+def read_pt2(content: bytes) -> Predict:
+    with quiet():
+        return torch.export.load(io.BytesIO(content)).module()
+
+
+FORMATS = {
+    "onnx": Format(("onnx", "onnxscript", "onnxruntime"), write_onnx, read_onnx),
+    "pt2": Format((), write_pt2, read_pt2),
+}
+DYNAMIC_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
+
+
+def example(ensemble: Ensemble) -> Tensor:
+    """Two images: of one, the exporters would take the batch for a constant."""
+    return torch.zeros(2, 3, ensemble.image_size, ensemble.image_size, dtype=torch.uint8)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without PyTorch's warnings about its own insides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@torch.inference_mode()
+def compare(ensemble: Ensemble, predict: Predict, images: Tensor) -> Comparison:
+    """Run both, in turn, on `images`: the first of them alone, which also warms up, then all in batches."""
+    differences, seconds = [], {ensemble: [], predict: []}
+    for batch in (images[:1], *images.split(BATCH_SIZE)):
+        probs = []
+        for run, spent in seconds.items():
+            started = time.perf_counter()
+            probs.append(run(batch))
+            spent.append((time.perf_counter() - started) / len(batch))
+        expected, found = probs
+        differences.append((found - expected).abs().max())
+    torch_rate, file_rate = (1 / statistics.median(spent[1:]) for spent in seconds.values())
+    return Comparison(torch.stack(differences).max().item(), torch_rate, file_rate)
+
+
+if __name__ == "__main__":
+    errors.run(main)
