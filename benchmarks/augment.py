@@ -22,10 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
 
@@ -33,12 +31,12 @@ import dataset
 import errors
 from augment import Augmentation
 from benchmarks import common
+from benchmarks.plain import torchvision_loader
 from dataset import Split
 from engine import autocast
-from errors import UserError
 from models.mobilenetv2 import mobilenetv2
 from recipe import DEVICES
-from utils import MEAN, STD, TrainLoader, pick_device
+from utils import TrainLoader, pick_device
 
 BATCH_SIZE = 64
 WORKERS = 2
@@ -56,7 +54,7 @@ def main() -> int:
     few = split.take(np.arange(max(BATCH_SIZE, round(TORCHVISION_PART * len(split)))))
 
     ours = TrainLoader(split, BATCH_SIZE, Augmentation(), device=device)
-    torchvisions = torchvision_loader(few, Augmentation())
+    torchvisions = torchvision_loader(few, Augmentation(), batch_size=BATCH_SIZE, workers=WORKERS)
     step = training_step(mobilenetv2(10), options.image_size, device)
 
     rates = {"ours": [], "torchvision": [], "mobilenetv2_step": []}
@@ -92,47 +90,10 @@ def main() -> int:
 
 
 def pick_images(options: argparse.Namespace) -> Split:
-    """As many training images as --images says, of all classes. Raises UserError where there are not so many."""
+    """As many training images as --images says. Raises UserError where there are not so many."""
     train = dataset.load(options.data, image_size=options.image_size).train
-    if len(train) < BATCH_SIZE:
-        raise UserError(f"--data {options.data} has {len(train)} training images; expected {BATCH_SIZE} or more")
     count = min(IMAGES, len(train)) if options.images is None else options.images
-    if not BATCH_SIZE <= count <= len(train):
-        raise UserError(
-            f"--images {count}: expected {BATCH_SIZE} to {len(train)}, as many as --data {options.data} has"
-        )
-    return train.take(np.random.default_rng(0).permutation(len(train))[:count])
-
-
-class PilImages(torch.utils.data.Dataset):
-    """A split as torchvision's own data sets give it: one PIL image at a time, transformed."""
-
-    def __init__(self, split: Split, transform: transforms.Compose):
-        self.pixels = np.ascontiguousarray(split.images.transpose(0, 2, 3, 1))
-        self.labels = split.labels.tolist()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[row])), self.labels[row]
-
-
-def torchvision_loader(split: Split, settings: Augmentation) -> torch.utils.data.DataLoader:
-    transform = transforms.Compose(
-        [
-            transforms.RandomCrop(split.images.shape[-1], padding=settings.crop_padding),
-            transforms.ColorJitter(settings.brightness, settings.contrast, settings.saturation, settings.hue),
-            transforms.RandomHorizontalFlip(settings.flip),
-            transforms.RandAugment(settings.randaugment_ops, settings.randaugment_magnitude),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-    return torch.utils.data.DataLoader(
-        PilImages(split, transform), BATCH_SIZE, shuffle=True, num_workers=WORKERS, persistent_workers=True
-    )
+    return common.some_of(train, count, at_least=BATCH_SIZE, source=options.data)
 
 
 def training_step(model: nn.Module, size: int, device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -178,22 +139,22 @@ def report(results: dict, path: str) -> None:
     print(f"\nThe loader's share of a MobileNetV2 epoch: {results['mobilenetv2_share']:.1%}. Results: {path}")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or the path of an archive or a folder")
     parser.add_argument("--output", default=f"{common.RESULTS}/augment.json", help="JSON file (default: %(default)s)")
-    parser.add_argument("--images", type=positive, help=f"images in a round of ours (default: {IMAGES:,}, or all)")
-    parser.add_argument("--image-size", type=positive, default=32, help="side of the images (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=9, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, help="threads of PyTorch on the CPU (default: its own choice)")
+    parser.add_argument(
+        "--images", type=common.positive, help=f"images in a round of ours (default: {IMAGES:,}, or all)"
+    )
+    parser.add_argument(
+        "--image-size", type=common.positive, default=32, help="side of the images (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=common.positive, default=9, help="rounds that count (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=common.positive, help="threads of PyTorch on the CPU (default: its own choice)"
+    )
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
     return parser.parse_args()
 

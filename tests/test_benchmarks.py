@@ -1,10 +1,24 @@
 """The measuring scripts run, at a size that measures nothing, and write what they promise."""
 
+import contextlib
+import io
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import errors
+from benchmarks import common, ensemble, train
+from models import NETWORKS
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,3 +61,305 @@ def test_memory(tmp_path):
     result = json.loads((tmp_path / "m.json").read_text())
     network = result["networks"]["mobilenetv2"]
     assert network["ratio"] == network["images_per_second"]["kept"] / network["images_per_second"]["given_back"]
+
+
+def test_train(tmp_path):
+    small = ["--data", "digits", "--image-size", 16, "--images", 32, "--networks", "mobilenetv2", "--device", "cpu"]
+    short = ["--rounds", 1, "--windows", 1, "--seconds", 0.01, "--batch-size", 24, "--tuned-batch-size", 16]
+    done = run(tmp_path, "train.py", *small, *short, "--output", "t.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert {"device", "versions", "commit", "command", "num_images", "matrix_product", "networks"} <= result.keys()
+    network = result["networks"]["mobilenetv2"]
+    rate = network["images_per_second"]
+    assert network["batch_size"] == 24
+    assert network["compile"]["graph"] == {"fell_back": True}  # on the CPU the recipe's own way is not to be had
+    assert network["compile_choice"] == "none"
+    assert network["compile"]["none"]["images_per_second"] == rate
+    assert network["data_share"] == 1 - rate / network["compile"]["none"]["windows_on_chunk"][0]
+    utilisation = rate * network["flops_per_image"] / result["matrix_product"]["flops_per_second"]
+    assert network["model_flop_utilisation"] == utilisation
+    for kind, batch_size in (("original", 64), ("tuned", 16)):
+        assert network[kind]["batch_size"] == batch_size
+        assert network["ratios"][kind] == rate / network[kind]["images_per_second"]
+        assert math.isclose(result["geometric_mean_ratios"][kind], network["ratios"][kind])
+        assert f"| {network['ratios'][kind]:.2f} |" in done.stdout
+        assert f"| {network[kind]['start_up_seconds']:.1f} s |" in done.stdout
+    assert f"| ours, images/s | {train.spelled(rate)} |" in done.stdout
+    assert f"| {utilisation:.1%} |" in done.stdout
+
+
+def test_train_names_data_that_is_not_there(tmp_path):
+    done = run(tmp_path, "train.py", "--data", "nowhere", "--output", "t.json")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --data nowhere")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_operations_of_an_image_are_about_three_times_the_forward_pass():
+    for name, recipe in train.RECIPES.items():
+        with torch.device("meta"):
+            model, images = NETWORKS[name](10, **recipe.network_arguments()), torch.empty(1, 3, 32, 32)
+            model.eval()
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+        # Less the gradient of the images, which nobody asks for.
+        assert 2.9 < common.flops_per_image(recipe.network) / counter.get_total_flops() <= 3
+
+
+def measurement(asked, choice, rate):
+    return {
+        "kind": "ours", "asked": asked, "choice": choice, "windows": [rate, rate + 1, rate + 5],
+        "windows_on_chunk": [2 * rate], "batch_size": 8, "start_up_seconds": rate, "peak_memory_bytes": 1000 + rate,
+    }  # fmt: skip
+
+
+def test_a_way_that_fell_back_has_no_figures_and_spoils_no_others():
+    ways = train.by_choice(
+        [measurement("none", "none", 10), measurement("both", "none", 20), measurement("graph", "graph", 30)]
+    )
+    assert ways["both"] == {"fell_back": True}
+    assert ways["none"]["windows"] == [10, 11, 15]
+    assert ways["graph"]["fell_back"] is False
+    assert ways["graph"]["images_per_second"] == 31
+
+
+def test_rounds_are_pooled():
+    figures = train.by_choice([measurement("none", "none", 10), measurement("none", "none", 12)])["none"]
+    assert figures["windows"] == [10, 11, 15, 12, 13, 17]
+    assert figures["images_per_second"] == 12.5
+    assert figures["start_up_seconds"] == 11
+    assert figures["peak_memory_bytes"] == 1012
+    assert figures["data_share"] == 1 - 12.5 / 22
+
+
+DIGITS = [
+    "--data", "digits", "--dense", "--depth 37 --growth-rate 4", "--mobilenetv2", "--width 0.25",
+    "--resnext", "--base-width 2",
+]  # fmt: skip
+SHORT = ["--image-size", 16, "--epochs", 1, "--batch-size", 64, "--train-size", 200, "--test-size", 100]
+SHORT += ["--lr", 0.1, "--device", "cpu"]
+MEMBERS = ["densenet", "mobilenetv2", "resnext"]
+
+
+def run_ensemble(folder, *flags):
+    """Call benchmarks/ensemble.py's main in `folder`, in this process; the scripts are processes of their own."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["benchmarks/ensemble.py", *map(str, flags)]
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            errors.run(ensemble.main)
+    except SystemExit as end:
+        return SimpleNamespace(returncode=end.code, stdout=out.getvalue(), stderr=err.getvalue())
+    finally:
+        sys.argv = argv
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A folder with a run's output in `out`, after a first attempt that its time limit ended at once."""
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONUTF8", "1")
+        flags = [*DIGITS, "--work", "work", "--output", "out"]
+        stopped = run_ensemble(folder, *flags, "--time-limit", 0.1, "--", *SHORT)
+        assert stopped.returncode == 3, stopped.stderr
+        assert "the same command goes on" in stopped.stdout
+        assert files_in(folder / "out") == []
+        before = json.loads((folder / "work" / "progress.json").read_text())
+        assert before["finished"] == []
+        done = run_ensemble(folder, *flags, "--", *SHORT)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(folder=folder, stdout=done.stdout, seconds_before=before["seconds"])
+
+
+def test_ensemble(measured):
+    output = measured.folder / "out"
+    pictures_and_histories = [f"{name}.{kind}" for name in MEMBERS for kind in ("csv", "png")]
+    expected = [*pictures_and_histories, "ensemble.json", "ensemble.png", "logits.npz", "result.json"]
+    assert files_in(output) == sorted(expected)
+    result = json.loads((output / "result.json").read_text())
+    assert {"device", "versions", "commit", "command", "data", "flags", "ensemble", "not_training"} <= result.keys()
+    assert result["flags"]["dense.py"].endswith("--device cpu --depth 37 --growth-rate 4")
+    seconds = result["seconds"]
+    assert list(seconds) == ["dense.py", "mobilenetv2.py", "resnext.py", "main_ens.py"]
+    assert result["total_seconds"] == sum(seconds.values())
+    assert seconds["dense.py"] > measured.seconds_before["dense.py"] > 0
+    assert result["starts"] == {"dense.py": 2, "mobilenetv2.py": 1, "resnext.py": 1, "main_ens.py": 1}
+    assert 0 < result["not_training"] < 1
+    assert f"| total | | | {result['total_seconds']:.1f} |" in measured.stdout
+    tested = json.loads((output / "ensemble.json").read_text())
+    assert result["ensemble"] == tested["ensemble"]
+    for row, member in zip(result["members"], tested["members"], strict=True):
+        assert row["epochs"] == 1
+        assert row["images_per_second"] > 0
+        assert {name: row[name] for name in ("name", "loss", "accuracy")} == {
+            name: member[name] for name in ("name", "loss", "accuracy")
+        }
+
+
+def test_the_kept_logits_score_as_the_ensemble_did(measured):
+    result = json.loads((measured.folder / "out" / "result.json").read_text())
+    with np.load(measured.folder / "out" / "logits.npz") as arrays:
+        assert arrays.files == [*MEMBERS, "labels", "classes"]
+        assert [arrays[name].dtype for name in MEMBERS] == [np.float16] * 3
+        assert arrays["classes"].tolist() == [str(digit) for digit in range(10)]
+        labels = arrays["labels"]
+        probs = np.mean([softmax(arrays[name].astype(float)) for name in MEMBERS], axis=0)
+    assert labels.dtype == np.uint8
+    assert len(labels) == result["num_images"]["test"] == 100
+    # Half precision can turn a tie.
+    assert np.mean(probs.argmax(1) == labels) == pytest.approx(result["ensemble"]["accuracy"], abs=0.011)
+    loss = -np.log(probs[np.arange(100), labels]).mean()
+    assert loss == pytest.approx(result["ensemble"]["loss"], abs=0.002)
+
+
+def test_a_finished_run_is_compared_without_running_again(measured):
+    flags = [*DIGITS, "--work", "work", "--output", "again"]
+    done = run_ensemble(measured.folder, *flags, "--against", "out", "--", *SHORT)
+    assert done.returncode == 0, done.stderr
+    first, again = (json.loads((measured.folder / name / "result.json").read_text()) for name in ("out", "again"))
+    against = again.pop("against")
+    assert again == first
+    assert [row["name"] for row in against["rows"]] == [*MEMBERS, "ensemble"]
+    for row in against["rows"]:
+        for quantity in ("accuracy", "loss"):
+            assert row[quantity]["difference"] == 0
+            assert row[quantity]["interval"] == [0, 0]
+
+    scored = run_ensemble(measured.folder, "--score", "out", "--against", "out")
+    assert scored.returncode == 0, scored.stderr
+    assert "| ensemble | +0.00 (+0.00 to +0.00) | +0.0000 (+0.0000 to +0.0000) |" in scored.stdout
+    assert scored.stdout.strip() in done.stdout
+
+
+def test_a_run_goes_on_only_as_it_began(measured):
+    done = run_ensemble(measured.folder, *DIGITS, "--work", "work", "--output", "other", "--", *SHORT, "--seed", 1)
+    assert done.returncode == 2
+    assert "another setting" in done.stderr
+    assert "--seed 1" in done.stderr
+    assert files_in(measured.folder / "other") == []
+
+
+def write_logits(folder, logits, labels):
+    folder.mkdir()
+    np.savez(folder / "logits.npz", **logits, labels=labels.astype(np.uint8), classes=np.array(["a", "b", "c"]))
+
+
+def test_intervals_are_those_of_a_plain_bootstrap(tmp_path):
+    rng = np.random.default_rng(7)
+    labels = rng.integers(3, size=80)
+    runs = [
+        {name: (rng.normal(0, 1, (80, 3)) + sharp * np.eye(3)[labels]).astype(np.float16) for name in ("one", "two")}
+        for sharp in (1.5, 1.0)
+    ]
+    for name, logits in zip(("a", "b"), runs, strict=True):
+        write_logits(tmp_path / name, logits, labels)
+    done = run_ensemble(tmp_path, "--score", "a", "--against", "b")
+    assert done.returncode == 0, done.stderr
+
+    def scores(probs):
+        return np.stack([probs.argmax(1) == labels, -np.log(probs[np.arange(80), labels])])
+
+    def probs_of(logits):
+        own = {name: softmax(values.astype(float)) for name, values in logits.items()}
+        return own | {"ensemble": (own["one"] + own["two"]) / 2}
+
+    ours, theirs = map(probs_of, runs)
+    draws = np.random.default_rng(0)
+    resamples = [draws.integers(80, size=80) for _ in range(10_000)]
+    for name in ("one", "two", "ensemble"):
+        differences = scores(ours[name]) - scores(theirs[name])
+        means = np.array([differences[:, rows].mean(axis=1) for rows in resamples])
+        low, high = np.percentile(means, [2.5, 97.5], axis=0)
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"| {name} |"))
+        printed = [float(number) for number in re.findall(r"[+-][0-9.]+", line)]
+        points, loss = ([differences[row].mean(), low[row], high[row]] for row in (0, 1))
+        assert printed[:3] == pytest.approx([100 * value for value in points], abs=0.0051)
+        assert printed[3:] == pytest.approx(loss, abs=0.000051)
+
+
+def test_only_the_same_images_are_compared(tmp_path):
+    logits = {"one": np.zeros((4, 3), np.float16)}
+    write_logits(tmp_path / "a", logits, np.array([0, 1, 2, 0]))
+    write_logits(tmp_path / "b", logits, np.array([0, 1, 2, 1]))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "logits.npz").write_bytes(b"PK\3\4 and no more")
+    for other, message in (("b", "other labels"), ("c", "not what this benchmark writes"), ("d", "no such file")):
+        done = run_ensemble(tmp_path, "--score", "a", "--against", other)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+@pytest.mark.parametrize("parallel", [[], ["--parallel"]], ids=["in turn", "at once"])
+def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, parallel):
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "dense.py").write_text("import sys; sys.exit('the disk is on fire')")
+    for name in ("mobilenetv2.py", "resnext.py"):
+        (scripts / name).write_text("import time; time.sleep(100)")
+    monkeypatch.setattr(common, "ROOT", scripts)
+    done = run_ensemble(tmp_path, *DIGITS, *parallel, "--work", "work", "--output", "out")
+    assert done.returncode == 2
+    assert "dense.py ended with status 1" in done.stderr
+    assert "the disk is on fire" in capfd.readouterr().err
+    assert files_in(tmp_path / "out") == []
+    assert files_in(tmp_path / "work") == ["progress.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--time-limit", 60], "--work"),
+        (["--score", "out"], "--against"),
+        (["--", "--name", "mine"], "--name for dense.py"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+    ids=["limit", "score", "name", "data"],
+)
+def test_flags_that_cannot_work_are_named_at_once(tmp_path, flags, message):
+    done = run_ensemble(tmp_path, *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_deploy(tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    small = ["--networks", "mobilenetv2", "--rounds", 1, "--threads", 1]
+    done = run(tmp_path, "deploy.py", *small, "--output", "d.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "d.json").read_text())
+    assert {"device", "versions", "commit", "command", "rounds"} <= result.keys()
+    assert result["versions"]["onnxruntime"]
+    torchs, *files = (result["networks"]["mobilenetv2"][name] for name in ("torch", "onnx", "pt2"))
+    for row in files:
+        assert row["bytes"] > 4 * 2_236_682, "a file holds all parameters"
+        assert row["latency_ms"] <= row["latency_ms_95"]
+        assert row["latency_ratio"] == pytest.approx(torchs["latency_ms"] / row["latency_ms"])
+        assert row["throughput_ratio"] == pytest.approx(row["images_per_second"] / torchs["images_per_second"])
+        assert f"{row['images_per_second']:,.1f}" in done.stdout
+
+
+def test_predict(tmp_path):
+    small = ["--data", "digits", "--image-size", 16, "--images", 40, "--network-images", 4, "--rounds", 1]
+    done = run(tmp_path, "predict.py", *small, "--device", "cpu", "--output", "p.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "p.json").read_text())
+    assert result["num_images"] == {"decoding": 40, "networks": 4}
+    rates = result["images_per_second"]
+    assert 0 < rates["end_to_end"] < rates["networks"]
+    assert f"| decoding | {rates['decoding']:,.0f} |" in done.stdout

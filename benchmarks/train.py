@@ -1,0 +1,514 @@
+"""Measure training end to end (augmentation, step, optimiser): this project's beside a plain loop, on one device.
+
+ours      the script's own recipe, network and batch size, through engine.Trainer, as engine.fit does it
+original  a plain loop as the original's: batches of 64 in float32 (with TF32 on CUDA), torchvision's transforms in a
+          DataLoader with two processes, loss and hits read with .item() at every step
+tuned     the plain loop at its best: the same transforms and processes as many as there are cores, larger batches,
+          channels-last; on CUDA also bfloat16 (AMP) and pinned memory, which are of no use elsewhere
+
+All three train the same network on the same images with the same settings of the augmentation. Each measurement is a
+process of its own, since the memory allocator's settings and TF32 cannot be taken back; they take turns, round by
+round, so that whatever else the machine does meets all of them. After a warm-up a process measures windows of whole
+steps, each ended by waiting for the device. A figure is the median of all rounds' windows; a ratio is one of medians.
+
+start-up     seconds from the start of the process to the end of its first step: imports, images, preparation
+peak memory  on CUDA what PyTorch held at most, on a Linux CPU the process's peak size, without the DataLoader's own
+data's share of ours: 1 − images/s / images/s on one chunk augmented beforehand, by the same trainer, in alternation
+utilisation  of ours: images/s × operations of an image (two for a multiply-add, forward and backward) / the rate of
+             square matrix products that the same device reaches: bfloat16 on CUDA, float32 elsewhere
+             (No ceiling on a CPU whose convolutions come from another library than its products, and can be faster.)
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
+
+import dataset
+import dense
+import errors
+import files
+import mobilenetv2
+import resnext
+from benchmarks import common
+from benchmarks.common import positive
+from benchmarks.plain import torchvision_loader
+from dataset import Split
+from engine import Average, Run, Trainer, autocast, make_optimizer
+from errors import UserError
+from models import NETWORKS
+from recipe import COMPILE, DEVICES, Recipe
+from utils import TrainLoader, augmentation_of, normalize, pick_device
+
+RECIPES = {module.RECIPE.network: module.RECIPE for module in (dense, mobilenetv2, resnext)}
+KINDS = ("ours", "original", "tuned")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+ORIGINAL_BATCH_SIZE = 64
+PLAIN_WORKERS = {"original": 2, "tuned": CORES}
+MATRIX_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 2048}
+MATRIX_WINDOWS, MATRIX_SECONDS = 5, 0.1  # of products, in each round
+MATRIX_WARM_UP = 2  # products
+# Of ours, for each way to run a step, and again for the network as a whole.
+FIGURES = ("images_per_second", "batch_size", "start_up_seconds", "peak_memory_bytes", "data_share")
+
+Step = Callable[[Tensor, Tensor], None]  # trains on images and labels
+Batches = Iterator[tuple[Tensor, Tensor]]  # of them, without end
+
+
+def main() -> int:
+    options = parse_flags()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.measure:
+        print(json.dumps(measure(options)))
+        return 0
+    device = pick_device(options.device)
+    files.check_writable(Path(options.output).parent, "the results")  # better now than after all measurements
+    products: list[float] = []
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in options.networks}
+    for round_number in range(1, options.rounds + 1):
+        for name in options.networks:
+            for kind, choice in jobs(options, RECIPES[name]):
+                result = in_a_process(name, kind, choice, device)
+                measured[name].append(result)
+                print(f"round {round_number}, {name}, {line(result)}", flush=True)
+        products += product_rates(device)
+
+    matrix_product = {
+        "size": MATRIX_SIZE[device.type],
+        "dtype": str(matrix_dtype(device)).removeprefix("torch."),
+        "flops_per_second": statistics.median(products),
+    }
+    networks = {
+        name: summary(RECIPES[name], results, options.image_size, matrix_product["flops_per_second"])
+        for name, results in measured.items()
+    }
+    results = common.provenance(device) | {
+        "data": options.data,
+        "image_size": options.image_size,
+        "num_images": measured[options.networks[0]][0]["num_images"],
+        "rounds": options.rounds,
+        "windows": options.windows,
+        "seconds": options.seconds,
+        "matrix_product": matrix_product,
+        "networks": networks,
+        "geometric_mean_ratios": geometric_means(networks),
+    }
+    common.write_results(results, options.output)
+    report(results, options.output)
+    return 0
+
+
+def jobs(options: argparse.Namespace, recipe: Recipe) -> Iterator[tuple[str, str | None]]:
+    """What to measure of a network in each round: kinds and, for ours, choices of --compile."""
+    for kind in options.kinds:
+        if kind == "ours":
+            yield from ((kind, choice) for choice in options.compile or [recipe.compile])
+        else:
+            yield kind, None
+
+
+def in_a_process(name: str, kind: str, choice: str | None, device: torch.device) -> dict[str, Any]:
+    """What `measure` returns in a new process, with this one's flags. Ends this one with the other's exit status."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure", name, kind, "--device", device.type]
+    if choice:
+        command += ["--compile", choice]
+    done = subprocess.run([*command, "--started", str(time.time())], stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.splitlines()
+    result = lines.pop() if done.returncode == 0 else ""
+    for text in lines:
+        print(text, flush=True)
+    if done.returncode < 0:
+        raise UserError(
+            f"{name}, {kind}: the process was killed by signal {-done.returncode}; if the memory ran out, "
+            f"{remedy(kind)}"
+        )
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+    return json.loads(result)
+
+
+def remedy(kind: str) -> str:
+    """What to do where the memory is too small for one kind."""
+    flag = {
+        "ours": "take a smaller --batch-size, or ",
+        "tuned": "take a smaller --tuned-batch-size, or ",
+        "original": "",
+    }
+    return f"{flag[kind]}leave it out by --kinds or --networks"
+
+
+# -------------------------------------------------------------------------------------- one measurement, in its process
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Train one network in one way. Raises UserError for images or memory that do not suffice."""
+    name, kind = options.measure
+    # To keep freed memory, as pick_device does on the CPU, is a part of ours.
+    device = torch.device("cpu") if kind != "ours" and options.device == "cpu" else pick_device(options.device)
+    data = dataset.load(options.data, image_size=options.image_size)
+    count = len(data.train) if options.images is None else options.images
+    split = common.some_of(data.train, count, at_least=2, source=options.data)
+    recipe = replace(RECIPES[name], image_size=options.image_size)
+    if kind == "ours":
+        batch_size = recipe.batch_size if options.batch_size is None else options.batch_size
+        recipe = replace(recipe, batch_size=batch_size, compile=options.compile[0])
+    else:
+        batch_size = options.tuned_batch_size if kind == "tuned" else ORIGINAL_BATCH_SIZE
+    last_size = len(split) % batch_size
+    if batch_size == 1 or last_size == 1:
+        raise UserError(
+            f"{kind}: batches of {batch_size} end with one of a single image out of {len(split):,}, which batch-norm "
+            "cannot train on; give another batch size or number of --images"
+        )
+    torch.manual_seed(recipe.seed)
+    model = NETWORKS[name](len(data.classes), **recipe.network_arguments())
+    try:
+        if kind == "ours":
+            trainer, step, batches = ours(model, split, recipe, device)
+        else:
+            step, batches = plain(kind, model, split, recipe, batch_size, device)
+        result = {"kind": kind, "num_images": len(split), "num_classes": len(data.classes), "batch_size": batch_size}
+
+        training = steps(step, batches)
+        next(training)
+        common.synchronize(device)
+        result["start_up_seconds"] = time.time() - options.started
+        if last_size:  # an epoch's last batch needs preparations of its own, which belong in no window
+            images, labels = next(batches)
+            step(images[:last_size], labels[:last_size])
+        warm_up = (10 if device.type == "cuda" else 1) if options.warm_up is None else options.warm_up
+        rate(training, warm_up, device)
+        in_window = steps_in(options.seconds, training, device)
+
+        result["windows"] = [rate(training, in_window, device)]
+        result["peak_memory_bytes"] = peak_memory(device)  # before the chunk, which belongs to no training
+        if kind == "ours":
+            on_chunk = steps(step, itertools.cycle(chunk(trainer.loader)))
+            result["windows_on_chunk"] = [rate(on_chunk, in_window, device)]
+        for _ in range(options.windows - 1):
+            result["windows"].append(rate(training, in_window, device))
+            if kind == "ours":
+                result["windows_on_chunk"].append(rate(on_chunk, in_window, device))
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{name}, {kind}: the device memory is too small for batches of {batch_size}; {remedy(kind)}"
+        ) from None
+    if kind == "ours":
+        result |= {"asked": recipe.compile, "choice": trainer.fast_step.choice}
+    return result
+
+
+def ours(model: nn.Module, split: Split, recipe: Recipe, device: torch.device) -> tuple[Trainer, Step, Batches]:
+    """As engine.fit and engine.one_epoch, but for the progress bar, which waits for the device once a second."""
+    model.to(device, memory_format=torch.channels_last).train()
+    average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
+    trainer = Trainer(Run(model, make_optimizer(model, recipe, device), average), split, recipe, device)
+    done = itertools.count()
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        trainer.train(*divmod(next(done), len(trainer.loader)), images, labels)
+
+    epochs = (trainer.loader.epoch(epoch) for epoch in itertools.count())
+    return trainer, step, itertools.chain.from_iterable(epochs)
+
+
+def chunk(loader: TrainLoader) -> list[tuple[Tensor, Tensor]]:
+    """The batches of the first epoch's first chunk, augmented and normalised."""
+    images, labels = loader.chunk(loader.plan(0).to(loader.device), 0)
+    pairs = zip(images.split(loader.batch_size), labels.split(loader.batch_size), strict=True)
+    return [(normalize(batch), targets) for batch, targets in pairs]
+
+
+def plain(
+    kind: str, model: nn.Module, split: Split, recipe: Recipe, batch_size: int, device: torch.device
+) -> tuple[Step, Batches]:
+    loader = torchvision_loader(
+        split,
+        augmentation_of(recipe),
+        batch_size=batch_size,
+        workers=PLAIN_WORKERS[kind],
+        pin_memory=kind == "tuned" and device.type == "cuda",
+    )
+    step = {"original": original_step, "tuned": tuned_step}[kind](model.train(), device)
+    return step, itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def original_step(model: nn.Module, device: torch.device) -> Step:
+    model.to(device)
+    optimizer = plain_optimizer(model)
+    loss_sum = hits = 0
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        nonlocal loss_sum, hits
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item()
+        hits += (logits.argmax(1) == labels).sum().item()
+
+    return step
+
+
+def tuned_step(model: nn.Module, device: torch.device) -> Step:
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = plain_optimizer(model)
+    loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        optimizer.zero_grad()
+        with autocast(device):  # bfloat16 on CUDA, float32 elsewhere
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        optimizer.step()
+        loss_sum.add_(loss.detach())
+        hits.add_((logits.argmax(1) == labels).sum())
+
+    return step
+
+
+def plain_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+
+# ------------------------------------------------------------------------------------------------ clocks and counters
+
+
+def steps(step: Step, batches: Batches) -> Iterator[int]:
+    """Trains when asked for the next number, which is that of the step's images."""
+    for images, labels in batches:
+        step(images, labels)
+        yield len(labels)
+
+
+def timed(work: Iterator[int], count: int, device: torch.device) -> tuple[int, float]:
+    """How much `count` steps of `work` come to, and the seconds until the device has done them."""
+    common.synchronize(device)
+    started = time.perf_counter()
+    done = sum(itertools.islice(work, count))
+    common.synchronize(device)
+    return done, time.perf_counter() - started
+
+
+def rate(work: Iterator[int], count: int, device: torch.device) -> float:
+    done, seconds = timed(work, count, device)
+    return done / seconds
+
+
+def steps_in(seconds: float, work: Iterator[int], device: torch.device) -> int:
+    """How many steps last for about `seconds`, found on ever more of them up to an eighth of that."""
+    count = 1
+    while (taken := timed(work, count, device)[1]) < seconds / 8:
+        count *= 2
+    return math.ceil(count * seconds / taken)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """In bytes, since the process started; None where nothing counts it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "cpu" and sys.platform == "linux":
+        # Not resource.getrusage, to which a process started from another counts the other's peak too.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return None
+
+
+def matrix_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def product_rates(device: torch.device) -> list[float]:
+    """Floating-point operations a second of square matrix products, for each of some windows."""
+    size = MATRIX_SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device).to(matrix_dtype(device)) for _ in range(2))
+    product = torch.empty_like(a)
+
+    def multiply() -> Iterator[int]:
+        while True:
+            torch.mm(a, b, out=product)
+            yield 2 * size**3
+
+    products = multiply()
+    rate(products, MATRIX_WARM_UP, device)
+    in_window = steps_in(MATRIX_SECONDS, products, device)
+    return [rate(products, in_window, device) for _ in range(MATRIX_WINDOWS)]
+
+
+# ------------------------------------------------------------------------------------------------------- the results
+
+
+def summary(recipe: Recipe, results: list[dict[str, Any]], image_size: int, device_flops: float) -> dict[str, Any]:
+    """A network's part of the JSON, out of what its processes measured.
+
+    Of ours, `compile` has the figures of every way of running a step, under the name of the way that was taken in the
+    end, and the network itself those of the recipe's own or, where that was not measured, of the fastest.
+    """
+    flops = common.flops_per_image(recipe.network, results[0]["num_classes"], image_size, **recipe.network_arguments())
+    network: dict[str, Any] = {"flops_per_image": flops}
+    by_kind = {kind: [result for result in results if result["kind"] == kind] for kind in KINDS}
+    if by_kind["ours"]:
+        ways = by_choice(by_kind["ours"])
+        measured = {choice: way for choice, way in ways.items() if "images_per_second" in way}
+        choice = max(measured, key=lambda name: (name == recipe.compile, measured[name]["images_per_second"]))
+        network |= {"compile_choice": choice, **{name: measured[choice][name] for name in FIGURES}, "compile": ways}
+        flops_per_second = network["images_per_second"] * network["flops_per_image"]
+        network["model_flop_utilisation"] = flops_per_second / device_flops
+    for kind in PLAIN_WORKERS:
+        if by_kind[kind]:
+            network[kind] = pooled(by_kind[kind]) | {"workers": PLAIN_WORKERS[kind]}
+    if by_kind["ours"]:
+        network["ratios"] = {
+            kind: network["images_per_second"] / network[kind]["images_per_second"]
+            for kind in PLAIN_WORKERS
+            if kind in network
+        }
+    return network
+
+
+def by_choice(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of ours: the figures of each way of running a step. A way that could not be taken has none, but `fell_back`."""
+    asked = {result["asked"] for result in results}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        # What fell back counts for the way it took, unless there are measurements of that for its own sake.
+        if result["choice"] == result["asked"] or result["choice"] not in asked:
+            groups.setdefault(result["choice"], []).append(result)
+    ways = {choice: pooled(group) | {"fell_back": False} for choice, group in groups.items()}
+    for result in results:
+        if result["choice"] != result["asked"]:
+            ways.setdefault(result["asked"], {})["fell_back"] = True
+    return ways
+
+
+def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of several measurements of the same."""
+    windows = list(itertools.chain.from_iterable(result["windows"] for result in results))
+    peaks = [result["peak_memory_bytes"] for result in results]
+    figures = {
+        "images_per_second": statistics.median(windows),
+        "windows": windows,
+        "batch_size": results[0]["batch_size"],
+        "start_up_seconds": statistics.median(result["start_up_seconds"] for result in results),
+        "peak_memory_bytes": None if None in peaks else max(peaks),
+    }
+    if results[0]["kind"] == "ours":
+        on_chunk = list(itertools.chain.from_iterable(result["windows_on_chunk"] for result in results))
+        figures |= {
+            "data_share": 1 - figures["images_per_second"] / statistics.median(on_chunk),
+            "windows_on_chunk": on_chunk,
+        }
+    return figures
+
+
+def geometric_means(networks: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Of the networks' ratios, for each plain loop that was measured."""
+    ratios = [network.get("ratios", {}) for network in networks.values()]
+    return {kind: statistics.geometric_mean(ratio[kind] for ratio in ratios) for kind in ratios[0]}
+
+
+def line(result: dict[str, Any]) -> str:
+    way = f"ours (--compile {result['choice']})" if result["kind"] == "ours" else result["kind"]
+    return (
+        f"{way}: {spelled(statistics.median(result['windows']))} images/s, "
+        f"first step after {result['start_up_seconds']:.1f} s"
+    )
+
+
+def spelled(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+def report(results: dict[str, Any], path: str) -> None:
+    networks, means = results["networks"], results["geometric_mean_ratios"]
+    columns = [cells(network) for network in networks.values()]
+    columns.append({f"ours / {kind}": f"{mean:.2f}" for kind, mean in means.items()})
+    print(f"\n{results['device']}, {results['data']}, median of {results['rounds']} × {results['windows']} windows\n")
+    print(f"| | {' | '.join(networks)} | geometric mean |\n|---|{'--:|' * len(columns)}")
+    for label in dict.fromkeys(itertools.chain(*columns)):
+        print(f"| {' | '.join([label, *(column.get(label, '') for column in columns)])} |")
+    product = results["matrix_product"]
+    print(
+        f"\n{product['dtype']} products of {product['size']}×{product['size']} matrices: "
+        f"{product['flops_per_second'] / 1e12:,.2f} TFLOP/s. Results: {path}"
+    )
+
+
+def cells(network: dict[str, Any]) -> dict[str, str]:
+    """A network's column of the table: what was measured of it, by the row's label."""
+    kinds = {kind: network[kind] for kind in PLAIN_WORKERS if kind in network}
+    if "compile" in network:
+        kinds = {"ours": network} | kinds
+    column = {f"{kind}, images/s": spelled(figures["images_per_second"]) for kind, figures in kinds.items()}
+    column |= {f"ours / {kind}": f"{ratio:.2f}" for kind, ratio in network.get("ratios", {}).items()}
+    for kind, figures in kinds.items():
+        peak = figures["peak_memory_bytes"]
+        column[f"{kind}, peak memory"] = "–" if peak is None else f"{peak / 2**30:.2f} GiB"
+    column |= {f"{kind}, start-up": f"{figures['start_up_seconds']:.1f} s" for kind, figures in kinds.items()}
+    if "compile" in network:
+        column["ours, data's share"] = f"{network['data_share']:.1%}"
+        column["ours, utilisation"] = f"{network['model_flop_utilisation']:.1%}"
+        column["ours, --compile"] = network["compile_choice"]
+        for choice, way in network["compile"].items():
+            if choice != network["compile_choice"]:
+                text = spelled(way["images_per_second"]) if "images_per_second" in way else "fell back"
+                column[f"ours, --compile {choice}, images/s"] = text
+    return column
+
+
+def seconds(text: str) -> float:
+    """The type of a flag that says how long."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return value
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="cifar10", help="cifar10, digits, or the path of an archive or a folder")
+    add("--output", default=f"{common.RESULTS}/train.json", help="JSON file (default: %(default)s)")
+    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(default: all)")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(default: all)")
+    add("--compile", nargs="+", choices=COMPILE, help="ways for ours to run a step (default: the recipe's own)")
+    add("--batch-size", type=positive, help="images in a step of ours (default: the recipe's own)")
+    add("--tuned-batch-size", type=positive, default=512, help="images in a step of tuned (default: %(default)s)")
+    add("--images", type=positive, help="training images (default: all)")
+    add("--image-size", type=positive, default=32, help="side of the images (default: %(default)s)")
+    add("--rounds", type=positive, default=2, help="processes of each kind and network (default: %(default)s)")
+    add("--windows", type=positive, default=5, help="measurements in a process (default: %(default)s)")
+    add("--seconds", type=seconds, default=3.0, help="about how long a window lasts (default: %(default)g)")
+    add("--warm-up", type=positive, help="steps before the first window (default: 10 on CUDA, 1 elsewhere)")
+    add("--threads", type=positive, help="threads of PyTorch on the CPU (default: its own choice)")
+    add("--device", choices=DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
+    add("--measure", nargs=2, metavar=("NETWORK", "KIND"), help=argparse.SUPPRESS)
+    add("--started", type=float, help=argparse.SUPPRESS)  # when --measure's process was, in seconds of the epoch
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    errors.run(main)
