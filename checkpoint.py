@@ -52,7 +52,8 @@ def write(path: str | Path, content: dict[str, Any]) -> None:
 def read(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU: tensors and plain values only, nothing in the file is executed.
 
-    Of what it returns, `EXPECTED` holds, and `RESUMABLE` too unless it is of an earlier version.
+    Of what it returns, `EXPECTED` holds, and `RESUMABLE` too unless it is of an earlier version. It has the SHA-256 of
+    what was read as "digest".
 
     Raises UserError for a file that is missing, unreadable, truncated, damaged, foreign, or of a later format, and for
     content that lacks something, has something of another kind, or contradicts itself.
@@ -84,14 +85,7 @@ def read(path: str | Path) -> dict[str, Any]:
         )
     if problem := next(problems(content), None):
         raise unusable(path, problem)
-    return content
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256, in hex, of a checkpoint that `read` has found whole: the end of the file says it."""
-    with open(path, "rb") as file:
-        file.seek(-64, io.SEEK_END)
-        return file.read().decode()
+    return content | {"digest": comment.removeprefix(MARK).decode()}
 
 
 def unusable(path: str | Path, problem: str) -> UserError:

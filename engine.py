@@ -10,6 +10,7 @@ import copy
 import functools
 import importlib.metadata
 import math
+import os
 import platform
 import signal
 import sys
@@ -38,7 +39,16 @@ from dataset import Dataset, Split
 from errors import UserError
 from fast import FastStep
 from recipe import REFERENCE_BATCH, Recipe
-from utils import MEAN, STD, CosineSchedule, TrainLoader, augmentation_of, normalize, pick_device
+from utils import (
+    MEAN,
+    STD,
+    CosineSchedule,
+    TrainLoader,
+    augmentation_of,
+    is_out_of_memory,
+    normalize,
+    pick_device,
+)
 
 # Pixels evaluated in one go: 512 images of 32×32 on the CPU; on a GPU more, since starting the operators takes longer
 # than running them on few images.
@@ -183,7 +193,7 @@ def previous_run(recipe: Recipe) -> dict[str, Any] | None:
 
 def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
     path = recipe.checkpoint_path
-    if recipe.overwrite or not path.exists():
+    if recipe.overwrite or not os.path.exists(path):
         return None
     if not recipe.resume:
         raise UserError(f"{path} exists already; --resume goes on from it, --overwrite starts afresh, --name renames")
@@ -213,32 +223,30 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any
     a last batch of one image, which batch-norm cannot train on, and where another process writes the same checkpoint.
     """
     if len(data.train) % recipe.batch_size == 1:
-        raise UserError(
+        raise parallel.found_by_all(
             f"--batch-size {recipe.batch_size} leaves a last batch of one image out of {len(data.train):,}, which "
             "batch-norm cannot train on; choose another batch size or --train-size"
         )
     if previous and previous["data"]["digest"] != data.digest:
-        raise UserError(
+        raise parallel.found_by_all(
             f"--resume: --data {data.source} does not hold the images that {recipe.checkpoint_path} was "
             f"trained on (--data {previous['data']['source']}); give those, or start another run with --name or "
             "--overwrite"
         )
     least = parallel.world_size() * 2
     if parallel.world_size() > 1 and min(recipe.batch_size, len(data.train) % recipe.batch_size or least) < least:
-        raise UserError(
+        raise parallel.found_by_all(
             f"--batch-size {recipe.batch_size} leaves a process fewer than two images in each batch or in the last one "
             f"of {len(data.train):,}, and batch-norm needs two; choose another, or start fewer processes than "
-            f"{parallel.world_size()}",
-            silent=not parallel.is_first(),
+            f"{parallel.world_size()}"
         )
     parallel.from_first(lambda: check_files(recipe))
     device = pick_device(recipe.device, deterministic=recipe.deterministic)
     if recipe.sync_bn:
         if device.type != "cuda" or parallel.world_size() == 1:
             found = f"{parallel.world_size()} on {device.type.upper()}"
-            raise UserError(
-                f"--sync-bn is for several processes on CUDA, and here is {found}; leave it out",
-                silent=not parallel.is_first(),
+            raise parallel.found_by_all(
+                f"--sync-bn is for several processes on CUDA, and here is {found}; leave it out"
             )
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     with (
@@ -247,7 +255,6 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any
         memory_that_runs_out(recipe.batch_size),
         scalar_writer(recipe, previous["training"]["epoch"] if previous else 0) as writer,
         Saver(in_background=device.type == "cuda") as saver,
-        parallel.naming_lost_processes(),
     ):
         lock = files.locked(recipe.checkpoint_path, "the checkpoint", wait=False)
         parallel.from_first(lambda: locks.enter_context(lock))
@@ -344,7 +351,10 @@ class Trainer:
             # at every step.
             with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PyTorch 2.11 has no newer name
                 network = DistributedDataParallel(self.model, broadcast_buffers=False)
-            choice = {"graph": "none", "both": "inductor"}.get(choice, choice)  # a graph would not hold the exchange
+            if choice in ("graph", "both") and device.type == "cuda":
+                instead = {"graph": "none", "both": "inductor"}[choice]
+                parallel.say(f"--compile {choice} records the step of one process; with several it is {instead} here")
+                choice = instead
         self.fast_step = FastStep(
             self.step, network, self.state, choice=choice, batch_size=self.loader.own_size, device=device
         )
@@ -422,18 +432,22 @@ def one_epoch(
     row = {"epoch": run.epoch + 1, "learning_rate": rate(run.step - 1)}
     row |= {"train_loss": run.totals[0] / num_images, "train_accuracy": run.totals[1] / num_images}
     parallel.copy_buffers(run.tested)
+    tested = run.tested.eval()
     for name, (images, labels) in evaluated.items():
         own = parallel.share(len(labels), parallel.rank(), num_processes)
         # A smaller --batch-size is to take less memory here as well.
         batch_size = min(eval_batch_size(images, trainer.device), 4 * loader.batch_size)
         # Several processes could not agree in between.
         break_off = stop if num_processes == 1 else None
-        logits = predict(run.tested, images[own], trainer.device, batch_size=batch_size, stop=break_off)
+        logits = predict(
+            lambda batch: tested(normalize(batch)), images[own], trainer.device, batch_size=batch_size, stop=break_off
+        )
         if logits is None:
             return None
         loss_sum, hits = parallel.total(metrics.sums(logits, labels[own]))
         if not math.isfinite(loss_sum):  # the last step's loss can still be finite while the weights it leaves are not
-            raise not_finite(f"{name} loss", run.epoch, run.step - 1, row["learning_rate"])
+            message = str(not_finite(f"{name} loss", run.epoch, run.step - 1, row["learning_rate"]))
+            raise parallel.found_by_all(message)
         row |= {f"{name}_loss": loss_sum / len(labels), f"{name}_accuracy": hits / len(labels)}
     row |= {"seconds": time.monotonic() - started, "images_per_second": num_images / training_seconds}
     return row
@@ -512,13 +526,13 @@ def memory_that_runs_out(batch_size: int) -> Iterator[None]:
     """Turn PyTorch's errors about memory into one that names --batch-size and a smaller one."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        on_host = isinstance(error, MemoryError) or "not enough memory" in str(error) or "DefaultCPU" in str(error)
-        if not (on_host or isinstance(error, torch.OutOfMemoryError)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
+        on_host = isinstance(error, MemoryError) or "not enough memory" in str(error) or "DefaultCPU" in str(error)
         room = ""
         if not on_host and torch.cuda.is_available():
-            room = f" of {torch.cuda.get_device_properties(0).total_memory / 2**30:.1f} GiB"
+            room = f" of {torch.cuda.get_device_properties('cuda').total_memory / 2**30:.1f} GiB"
         smaller = f"--batch-size {batch_size // 2}" if batch_size >= 4 else "smaller images or a smaller network"
         raise UserError(
             f"--batch-size {batch_size}: the {'memory' if on_host else 'device memory'}{room} is too small for it; "
@@ -533,25 +547,24 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
+    network: Callable[[Tensor], Tensor],
     images: Tensor,
     device: torch.device,
     *,
     batch_size: int | None = None,
     stop: StopSignals | None = None,
 ) -> Tensor | None:
-    """Logits of `model` in evaluation mode for `images`, uint8 (N, 3, H, W): float32 (N, classes) on the CPU.
+    """Logits of `network`, which takes uint8 (B, 3, H, W), for `images` of that kind: float32 (N, classes) on the CPU.
 
     None where `stop` came first.
     """
-    model.eval()
-    batch_size = batch_size or eval_batch_size(images, device)
+    parts = max(1, -(-len(images) // (batch_size or eval_batch_size(images, device))))
     logits = []
-    for batch in images.split(batch_size):
+    for batch in images.tensor_split(parts):  # of equal size: cuDNN tries its algorithms out on each size
         if stop:
             return None
         with autocast(device):
-            logits.append(model(normalize(batch.to(device))).float())
+            logits.append(network(batch.to(device, memory_format=torch.channels_last)).float())
     return torch.cat(logits).cpu()
 
 
@@ -570,10 +583,9 @@ def restore(run: Run, content: dict[str, Any], data: Dataset, recipe: Recipe) ->
     run.model.load_state_dict(dict(training["model"] or content["model"]), strict=True)
     if run.average:
         run.average.model.load_state_dict(dict(training["average"] or content["model"]), strict=True)
-    groups = run.optimizer.param_groups
-    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": training["optimizer"]})
-    for new, old in zip(run.optimizer.param_groups, groups, strict=True):
-        new["lr"] = old["lr"]  # one tensor for all, on the device
+    own = by_number(run.optimizer.state_dict()["state"])
+    for name, tensor in by_number(training["optimizer"]).items():
+        own[name].copy_(tensor)
     run.history = content["history"]
     run.epoch, run.step, run.totals, run.seconds = (training[name] for name in ("epoch", "step", "totals", "seconds"))
     if best := training["best"]:

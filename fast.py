@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import parallel
+from errors import UserError
+from utils import is_out_of_memory
 
 WARM_UP = 3  # runs before a recording, for cuDNN and cuBLAS to choose their algorithms and take their memory
 
@@ -59,16 +61,21 @@ class FastStep:
             return plain
         # For an epoch's last batch, of its own size, a second compilation would not pay.
         network = self.compiled if self.compiled is not None and len(images) == self.batch_size else self.model
+        if network is self.model and not self.pool:
+            return plain
         before = [tensor.clone() for tensor in self.state()]
         try:
             if self.pool:
                 return self.record(images.clone(), labels.clone(), network)
             self.step(images, labels, network)
             return functools.partial(self.step, network=network)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # compilers and drivers fail in more ways than can be listed
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if is_out_of_memory(error):
+                raise
+            # What a recording breaks off on is told by the error behind that of its end.
+            reason = "; ".join(first_line(cause) for cause in (error.__context__, error) if cause)
+            if parallel.world_size() > 1:  # the others may have done that step: from here on each would be at another
+                raise UserError(f"--compile {self.choice} fails here ({reason}); take --compile none") from None
             parallel.say(f"--compile {self.choice} fails here ({reason}); the operators run one by one")
             self.choice = "none"
             return plain
@@ -83,10 +90,12 @@ class FastStep:
         current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         with torch.cuda.stream(current):  # a recording that fails leaves its own stream in force
             side.wait_stream(current)
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    self.step(images, labels, network)
-            current.wait_stream(side)
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UP):
+                        self.step(images, labels, network)
+            finally:
+                current.wait_stream(side)  # also after a failure: the state is put back on the current one
             with torch.cuda.graph(graph, pool=self.pool):
                 self.step(images, labels, network)
 
@@ -96,3 +105,7 @@ class FastStep:
             graph.replay()
 
         return replay
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

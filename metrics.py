@@ -14,11 +14,6 @@ RESAMPLES = 10_000
 RESAMPLED_AT_ONCE = 2**20  # images drawn in one go: 8 MB of them, and as much of their counts
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> float:
-    """Mean negative log-likelihood of `labels`, int64 (N,), under the softmax of `logits`, (N, C)."""
-    return F.cross_entropy(logits.double(), labels).item()
-
-
 def sums(logits: Tensor, labels: Tensor) -> list[float]:
     """The cross-entropies of all rows added up, and how many rows are right: parts of which make up the whole."""
     loss = F.cross_entropy(logits.double(), labels, reduction="sum").item()

@@ -50,7 +50,7 @@ def say(*text: object) -> None:
 def processes(device: str) -> Iterator[None]:
     """Within the block the processes that torchrun started know each other; `device` is what --device names.
 
-    Raises UserError where there are more processes on a machine than GPUs, or on MPS.
+    Raises UserError where there are more processes on a machine than GPUs, on MPS, and where another process is gone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -71,10 +71,9 @@ def processes(device: str) -> Iterator[None]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    try:
+    with naming_lost_processes():
         yield
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()  # after an error it would wait for the others' part in exchanges that never come
 
 
 @contextlib.contextmanager
@@ -104,6 +103,11 @@ def from_first(function: Callable[[], Any]) -> Any:
     return found[0]
 
 
+def found_by_all(message: str) -> UserError:
+    """The error to raise where every process finds the same mistake: the first one prints it."""
+    return UserError(message, silent=not is_first())
+
+
 def share(count: int, rank: int, world_size: int) -> slice:
     """The part of `count` things that falls to a process; two parts differ by one at most."""
     return slice(count * rank // world_size, count * (rank + 1) // world_size)
@@ -112,10 +116,6 @@ def share(count: int, rank: int, world_size: int) -> slice:
 def total(values: list[float]) -> list[float]:
     """Each value's sum over the processes, in float64."""
     return _reduced(values, dist.ReduceOp.SUM)
-
-
-def least(value: float) -> float:
-    return _reduced([value], dist.ReduceOp.MIN)[0]
 
 
 def most(value: float) -> float:

@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import checkpoint
 import files
 import models.ensemble
-from engine import autocast, eval_batch_size, memory_that_runs_out
+from engine import autocast, eval_batch_size, memory_that_runs_out, predict
 from errors import UserError
-from models.ensemble import Member
 
 CACHE = ".logits"  # the folder beside the checkpoints
 CACHE_VERSION = 1  # goes up when the same checkpoint and images would give other logits than before
@@ -63,13 +61,14 @@ def view_logits(
     cached: bool,
 ) -> Tensor:
     """Logits, float32 (N, C), of one checkpoint for one view of images whose digest is `pixels`."""
-    kept = cache_path(path, pixels, device, mirrored)
+    kept = cache_path(path.parent, content["digest"], pixels, device, mirrored)
     if cached and (logits := read_cache(kept, len(images), len(content["data"]["classes"]))) is not None:
         return logits
     member = models.ensemble.build_member(path, content).to(device, memory_format=torch.channels_last)
     batch_size = batch_size or eval_batch_size(images, device)
     with memory_that_runs_out(batch_size):
-        logits = predict(member, images, device, mirrored, batch_size)
+        network = (lambda batch: member(batch.flip(3))) if mirrored else member
+        logits = predict(network, images, device, batch_size=batch_size)
     if not logits.isfinite().all():
         raise UserError(f"{path}: its predictions are not finite; train it again with a lower --lr")
     if cached:
@@ -77,23 +76,13 @@ def view_logits(
     return logits
 
 
-@torch.no_grad()
-def predict(member: Member, images: Tensor, device: torch.device, mirrored: bool, batch_size: int) -> Tensor:
-    logits = []
-    for batch in images.split(batch_size):
-        batch = batch.to(device, memory_format=torch.channels_last)
-        with autocast(device):
-            logits.append(member(batch.flip(3) if mirrored else batch).float())
-    return torch.cat(logits).cpu()
-
-
-def cache_path(path: Path, pixels: str, device: torch.device, mirrored: bool) -> Path:
+def cache_path(folder: Path, digest: str, pixels: str, device: torch.device, mirrored: bool) -> Path:
     """A file named by all that decides the logits."""
     with autocast(device):
         precision = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "float32"
     decisive = {
         "version": CACHE_VERSION,
-        "checkpoint": checkpoint.digest(path),
+        "checkpoint": digest,
         "images": pixels,
         "mirrored": mirrored,
         "device": device.type,
@@ -101,19 +90,19 @@ def cache_path(path: Path, pixels: str, device: torch.device, mirrored: bool) ->
         "torch": str(torch.__version__),
     }
     name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-    return path.parent / CACHE / f"{name[:32]}.npz"
+    return folder / CACHE / f"{name[:32]}.npz"
 
 
 def read_cache(path: Path, images: int, classes: int) -> Tensor | None:
     """The logits kept at `path`, or None where there are none or they are damaged."""
-    if not path.exists():
-        return None
     try:
         with np.load(path) as kept:
             logits = kept["logits"]
         if logits.dtype != np.float32 or logits.shape != (images, classes) or not np.isfinite(logits).all():
             raise ValueError(f"found {logits.dtype} {logits.shape}, expected finite float32 {(images, classes)}")
         return torch.from_numpy(logits)
+    except FileNotFoundError:
+        return None
     except Exception as error:  # a damaged zip file fails in more ways than numpy and zipfile list
         print(f"warning: {path} is damaged ({error}) and is made anew", file=sys.stderr)
         return None

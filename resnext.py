@@ -51,7 +51,7 @@ RECIPE = ResNeXtRecipe(
     randaugment_ops=2,
     randaugment_magnitude=9,
     cutout=0,  # RandAugment leaves little for it to add
-    compile="graph",  # not measured yet which way is fastest: this one costs a second to start
+    compile="graph",  # not measured yet which way is fastest: this one needs no compiler
 )
 
 

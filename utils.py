@@ -96,6 +96,14 @@ def refuse_memory_that_is_not_there() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had no memory left, in whichever of its ways PyTorch says so."""
+    signs = ("out of memory", "ALLOC_FAILED", "not enough memory", "DefaultCPU")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
+
+
 def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
     """uint8 (B, 3, H, W) to float32 of the same shape in channels-last order: (image / 255 − mean) / std."""
     shift, scale = _in_grey_levels(mean, images.device), _in_grey_levels(std, images.device)
@@ -204,18 +212,24 @@ class TrainLoader:
                 yield self.chunk(plan, number)
             return
         training = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(training)  # which copies the plan
-        with torch.cuda.stream(self.stream):
-            ready = self.chunk(plan, 0)
-        for number in range(len(plan)):
-            chunk = ready
-            training.wait_stream(self.stream)
-            for part in chunk:
-                part.record_stream(training)  # its memory may be taken again only when the training is done with it
-            if number + 1 < len(plan):
-                with torch.cuda.stream(self.stream):
-                    ready = self.chunk(plan, number + 1)
-            yield chunk
+
+        def augment_beside(number: int) -> tuple[Tensor, Tensor]:
+            # Behind what was given to the training stream until now: the plan's copy, and the last use of the memory of
+            # the chunk before, which the next one may get.
+            self.stream.wait_stream(training)
+            with torch.cuda.stream(self.stream):
+                return self.chunk(plan, number)
+
+        try:
+            ready = augment_beside(0)
+            for number in range(len(plan)):
+                chunk = ready
+                training.wait_stream(self.stream)
+                if number + 1 < len(plan):
+                    ready = augment_beside(number + 1)
+                yield chunk
+        finally:
+            training.wait_stream(self.stream)  # which may still read the plan when the epoch is broken off
 
     def chunk(self, plan: augment.Plan, number: int) -> tuple[Tensor, Tensor]:
         index = plan.index[number * plan.chunk : (number + 1) * plan.chunk]

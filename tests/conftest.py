@@ -18,6 +18,8 @@ from dataset import Dataset, Split
 from models import NETWORKS
 from recipe import Recipe, flag
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic: cuBLAS reads it once, when it starts
+
 ROOT = Path(__file__).parents[1]
 TIMES = ("seconds", "images_per_second")  # what differs between two histories of the same run
 

@@ -76,11 +76,49 @@ def test_a_compiler_that_fails_is_named_in_one_line_and_left(train, compiler, ca
     assert said == [f"--compile inductor fails here ({reason}); the operators run one by one"]
 
 
-def test_memory_that_runs_out_in_the_preparation_is_no_reason_to_go_on(train, compiler, monkeypatch):
+def test_an_operator_that_cannot_be_recorded_is_named_beside_the_end_of_the_recording(
+    train, compiler, capsys, monkeypatch
+):
+    compiler()
+
+    def fail(*_):
+        try:
+            raise ValueError("this operator cannot")
+        finally:
+            raise RuntimeError("the recording is broken off")  # as torch.cuda.graph does at its end
+
+    monkeypatch.setattr(Compiled, "forward", fail)
+    train(compile="inductor", epochs=1)
+    assert "fails here (this operator cannot; the recording is broken off)" in capsys.readouterr().out
+
+
+def test_one_of_several_processes_does_not_go_on_alone_after_a_failure(train, compiler, monkeypatch):
+    compiler("forward")
+    monkeypatch.setattr(fast.parallel, "world_size", lambda: 2)
+    step = FastStep(
+        lambda images, labels, network: network(images),
+        nn.Identity(),
+        list,
+        choice="inductor",
+        batch_size=4,
+        device=torch.device("cpu"),
+    )
+    with pytest.raises(UserError, match=r"--compile inductor fails here \(no compiler found\); take --compile none"):
+        step(torch.zeros(4, 3), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)  # fmt: skip
+def test_memory_that_runs_out_in_the_preparation_is_no_reason_to_go_on(train, compiler, monkeypatch, error):
     compiler()
 
     def run_out(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(Compiled, "forward", run_out)
     with pytest.raises(UserError, match=r"--batch-size 4: .* try --batch-size 2"):

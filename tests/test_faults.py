@@ -132,7 +132,7 @@ class Chain:
         history = plotting.read_csv(self.folder / "plots" / "mobilenetv2.csv")
         assert history == content["history"]
         content["history"] = without_times(content["history"])
-        del content["training"]["seconds"]
+        del content["digest"], content["training"]["seconds"]
         return content
 
 

@@ -304,6 +304,15 @@ def test_a_signal_to_torchrun_saves_the_step(tmp_path, number):
     assert 2 <= content["training"]["epoch"] == len(content["history"]) < 30_000
 
 
+def test_data_that_is_not_there_ends_two_processes_without_a_traceback(tmp_path):
+    flags = ["--data", "nowhere", "--device", "cpu"]
+    _, err, status = finish(torchrun(2, tmp_path, flags, script="mobilenetv2.py"))
+    assert status != 0
+    own = err.split("torch/distributed")[0]  # before torchrun's report
+    assert "error: --data nowhere: there is no such file or folder" in own
+    assert "Traceback" not in own
+
+
 def test_a_script_itself_trains_in_two_processes(tmp_path):
     flags = "--data digits --image-size 16 --train-size 60 --test-size 20 --width 0.25 --epochs 1 --batch-size 20"
     out, err, status = finish(torchrun(2, tmp_path, [*flags.split(), "--device", "cpu"], script="mobilenetv2.py"))

@@ -80,8 +80,20 @@ def test_whatever_decides_the_logits_makes_another_file(contents, images, never_
     path, content = contents[1]
     content["model"]["classifier.bias"][0] += 1
     checkpoint.write(path, content)
+    contents[1] = path, checkpoint.read(path)
     with pytest.raises(AssertionError, match=r"tiny1\.pt is built"):
         member_logits(contents, images, CPU)
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_keeps_its_own_logits(contents, images):
+    old = member_logits(contents, images, CPU, cached=False)
+    path, content = contents[0]
+    changed = {**content, "model": {**content["model"], "classifier.bias": content["model"]["classifier.bias"] + 1}}
+    checkpoint.write(path, changed)
+    assert torch.equal(member_logits(contents, images, CPU), old)
+    contents[0] = path, checkpoint.read(path)
+    new = member_logits(contents, images, CPU)
+    torch.testing.assert_close(new[0], old[0] + 1)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other shape", "not finite", "no archive"])
