@@ -1,7 +1,8 @@
 """What a test set says of members and of their ensemble, as numbers: from the members' logits to ensemble.json.
 
 Every interval is the middle 95 % of a bootstrap over the test images. It says how far a figure would move with other
-images of the same kind, not with another seed of the training.
+images of the same kind, not with another seed of the training. The calibration error has none: made of absolute values,
+it only grows when images are drawn anew, and its interval would lie above it.
 """
 
 import math
@@ -18,9 +19,8 @@ from torch.nn import functional as F
 
 import metrics
 from metrics import PER_IMAGE
-from models.ensemble import average_logits, average_probs
+from models.ensemble import TEMPERATURES, average_logits, average_probs
 
-TEMPERATURES = (0.05, 20.0)  # what a fit may arrive at: images that are all classified rightly would have it run to 0
 GOLDEN = (math.sqrt(5) - 1) / 2
 CONFUSIONS = 10
 
@@ -120,6 +120,13 @@ def report(probs: Probs, labels: Tensor, names: Sequence[str], classes: Sequence
             for true, predicted, images in metrics.confusions(probs.ensemble, labels, CONFUSIONS)
         ],
     }
+
+
+def paired(one: Tensor, other: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Means of `PER_IMAGE` of probabilities (N, C) minus those of others for the same images, and their intervals."""
+    change = metrics.per_image(one, labels) - metrics.per_image(other, labels)
+    means = dict(zip(PER_IMAGE, change.mean(0).tolist(), strict=True))
+    return means | {"intervals": intervals(metrics.bootstrap(change.numpy()))}
 
 
 def figures(probs: Tensor, labels: Tensor) -> dict[str, float]:

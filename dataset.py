@@ -28,6 +28,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -71,6 +72,9 @@ CACHE_VERSION = 1  # goes up when the same source would give other arrays than b
 MOST_EXPANSION = 100  # times its own size …
 LEAST_LIMIT = 256 << 20  # … or this many bytes, where that is more
 LARGEST_MEMBER = 1 << 30  # bytes
+
+# Pillow refuses an image of more pixels than twice its limit of 90 million, and warns from once on: of a large photo.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 FEW_IMAGES = 500  # fewer than this are decoded sooner than processes start
 CHUNK_IMAGES = 256  # what a decoding process gets at a time: this many images …
@@ -124,11 +128,13 @@ def load(
     split_seed: int = 0,
     data_dir: str | Path = "data",
     data_url: str | None = None,
+    download: bool = True,
 ) -> Dataset:
     """Load a data set.
 
     `source` is one of
-      - "cifar10": CIFAR-10 as it lies in `data_dir`, downloaded if it does not (`data_url` is asked before `MIRRORS`);
+      - "cifar10": CIFAR-10 as it lies in `data_dir`, downloaded if it does not and `download` lets it (`data_url` is
+        asked before `MIRRORS`);
       - "digits": scikit-learn's 8×8 digits, which need no download;
       - a path: CIFAR-10's official archive or folder, or a tar archive or folder of pictures as `train/<class>/<image>`
         and `test/<class>/<image>`. (A folder that is called digits is `./digits`.)
@@ -153,7 +159,7 @@ def load(
         digest = _digest(classes, digits)
         train, test = _split_digits(digits, split_seed)
     else:
-        path = find_cifar10(data_dir, data_url) if source == "cifar10" else _expand_user(source)
+        path = find_cifar10(data_dir, data_url, download=download) if source == "cifar10" else _expand_user(source)
         classes, train, test = _read_through_cache(path, image_size, data_dir / "cache")
         digest = _digest(classes, train, test)
 
@@ -230,12 +236,14 @@ class _WrongBytes(_HostFailed):
     """What was downloaded is as long as CIFAR-10, and something else."""
 
 
-def find_cifar10(data_dir: Path, data_url: str | None = None) -> Path:
-    """The official folder or archive in `data_dir`; downloads the archive where there is neither."""
+def find_cifar10(data_dir: Path, data_url: str | None = None, *, download: bool = True) -> Path:
+    """The official folder or archive in `data_dir`; where there is neither, the archive is downloaded, or missed."""
     folder, archive = data_dir / ARCHIVE_FOLDER, data_dir / ARCHIVE
     if folder.is_dir():
         return folder
     if not archive.exists():
+        if not download:
+            raise UserError(f"{archive}: there is no such file")
         return download_cifar10(data_dir, data_url)
     try:
         md5 = _md5_of(archive)
@@ -974,6 +982,8 @@ def decode_sized(name: str, content: bytes | Path, image_size: int) -> tuple[np.
                 raise ValueError("PostScript is a program, and is not run")
             ImageOps.exif_transpose(image, in_place=True)
             return _to_array(image, image_size), image.size
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name} is too large ({error}); make it smaller, or remove it") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is no image that Pillow can read; remove it, or convert it to PNG") from error
     except PermissionError as error:

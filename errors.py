@@ -1,5 +1,6 @@
 """The one exception that means "the user can mend this", and how a script ends on it."""
 
+import io
 import os
 import signal
 import sys
@@ -25,6 +26,9 @@ def run(main: Callable[[], int | None]) -> None:
     clean-up that `finally` blocks promise.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a class's name need not fit the terminal's encoding
     try:
         status = main()
     except UserError as error:

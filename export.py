@@ -1,8 +1,10 @@
 """Write the ensemble, or one network of it, as one file that is used without this project.
 
-Images go in, uint8 (batch, 3, S, S) with any batch from 1 up; probabilities come out, float32 (batch, classes). The
-normalisation is inside, and so are the weights. Metadata, all of it text, under the same names in both formats: classes
-and members (lists in JSON), image_size (S), average, temperature, format, version.
+Images go in, uint8 (batch, 3, S, S) with any batch from 1 up, red first; probabilities come out, float32 (batch,
+classes). The normalisation is inside, and so are the weights. Images of another size are turned upright, scaled to S
+with their aspect kept and cut to the centre, as Pillow's exif_transpose and ImageOps.fit do, bilinear. Metadata, all of
+it text, under the same names in both formats: classes and members (lists in JSON), image_size (S), input (the above in
+short), average, temperature, format, version.
 
     python export.py --output ensemble.onnx                     # for onnxruntime
     session = onnxruntime.InferenceSession("ensemble.onnx")
@@ -22,8 +24,8 @@ import argparse
 import importlib
 import io
 import json
-import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,12 +44,14 @@ import files
 import models.ensemble
 from errors import UserError
 from models.ensemble import AVERAGES, SCRIPTS, Ensemble, names, read_all
+from utils import pick_device
 
 NAME = "cifar10-ensemble export"
 VERSION = 1
 
 TOLERANCE = 1e-4  # of a probability: float32 sums in another order differ by some 1e-6
 BATCH_SIZE = 64
+MOST_IMAGES = 100_000  # compared; random ones are made all at once
 
 Predict = Callable[[Tensor], Tensor]  # images to probabilities, as Ensemble
 
@@ -74,6 +78,7 @@ def main() -> int:
     require(options.format)
     paths = options.checkpoints or [Path(options.checkpoint_dir) / name for name in SCRIPTS]
     contents = read_all(paths)
+    pick_device("cpu")  # for PyTorch to be as fast as it can be beside the file
     ensemble = models.ensemble.build(contents, average=options.average, temperature=options.temperature)
     files.check_writable(options.output.parent, "the file")
     images, source = pick_images(contents[0][1]["data"], options)
@@ -131,10 +136,9 @@ def parse_flags() -> argparse.Namespace:
                 f"--output {options.output}: its ending names no format; expected one of "
                 f"{', '.join(f'.{name}' for name in FORMATS)}, or --format"
             )
-    if not 0 < options.temperature < math.inf:
-        raise UserError(f"--temperature is {options.temperature:g}; it must be above 0")
-    if options.images < 1:
-        raise UserError(f"--images is {options.images}; it must be 1 or more")
+    models.ensemble.check_temperature(options.temperature)
+    if not 1 <= options.images <= MOST_IMAGES:
+        raise UserError(f"--images is {options.images}; it must be 1 to {MOST_IMAGES:,}")
     return options
 
 
@@ -163,14 +167,19 @@ def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tens
     if not options.random:
         source = options.data or data["source"]
         try:
-            loaded = dataset.load(source, image_size=size, split_seed=data["split"]["split_seed"])
+            loaded = dataset.load(
+                source, image_size=size, split_seed=data["split"]["split_seed"], download=bool(options.data)
+            )
             # Those from folders come class by class.
             rows = np.random.default_rng(0).permutation(len(loaded.test))[: options.images]
             return torch.from_numpy(loaded.test.images[rows]), f"test images of {source}"
         except UserError as error:
             if options.data:
                 raise
-            print(f"warning: the file is compared on random images, since those of the training are not there: {error}")
+            print(
+                f"warning: the file is compared on random images, since those of the training are not there: {error}",
+                file=sys.stderr,
+            )
     generator = torch.Generator().manual_seed(0)
     return torch.randint(
         0, 256, (options.images, 3, size, size), dtype=torch.uint8, generator=generator
@@ -192,6 +201,7 @@ def metadata(ensemble: Ensemble, members: list[str]) -> dict[str, str]:
         "version": str(VERSION),
         "classes": json.dumps(ensemble.classes),
         "image_size": str(ensemble.image_size),
+        "input": "uint8 RGB (batch, 3, S, S); resized by ImageOps.fit, bilinear, after exif_transpose",
         "average": ensemble.average,
         "temperature": str(ensemble.temperature),
         "members": json.dumps(members),

@@ -29,11 +29,13 @@ from recipe import DEVICES
 from utils import pick_device
 
 FIT = "fit"  # what --temperature takes beside numbers
+MOST = 10**6  # images in a batch or subset
 PLOTS = ("ensemble.png", "reliability.png", "mistakes.png")
 
 
 def main() -> int:
     options = parse_flags()
+    files.check_writable(options.plot_dir, "the results")
     contents = read_members(options)
     if options.temperature == FIT:
         check_validation(contents[0], options)
@@ -68,6 +70,7 @@ def main() -> int:
             "fitted_on": fitted_on,
             "before": analysis.figures(before, labels),
             "after": analysis.figures(probs.ensemble, labels),
+            "difference": analysis.paired(probs.ensemble, before, labels),
         }
 
     folder = Path(options.plot_dir)
@@ -95,15 +98,19 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--data", help="test on this instead of the data that the members were trained with")
     parser.add_argument("--data-url", help="where to look first for the CIFAR-10 archive")
     parser.add_argument("--test-size", type=int, help="test on so many images, the same number of each class")
-    parser.add_argument("--batch-size", type=int, help="images evaluated in one go (default: 512 of 32×32)")
+    parser.add_argument("--batch-size", type=int, help="images in one go (default: 512 of 32×32, more on a GPU)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
     parser.add_argument("--no-cache", action="store_true", help="ask the networks again, and keep nothing")
     parser.add_argument("--checkpoint-dir", default="checkpoints", help="(default: checkpoints)")
     parser.add_argument("--plot-dir", default="plots", help="for the pictures and ensemble.json (default: plots)")
     options = parser.parse_args()
     for flag, value in (("--batch-size", options.batch_size), ("--test-size", options.test_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} is {value}; it must be 1 or more")
+        if value is not None and not 1 <= value <= MOST:
+            raise UserError(f"{flag} is {value}; it must be 1 to {MOST:,}")
+    if options.temperature not in (None, FIT):
+        models.ensemble.check_temperature(options.temperature)
+    if options.data_url is not None and options.data not in (None, "cifar10"):
+        raise UserError(f"--data-url is for --data cifar10, not for {options.data!r}; leave one out")
     return options
 
 
@@ -111,12 +118,9 @@ def temperature_flag(text: str) -> str | float:
     if text == FIT:
         return text
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text}, expected {FIT} or a number above 0")
-    return value
+        raise argparse.ArgumentTypeError(f"found {text}, expected {FIT} or a number") from None
 
 
 def read_members(options: argparse.Namespace) -> Contents:
@@ -142,14 +146,14 @@ def read_members(options: argparse.Namespace) -> Contents:
 
 def common_ground(content: dict[str, Any], options: argparse.Namespace) -> list[tuple[str, Any]]:
     """What all members must share beside what any ensemble must; what a flag overrides need not be."""
+    if options.data is not None:
+        return []
     data = content["data"]
-    ground = [] if options.data is not None else [("images of the data set (digest)", data["digest"])]
-    ground += [
-        (f"--{name.replace('_', '-')}", data["split"][name])
-        for name in SPLIT_FLAGS
-        if not (name == "test_size" and options.test_size is not None)
+    splits = [name for name in SPLIT_FLAGS if name != "test_size" or options.test_size is None]
+    return [
+        ("images of the data set (digest)", data["digest"]),
+        *((f"--{name.replace('_', '-')}", data["split"][name]) for name in splits),
     ]
-    return ground
 
 
 def check_validation(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) -> None:
@@ -170,11 +174,10 @@ def check_validation(first: tuple[Path, dict[str, Any]], options: argparse.Names
 def load_data(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) -> Dataset:
     """The data that the first member, and so all, were trained with, or what the flags put in its place."""
     path, trained = first[0], first[1]["data"]
-    split = dict(trained["split"])
+    # The members' subsets and hold-outs are of their own images.
+    split = dict(trained["split"]) if options.data is None else {"split_seed": trained["split"]["split_seed"]}
     if options.test_size is not None:
         split["test_size"] = options.test_size
-    if options.data is not None:
-        split["val_size"], split["train_size"] = 0, None  # hold-outs of the training images, which are not these
     source = options.data or trained["source"]
     data = dataset.load(source, image_size=trained["image_size"], data_url=options.data_url, **split)
     if list(data.classes) != trained["classes"]:
@@ -263,8 +266,10 @@ def comparison(result: dict[str, Any]) -> str:
         if fitted and any(math.isclose(calibrated["value"], limit, rel_tol=1e-5) for limit in analysis.TEMPERATURES):
             fitted += ", an end of its range"
         lines.append(f"temperature {calibrated['value']:.4g}{fitted}")
+        low, high = calibrated["difference"]["intervals"]["loss"]
         lines.append(
             f"with it, test loss from {before['loss']:.4f} to {after['loss']:.4f}, "
+            f"{calibrated['difference']['loss']:+.4f} [{low:+.4f}, {high:+.4f}]{chance(low, high)}; "
             f"ECE from {100 * before['calibration_error']:.2f} to {100 * after['calibration_error']:.2f} %"
         )
     if result["leave_one_out"]:
@@ -290,8 +295,12 @@ def comparison(result: dict[str, Any]) -> str:
 def points(difference: dict[str, Any]) -> str:
     """A difference of accuracies and its interval, in percentage points."""
     low, high = difference["intervals"]["accuracy"]
-    text = f"{100 * difference['accuracy']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]"
-    return text if low > 0 or high < 0 or low == high == 0 else f"{text}, which may be chance"
+    return f"{100 * difference['accuracy']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]{chance(low, high)}"
+
+
+def chance(low: float, high: float) -> str:
+    """What to add to a difference whose interval has these ends."""
+    return "" if low > 0 or high < 0 or low == high == 0 else ", which may be chance"
 
 
 if __name__ == "__main__":

@@ -184,8 +184,8 @@ def running_accuracy(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def running_loss(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The mean negative log likelihood (N,), in nats, over the first 1, 2, … N images of `probs` (N, C)."""
     likelihood = probs[np.arange(len(labels)), labels].astype(np.float64)
-    # The smallest float32 there is at full precision: a larger floor would flatter a prediction that is surely wrong.
-    return _running_mean(-np.log(np.maximum(likelihood, np.finfo(np.float32).tiny)))
+    # As metrics.per_image has it: the curve ends where the dot is.
+    return _running_mean(-np.log(np.maximum(likelihood, np.finfo(np.float64).tiny)))
 
 
 def confusion_matrix(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -12,7 +12,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 import dataset
 import errors
@@ -131,8 +131,7 @@ def parse_flags() -> argparse.Namespace:
     for flag, value in (("--batch-size", options.batch_size), ("--top", options.top)):
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}; it must be 1 or more")
-    if not 0 < options.temperature < math.inf:
-        raise UserError(f"--temperature is {options.temperature}; it must be a number above 0")
+    models.ensemble.check_temperature(options.temperature)
     if options.json and options.json == options.csv:
         raise UserError(f"--json and --csv both name {options.json}; give each its own file")
     return options
@@ -141,7 +140,8 @@ def parse_flags() -> argparse.Namespace:
 def find_images(paths: Sequence[str]) -> list[str]:
     """Files as they are given and, sorted, all those that lie in or below a folder that is given.
 
-    In folders the same files are passed over as in a folder to train on. Links are followed, but into no folder twice.
+    In folders those are passed over that are no images by their names, with a line on stderr, and the same hidden files
+    as in a folder to train on. Links are followed, but into no folder twice.
     Raises UserError for a path that is not there, and for a folder that is unreadable or without images.
     """
     found = []
@@ -150,15 +150,20 @@ def find_images(paths: Sequence[str]) -> list[str]:
             if not os.path.exists(path):
                 raise UserError(f"{path}: there is no such file or folder; expected images, or folders of images")
             found.append(path)
-        elif images := walk(path):
-            found += images
-        else:
+            continue
+        images, others = walk(path)
+        if others:
+            named = f"{printable(others[0])}{f' and {len(others) - 1:,} more' if len(others) > 1 else ''}"
+            print(f"passed over, being no images by their names: {named}", file=sys.stderr)
+        found += images
+        if not images:
             raise UserError(f"{path}: there are no images in this folder; expected one or more, in it or below it")
     return found
 
 
-def walk(top: str) -> list[str]:
-    found, walked = [], set()
+def walk(top: str) -> tuple[list[str], list[str]]:
+    """The paths of images and of other files in or below a folder; one without an ending may be an image."""
+    images, others, walked, endings = [], [], set(), Image.registered_extensions()
     for folder, folders, files_here in os.walk(top, followlinks=True, onerror=refuse_folder):
         real = os.path.realpath(folder)
         if real in walked:
@@ -166,8 +171,11 @@ def walk(top: str) -> list[str]:
             continue
         walked.add(real)
         folders[:] = sorted(name for name in folders if not dataset.is_junk((name,)))
-        found += [str(Path(folder, name)) for name in sorted(files_here) if not dataset.is_junk((name,))]
-    return found
+        for name in sorted(files_here):
+            if not dataset.is_junk((name,)):
+                ending = Path(name).suffix.lower()
+                (others if ending and ending not in endings else images).append(str(Path(folder, name)))
+    return images, others
 
 
 def refuse_folder(error: OSError) -> None:
@@ -274,9 +282,9 @@ def report(tally: Tally, image_size: int) -> None:
     if tally.far:
         named, more = ", ".join(tally.far[:NAMED]), len(tally.far) - NAMED
         print(
-            f"note: {count(len(tally.far))} far from {image_size}×{image_size} in size or shape, which is all that the "
-            f"networks were trained on: {printable(named)}{f' and {more:,} more' if more > 0 else ''}. Trust these "
-            "predictions less",
+            f"note: {count(len(tally.far))} far from {image_size}×{image_size}, which is all that the networks see, in "
+            f"size or shape: {printable(named)}{f' and {more:,} more' if more > 0 else ''}. Trust these predictions "
+            "less where the training images were not so",
             file=sys.stderr,
         )
     rates = ""

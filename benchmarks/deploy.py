@@ -30,7 +30,7 @@ import export
 from benchmarks import common
 from models import NETWORKS
 from models.ensemble import Ensemble, Member
-from utils import MEAN, STD
+from utils import MEAN, STD, pick_device
 
 ENSEMBLE = "ensemble"
 IMAGE_SIZE = 32
@@ -44,6 +44,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     for name in export.FORMATS:
         export.require(name)
+    device = pick_device("cpu")
 
     networks = {}
     print("| network | run by | MB | latency, ms | 95 % within, ms | ratio | images/s | ratio |")
@@ -57,7 +58,7 @@ def main() -> int:
                 f"{row['latency_ratio']:.2f} | {row['images_per_second']:,.1f} | {row['throughput_ratio']:.2f} |",
                 flush=True,
             )
-    results = common.provenance(torch.device("cpu"))
+    results = common.provenance(device)
     for name in export.FORMATS["onnx"].packages:
         results["versions"][name] = importlib.metadata.version(name)
     results |= {"image_size": IMAGE_SIZE, "batch_size": BATCH_SIZE, "rounds": options.rounds, "networks": networks}
@@ -69,7 +70,8 @@ def main() -> int:
 def untrained(name: str) -> Ensemble:
     """The ensemble of one network, or of all."""
     members = [Member(NETWORKS[part](10), MEAN, STD) for part in (NETWORKS if name == ENSEMBLE else [name])]
-    return Ensemble(members, [str(number) for number in range(10)], IMAGE_SIZE).eval()
+    ensemble = Ensemble(members, [str(number) for number in range(10)], IMAGE_SIZE)
+    return ensemble.to(memory_format=torch.channels_last).eval()
 
 
 @torch.inference_mode()

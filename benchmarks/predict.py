@@ -83,10 +83,16 @@ def network_rates(paths: list[str], ensemble: Ensemble, device: torch.device) ->
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or the path of an archive or a folder")
-    parser.add_argument("--image-size", type=int, default=32, help="side of the images (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=4000, help="decoded in a round (default: %(default)s)")
-    parser.add_argument("--network-images", type=int, default=128, help="seen by the networks (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument(
+        "--image-size", type=common.positive, default=32, help="side of the images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--images", type=common.positive, default=4000, help="decoded in a round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--network-images", type=common.positive, default=128, help="seen by the networks (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=common.positive, default=5, help="(default: %(default)s)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
     parser.add_argument("--output", default=f"{common.RESULTS}/predict.json", help="(default: %(default)s)")
     return parser.parse_args()

@@ -6,6 +6,7 @@
 >>> names = [ensemble.classes[number] for number in probs.argmax(1)]
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import checkpoint
 from errors import UserError
 
 AVERAGES = ("softmax", "logits")
+TEMPERATURES = (0.05, 20.0)  # what may divide an average's logits; beyond, all are sure of one class, or of none
 # The members of the ensemble that is taken where none are named, and what makes them.
 SCRIPTS = {"densenet.pt": "dense.py", "mobilenetv2.pt": "mobilenetv2.py", "resnext.pt": "resnext.py"}
 
@@ -110,7 +112,7 @@ def read_all(paths: Sequence[str | Path]) -> Contents:
     """
     contents = []
     for path in map(Path, paths):
-        if not path.exists():
+        if not os.path.exists(path):
             script = f"python {SCRIPTS[path.name]} makes it" if path.name in SCRIPTS else "give one that is there"
             raise UserError(f"{path}: there is no such checkpoint; {script}")
         content = checkpoint.read(path)
@@ -121,6 +123,13 @@ def read_all(paths: Sequence[str | Path]) -> Contents:
             )
         contents.append((path, content))
     return contents
+
+
+def check_temperature(value: float) -> None:
+    """Raises UserError for a --temperature outside `TEMPERATURES`."""
+    low, high = TEMPERATURES
+    if not low <= value <= high:
+        raise UserError(f"--temperature is {value:g}; it must be {low:g} to {high:g}")
 
 
 def names(paths: Sequence[Path]) -> list[str]:
@@ -135,7 +144,7 @@ def build(contents: Contents, *, average: str = "softmax", temperature: float = 
     members = [build_member(path, content) for path, content in contents]
     data = contents[0][1]["data"]
     ensemble = Ensemble(members, data["classes"], data["image_size"], average=average, temperature=temperature)
-    return ensemble.eval().requires_grad_(False)
+    return ensemble.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def build_member(path: Path, content: dict[str, Any]) -> Member:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import checkpoint
+import dataset
 import engine
 import export
 import models.ensemble
@@ -139,6 +140,15 @@ def test_a_real_network(mobilenet, file_format):
     assert expected.std(0).max() > 0.05, "the output ought to depend on the image"
 
 
+def test_to_compare_a_file_it_downloads_nothing(paths, run, capsys, monkeypatch):
+    content = checkpoint.read(paths[0])
+    content["data"]["source"] = "cifar10"
+    checkpoint.write(paths[0], content)
+    monkeypatch.setattr(dataset, "download_cifar10", lambda *_: pytest.fail("it downloads"))
+    assert run(paths[0], "--output", "a.pt2", "--images", 3) == 0
+    assert "cifar-10-python.tar.gz: there is no such file" in capsys.readouterr().err
+
+
 def test_the_default_checkpoints_and_one_alone(paths, run, capsys):
     with pytest.raises(UserError, match=r"densenet\.pt: there is no such checkpoint; python dense\.py makes it"):
         run("--output", "a.pt2")
@@ -158,10 +168,10 @@ def test_the_default_checkpoints_and_one_alone(paths, run, capsys):
 
 def test_without_the_training_images_it_takes_random_ones_and_says_so(paths, run, capsys):
     assert run(paths[0], "--output", "a.pt2", "--images", 3) == 0
-    printed = capsys.readouterr().out
-    assert "warning: the file is compared on random images" in printed
-    assert "made up" in printed, "the data that is not there"
-    assert "on 3 random images" in printed
+    printed = capsys.readouterr()
+    assert "warning: the file is compared on random images" in printed.err
+    assert "made up" in printed.err, "the data that is not there"
+    assert "on 3 random images" in printed.out
     with pytest.raises(UserError, match="nowhere"):
         run(paths[0], "--output", "b.pt2", "--data", "nowhere")
 

@@ -292,10 +292,12 @@ def test_data_flag_tests_on_other_images(folder, tmp_path):
             for row in np.flatnonzero(images.labels == label)[:4]:
                 picture = Image.fromarray(images.images[row].transpose(1, 2, 0))
                 picture.save(tmp_path / "own" / split / str(label) / f"{row}.png")
-    done = run(folder, main_ens, "--data", tmp_path / "own", "--test-size", "40", "--plot-dir", "own")
+    done = run(folder, main_ens, "--data", tmp_path / "own", "--plot-dir", "own")
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "own" / "ensemble.json").read_text())
-    assert (result["data"], result["num_images"]) == (str(tmp_path / "own"), 40)
+    assert (result["data"], result["num_images"]) == (str(tmp_path / "own"), 40), "whatever subset the members had"
+    done = run(folder, main_ens, "--data", tmp_path / "own", "--test-size", "20", "--plot-dir", "own")
+    assert json.loads((folder / "own" / "ensemble.json").read_text())["num_images"] == 20, done.stderr
 
 
 def refused(folder, *flags):
@@ -378,8 +380,13 @@ def test_unfinished_member_is_used_with_a_warning(folder):
         (["--test-size", "7000"], "--test-size 7000"),
         (["--average", "median"], "--average"),
         (["--averag", "logits"], "--averag"),
-        (["--temperature", "0"], "--temperature: found 0, expected fit or a number above 0"),
-        (["--temperature", "warm"], "--temperature: found warm"),
+        (["--temperature", "0"], "--temperature is 0; it must be 0.05 to 20"),
+        (["--temperature", "1e-320"], "it must be 0.05 to 20"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--temperature", "warm"], "--temperature: found warm, expected fit or a number"),
+        (["--batch-size", "100000000000000000000"], "it must be 1 to 1,000,000"),
+        (["--data", "digits", "--data-url", "http://localhost"], "--data-url is for --data cifar10, not for 'digits'"),
+        (["--plot-dir", "/dev/null/plots"], "/dev/null/plots: the results could not be written"),
         (["--tta", "crop"], "--tta"),
         (["--data", "nowhere"], "nowhere"),
     ],

@@ -220,6 +220,19 @@ def test_hidden_files_are_passed_over_unless_they_are_named(folder):
     assert [Path(row["image"]).name for row in rows] == ["1.png", "7.png"]
 
 
+def test_files_that_are_no_images_by_their_names_are_passed_over_in_folders_alone(folder):
+    assert run(folder, "photos", "--csv", "photos/out.csv").returncode == 0
+    (folder / "photos" / "more" / "notes.TXT").write_text("no image")
+    (folder / "photos" / "8").write_bytes((folder / "photos" / "0.png").read_bytes())
+    rows, err = told(folder, "photos")
+    assert sorted(Path(row["image"]).name for row in rows) == ["0.png", *(f"{n}.png" for n in range(1, 8)), "8"]
+    assert f"no images by their names: {Path('photos', 'out.csv')} and 1 more" in err
+    assert "out.csv is no image" in run(folder, "photos/out.csv").stderr
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("no image")
+    assert "texts: there are no images in this folder" in refused(folder, "texts")
+
+
 def test_lines_are_aligned_in_any_script(folder):
     for number, name in enumerate(["cat.png", "katze-größer.png", "кошка.png", "猫の写真.png", "cafe\u0301.png"]):
         picture(number).save(folder / name)
@@ -340,6 +353,7 @@ def test_a_script_that_makes_a_missing_checkpoint_is_named(folder):
         (["photos", "--batch-size", "0"], ["--batch-size is 0"]),
         (["photos", "--temperature", "0"], ["--temperature is 0"]),
         (["photos", "--temperature", "nan"], ["--temperature is nan"]),
+        (["photos", "--temperature", "1e-320"], ["it must be 0.05 to 20"]),
         (["photos", "--json", "-", "--csv", "-"], ["--json and --csv both name -"]),
         (["photos", "--average", "median"], ["--average"]),
         (["photos", "nowhere.png"], ["nowhere.png: there is no such file"]),
