@@ -65,8 +65,8 @@ def pick_device(name: str, *, deterministic: bool = False) -> torch.device:
 def keep_freed_memory() -> None:
     """Have the C library keep large blocks that PyTorch frees, for the next layer to take.
 
-    By default glibc hands each back to the system, which then clears every page anew: a third of the time of a training
-    step on two cores (benchmarks/memory.py). Other C libraries are left as they are.
+    By default glibc hands each back to the system, which then clears every page anew: an eighth to a third of the time
+    of a training step on two cores (benchmarks/memory.py). Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -26,8 +26,10 @@ BATCH_SIZE = 64
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=f"{common.RESULTS}/memory.json", help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each kind and network (default: 3)")
-    parser.add_argument("--steps", type=int, default=6, help="training steps of a process (default: 6)")
+    parser.add_argument(
+        "--rounds", type=common.positive, default=3, help="processes of each kind and network (default: 3)"
+    )
+    parser.add_argument("--steps", type=common.positive, default=6, help="training steps of a process (default: 6)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(default: all)")
     parser.add_argument("--measure", nargs=2, metavar=("NETWORK", "KEEP"), help=argparse.SUPPRESS)
     options = parser.parse_args()

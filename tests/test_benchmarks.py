@@ -363,3 +363,21 @@ def test_predict(tmp_path):
     rates = result["images_per_second"]
     assert 0 < rates["end_to_end"] < rates["networks"]
     assert f"| decoding | {rates['decoding']:,.0f} |" in done.stdout
+
+
+def test_again(tmp_path):
+    flags = "--data digits --image-size 16 --train-size 20 --test-size 20 --width 0.25 --epochs 1 --batch-size 10"
+    trained = subprocess.run(
+        [sys.executable, str(ROOT / "mobilenetv2.py"), *flags.split(), "--device", "cpu"], cwd=tmp_path, check=False
+    )
+    assert trained.returncode == 0
+    done = run(
+        tmp_path, "again.py", "checkpoints/mobilenetv2.pt", "--device", "cpu", "--rounds", 3, "--output", "a.json"
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert {"device", "versions", "commit", "command"} <= result.keys()
+    assert sorted(result["seconds"]["all"])[1] == result["seconds"]["again"] > 0
+    assert f"again {result['seconds']['again']:.2f} s" in done.stdout
+    assert len(list((tmp_path / "checkpoints" / ".logits").iterdir())) == 1
+    assert "there is no such checkpoint" in run(tmp_path, "again.py", "nowhere.pt").stderr
