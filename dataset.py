@@ -290,7 +290,8 @@ def download_cifar10(data_dir: Path, data_url: str | None = None) -> Path:
     hosts = "\n".join([*(f"  {cause}" for cause in causes), *([kept] if kept else [])])
     raise UserError(
         f"CIFAR-10 could not be downloaded from any host:\n{hosts}\n"
-        f"Give an address that works as --data-url, or place the file by hand and start again:\n  {command}"
+        "Give an address that works as --data-url, other images as --data, or place the file by hand and start again:\n"
+        f"  {command}"
     )
 
 

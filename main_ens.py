@@ -8,6 +8,7 @@ the test images is kept beside them, so that looking again takes a moment.
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def main() -> int:
     contents = read_members(options)
     if options.temperature == FIT:
         check_validation(contents[0], options)
+    if options.tta == "flip" and (unmirrored := [path for path, own in contents if own["recipe"].get("flip") == 0]):
+        print(
+            f"warning: --tta flip shows {unmirrored[0]} mirrored images, and it was trained without (--flip 0)",
+            file=sys.stderr,
+        )
     data = load_data(contents[0], options)
     device = pick_device(options.device)
     asked = {"mirrored": options.tta == "flip", "batch_size": options.batch_size, "cached": not options.no_cache}
@@ -97,7 +103,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--tta", choices=("flip",), help="average over the mirror image of each image, too")
     parser.add_argument("--data", help="test on this instead of the data that the members were trained with")
     parser.add_argument("--data-url", help="where to look first for the CIFAR-10 archive")
-    parser.add_argument("--test-size", type=int, help="test on so many images, the same number of each class")
+    parser.add_argument("--test-size", type=int, help="test on so many images, equal shares of the classes")
     parser.add_argument("--batch-size", type=int, help="images in one go (default: 512 of 32×32, more on a GPU)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
     parser.add_argument("--no-cache", action="store_true", help="ask the networks again, and keep nothing")
@@ -179,7 +185,14 @@ def load_data(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) -
     if options.test_size is not None:
         split["test_size"] = options.test_size
     source = options.data or trained["source"]
-    data = dataset.load(source, image_size=trained["image_size"], data_url=options.data_url, **split)
+    try:
+        data = dataset.load(source, image_size=trained["image_size"], data_url=options.data_url, **split)
+    except UserError as error:
+        if options.data is not None or Path(source).exists():
+            raise
+        raise UserError(
+            f"{error}. {path} was trained on it, as seen from there; give --data where it lies now"
+        ) from None
     if list(data.classes) != trained["classes"]:
         raise UserError(
             f"--data {source} has the classes {', '.join(data.classes)}; {path} was trained on "

@@ -305,8 +305,11 @@ def draw_mistakes(
     width, height, top, side, line = 12.8, 1.7 + 2.1 * lines, 0.8, 1.6, 2.1
     figure = Figure(figsize=(width, height), dpi=DPI)
     figure.suptitle(_short(title, 104), fontsize=15, y=1 - 0.2 / height, va="top")
-    said = "true class → what the ensemble says, and how sure it is" if lines else "no image was mistaken"
-    figure.text(0.5, 1 - 0.55 / height, f"{len(wrong):,} mistakes, the surest first: {said}", ha="center", va="top")
+    said = "no image was mistaken"
+    if lines:
+        which = f"the {len(surest)} surest" if len(surest) < len(wrong) else "the surest first"
+        said = f"{len(wrong):,} mistakes, {which}: true class → what the ensemble says, and how sure it is"
+    figure.text(0.5, 1 - 0.55 / height, said, ha="center", va="top")
     for number, image in enumerate(surest):
         row, column = divmod(number, MISTAKES_ABREAST)
         left, low = 0.15 + column * (width - 0.15) / MISTAKES_ABREAST, height - top - line * row - side - 0.3
@@ -338,7 +341,7 @@ def _draw_mistake(
     axes.spines[:].set(visible=True, color=PALE)  # or a white sky would have no end
     said = ensemble.argmax()
     axes.set_title(
-        f"{_short(classes[label], 10)} → {_short(classes[said], 10)}, {100 * ensemble[said]:.1f} %",
+        f"{_short(classes[label], 12)} → {_short(classes[said], 12)}, {100 * ensemble[said]:.1f} %",
         loc="left",
         fontsize=12,
         pad=4,
@@ -348,7 +351,7 @@ def _draw_mistake(
         said = probs.argmax()
         if _named_beside(names):
             lines.append((_short(name, 15), GREY))
-        text = f"{_short(classes[said], 10)}, {100 * probs[said]:.0f} %"
+        text = f"{_short(classes[said], 11)}, {100 * probs[said]:.0f} %"
         lines.append((text, GREEN if said == label else "black"))
     for number, (text, colour) in enumerate(lines):
         height = 1 - (number + 0.5) / LINES_BESIDE

@@ -40,6 +40,7 @@ TOP = 3
 # Pixels of a batch, 32 images of 32×32 on the CPU: more would not be faster there, and the first line would come later.
 BATCH_PIXELS = {"cpu": 2**15, "cuda": 2**19, "mps": 2**18}
 DECODE_CHUNK = 8  # images that a thread decodes in one go; handing small ones over singly costs more than it gains
+SMALL_FILE = 16_384  # bytes: a photo of some 200×200 pixels, as JPEG
 MAX_COLUMN = 60  # where a file's name is longer, its line moves out of the columns instead of widening them all
 NAMED = 3  # of the images far from the training size
 
@@ -232,11 +233,18 @@ def decode(
 ) -> list[tuple[np.ndarray, tuple[int, int]] | UserError]:
     """Of each file the pixels, uint8 (3, image_size, image_size), and its width and height; or what is wrong with it.
 
-    Threads do it, since Pillow decodes and resizes without the interpreter's lock. To fork processes would not be safe
-    any more, with PyTorch's threads running.
+    Of large files threads do it, since Pillow decodes and resizes without the interpreter's lock; of small ones they
+    would wait for one another most of the time. To fork processes would not be safe any more, with PyTorch's threads
+    running.
     """
+    if sum(map(size_of, paths)) < len(paths) * SMALL_FILE:
+        return decode_chunk(paths, image_size)
     chunks = [paths[at : at + DECODE_CHUNK] for at in range(0, len(paths), DECODE_CHUNK)]
     return list(itertools.chain.from_iterable(pool.map(functools.partial(decode_chunk, image_size=image_size), chunks)))
+
+
+def size_of(path: str) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
 def decode_chunk(paths: Sequence[str], image_size: int) -> list[tuple[np.ndarray, tuple[int, int]] | UserError]:

@@ -111,11 +111,9 @@ class Recipe:
     data_url: str | None = flag("where to look first for the CIFAR-10 archive", None, group="data", fixed=False)
     image_size: int = flag("side of the images, in pixels", 32, group="data", at_least=8, at_most=4096)
     train_size: int | None = flag(
-        "train on so many images, the same number of each class", None, group="data", at_least=1
+        "train on so many images, equal shares of the classes", None, group="data", at_least=1
     )
-    test_size: int | None = flag(
-        "test on so many images, the same number of each class", None, group="data", at_least=1
-    )
+    test_size: int | None = flag("test on so many images, equal shares of the classes", None, group="data", at_least=1)
     val_size: int = flag("hold out so many training images to choose the checkpoint by", 0, group="data", at_least=0)
     split_seed: int = flag("seed of the subsets and hold-outs above", 0, group="data", at_least=0, at_most=2**63 - 1)
 
@@ -243,7 +241,8 @@ def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = 
             options["help"] += " (default: yes)" if default else ""
         else:
             options["type"] = without_none(types_of[item.name])
-            options["metavar"] = options["type"].__name__.upper()
+            choices = rules["choices"]  # Recipe itself refuses others
+            options["metavar"] = f"{{{','.join(map(str, choices))}}}" if choices else options["type"].__name__.upper()
             if default is not None:
                 options["help"] += f" (default: {default})"
         groups[rules["group"]].add_argument(spelled(item.name), **options)

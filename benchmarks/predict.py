@@ -34,15 +34,14 @@ def main() -> int:
     members = [Member(network(len(data.classes)), MEAN, STD) for network in NETWORKS.values()]
     ensemble = Ensemble(members, data.classes, options.image_size).eval()
     ensemble.to(device, memory_format=torch.channels_last)
-    rates = {"decoding_one_thread": [], "decoding": [], "networks": [], "end_to_end": []}
+    rates = {"decoding": [], "networks": [], "end_to_end": []}
     with tempfile.TemporaryDirectory() as folder:
         paths = []
         for number, pixels in enumerate(data.test.images[: options.images]):
             paths.append(str(Path(folder, f"{number}.jpg")))
             Image.fromarray(pixels.transpose(1, 2, 0)).save(paths[-1], quality=75)
         for _ in range(options.rounds):
-            rates["decoding_one_thread"].append(decoding_rate(paths, options.image_size, 1))
-            rates["decoding"].append(decoding_rate(paths, options.image_size, dataset.num_cores()))
+            rates["decoding"].append(decoding_rate(paths, options.image_size))
             networks, end_to_end = network_rates(paths[: options.network_images], ensemble, device)
             rates["networks"].append(networks)
             rates["end_to_end"].append(end_to_end)
@@ -52,7 +51,6 @@ def main() -> int:
         "data": options.data,
         "image_size": options.image_size,
         "num_images": {"decoding": len(paths), "networks": len(paths[: options.network_images])},
-        "decoding_threads": dataset.num_cores(),
         "rounds": options.rounds,
         "images_per_second": medians,
     }
@@ -63,8 +61,8 @@ def main() -> int:
     return 0
 
 
-def decoding_rate(paths: list[str], image_size: int, threads: int) -> float:
-    with ThreadPoolExecutor(threads) as pool:
+def decoding_rate(paths: list[str], image_size: int) -> float:
+    with ThreadPoolExecutor(dataset.num_cores()) as pool:
         started = time.perf_counter()
         predict.decode(paths, image_size, pool)
         return len(paths) / (time.perf_counter() - started)

@@ -300,6 +300,26 @@ def test_data_flag_tests_on_other_images(folder, tmp_path):
     assert json.loads((folder / "own" / "ensemble.json").read_text())["num_images"] == 20, done.stderr
 
 
+def test_data_that_is_no_longer_there_is_said_to_be_the_checkpoints(folder, tmp_path):
+    path = folder / "checkpoints" / "resnext.pt"
+    content = checkpoint.read(path)
+    content["data"]["source"] = "photos"
+    checkpoint.write(tmp_path / "moved.pt", content)
+    error = refused(folder, tmp_path / "moved.pt")
+    assert f"{tmp_path / 'moved.pt'} was trained on it, as seen from there; give --data where it lies now" in error
+
+
+def test_mirrored_images_that_a_member_never_saw_are_warned_of(folder, tmp_path):
+    path = folder / "checkpoints" / "resnext.pt"
+    content = checkpoint.read(path)
+    for flip, warned in ((0.0, True), (0.5, False)):
+        content["recipe"]["flip"] = flip
+        checkpoint.write(tmp_path / "member.pt", content)
+        done = run(folder, main_ens, tmp_path / "member.pt", "--tta", "flip", "--plot-dir", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("was trained without (--flip 0)" in done.stderr) == warned
+
+
 def refused(folder, *flags):
     done = run(folder, main_ens, *flags)
     assert done.returncode == 2, done.stdout

@@ -476,9 +476,7 @@ def test_mistakes_picture_without_any_and_with_names_of_any_script(tmp_path, cap
     result["labels"] = result["ensemble"].argmax(axis=1)
     plot_mistakes(tmp_path / "none.png", **result, classes="abc", title="none")
     assert png_size(tmp_path / "none.png")[1] < png_size(tmp_path / "some.png")[1]
-    assert "0 mistakes, the surest first: no image was mistaken" in all_texts(
-        draw_mistakes(**result, classes="abc", title="none")
-    )
+    assert "no image was mistaken" in all_texts(draw_mistakes(**result, classes="abc", title="none"))
     assert not caplog.records
 
 

@@ -328,8 +328,10 @@ def test_sizes_far_from_training_are_noted(folder):
     assert "far from" not in run(folder, "photos").stdout
 
 
-def test_more_than_a_batch_keeps_its_order(folder):
+@pytest.mark.parametrize("small", [0, 16_384], ids=["in threads", "in this one"])
+def test_more_than_a_batch_keeps_its_order(folder, monkeypatch, small):
     """More images than a thread takes in one go, and than a batch: twice."""
+    monkeypatch.setattr(predict, "SMALL_FILE", small)
     for number in range(50):
         picture(number).save(folder / "photos" / f"many{number:02}.png")
     rows, _ = told(folder, "photos", "--batch-size", 20)
