@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import files
-from errors import UserError
+from errors import UserError, first_line
 from models import NETWORKS
 
 FORMAT = "cifar10-ensemble checkpoint"
@@ -75,7 +75,7 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader trips over a made-up file in many ways
-        raise UserError(f"{foreign} ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        raise UserError(f"{foreign} ({first_line(error)})") from None
     if not is_dict(content) or content.get("format") != FORMAT or not is_count(content.get("version"), least=1):
         raise UserError(foreign)
     if content["version"] > VERSION:
@@ -277,7 +277,7 @@ def build_model(path: str | Path, content: dict[str, Any]) -> nn.Module:
         with torch.device("meta"):  # takes no memory, however large the arguments say that it is
             model = NETWORKS[network["name"]](**network["arguments"])
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{foreign}{(str(error).splitlines() or [type(error).__name__])[0]}") from None
+        raise UserError(f"{foreign}{first_line(error)}") from None
     if difference := misfit(content["model"], model.state_dict()):
         raise UserError(f"{foreign}{difference}")
     if name := not_finite(content["model"]):

@@ -19,6 +19,11 @@ class UserError(Exception):
         self.silent = silent
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Call a script's `main` and end the process with its exit status.
 

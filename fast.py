@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import parallel
-from errors import UserError
+from errors import UserError, first_line
 from utils import is_out_of_memory
 
 WARM_UP = 3  # runs before a recording, for cuDNN and cuBLAS to choose their algorithms and take their memory
@@ -105,7 +105,3 @@ class FastStep:
             graph.replay()
 
         return replay
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
