@@ -7,7 +7,7 @@ VENV := .venv/bin/python
 PIP := $(VENV) -m pip install --disable-pip-version-check -c constraints.txt
 
 # Mirrored digits are other signs, so no flips; half the image size, half the crop's padding; few epochs, higher rates.
-DEMO := --data digits --image-size 16 --flip 0 --crop-padding 2 --recipe original --lr 0.02 --overwrite
+DEMO := --data digits --image-size 16 --flip 0 --crop-padding 2 --recipe original --base-lr 0.02 --overwrite
 DIRS := --checkpoint-dir checkpoints/demo --plot-dir plots/demo
 
 .PHONY: demo test test-faults format clean
@@ -15,7 +15,7 @@ demo: .venv/core
 	@echo "Three small networks on 1,797 handwritten digits, enlarged to 16×16 pixels"
 	$(VENV) dense.py $(DEMO) $(DIRS) --depth 37 --growth-rate 12 --epochs 12
 	$(VENV) mobilenetv2.py $(DEMO) $(DIRS) --width 0.5 --epochs 25
-	$(VENV) resnext.py $(DEMO) $(DIRS) --base-width 8 --lr 0.01 --epochs 15
+	$(VENV) resnext.py $(DEMO) $(DIRS) --base-width 8 --base-lr 0.01 --epochs 15
 	$(VENV) main_ens.py $(DIRS)
 	@echo "the members' curves: plots/demo/densenet.png plots/demo/mobilenetv2.png plots/demo/resnext.png"
 

@@ -13,7 +13,7 @@ is. That is also the more exact form: blending needs both the factor and one min
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -321,9 +321,14 @@ class Augmentation:
     saturation: float = 0.2
     hue: float = 0.2
     flip: float = 0.5
+    alternating_flip: bool = False  # see the function of this name
     randaugment_ops: int = 2
     randaugment_magnitude: int = 9
     cutout: int = 0
+
+    def crop_and_flip(self) -> "Augmentation":
+        """The same without all that changes colours or shapes."""
+        return replace(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, randaugment_ops=0, cutout=0)
 
 
 @dataclass(frozen=True)
@@ -370,6 +375,15 @@ def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Ge
     # Drawn last, and only where it is wanted: it changes no other draw.
     cutout = below(size * size) if settings.cutout else torch.zeros(num_images, dtype=torch.int32)
     return Draws(crop, jitter_op, jitter_change, flip, randaugment_op, strengths[chosen] * sign, cutout)
+
+
+def alternating_flip(phase: Tensor, epoch: int, share: float) -> Tensor:
+    """Which images are flipped in an epoch, int32 (N,): each of them in its `share` of the epochs, evenly spaced.
+
+    `phase`, float64 (N,) from 0 to 1, is each image's for the whole run. With a share of 0.5 every two epochs in a row
+    show each image both ways (Jordan 2024, arXiv:2404.00498, section 3.6).
+    """
+    return ((phase + epoch * share) % 1 < share).int()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from errors import UserError, first_line
 from models import NETWORKS
 
 FORMAT = "cifar10-ensemble checkpoint"
-VERSION = 2  # 1 had another "training": its weights are good, but no run can go on from it
+VERSION = 3  # 1 and 2 had other recipes: their weights are good, but no run can go on from them
 MARK = b"sha256:"
 COMMENT_LENGTH = len(MARK) + 64
 # The last two bytes of a zip archive without a comment say that the comment's length is nought.
@@ -281,7 +281,7 @@ def build_model(path: str | Path, content: dict[str, Any]) -> nn.Module:
     if difference := misfit(content["model"], model.state_dict()):
         raise UserError(f"{foreign}{difference}")
     if name := not_finite(content["model"]):
-        raise UserError(f"{path}: its weights are not finite ({name}); train it again with a lower --lr")
+        raise UserError(f"{path}: its weights are not finite ({name}); train it again with a lower --base-lr")
     model.load_state_dict(dict(content["model"]), strict=True, assign=True)
     return model.eval()
 

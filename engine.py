@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from utils import (
     is_out_of_memory,
     normalize,
     pick_device,
+    pick_precision,
 )
 
 # Pixels evaluated in one go: 512 images of 32×32 on the CPU; on a GPU more, since starting the operators takes longer
@@ -147,7 +148,7 @@ class Average:
 def not_finite(what: str, epoch: int, step: int, learning_rate: float) -> UserError:
     return UserError(
         f"the {what} is not finite at epoch {epoch + 1}, step {step + 1}, learning rate {learning_rate:g}; nothing of "
-        "this epoch is saved. Lower --lr, or look for broken images"
+        "this epoch is saved. Lower --base-lr, or look for broken images"
     )
 
 
@@ -258,8 +259,9 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any
     ):
         lock = files.locked(recipe.checkpoint_path, "the checkpoint", wait=False)
         parallel.from_first(lambda: locks.enter_context(lock))
+        recipe = replace(recipe, precision=precision_of(recipe, previous, device))
         model.to(device, memory_format=torch.channels_last)
-        average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
+        average = Average(model, ema_decay(recipe, len(data.train))) if recipe.ema_horizon else None
         run = Run(model, make_optimizer(model, recipe, device), average)
         if previous:
             restore(run, previous, data, recipe)
@@ -331,18 +333,40 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Op
     return optimizer
 
 
+def ema_decay(recipe: Recipe, num_images: int) -> float:
+    """What the moving average keeps of itself at a step, so that it reaches back over --ema-horizon of the run."""
+    steps = recipe.epochs * math.ceil(num_images / recipe.batch_size)
+    return 1 - 1 / max(1.0, recipe.ema_horizon * steps)
+
+
+def precision_of(recipe: Recipe, previous: dict[str, Any] | None, device: torch.device) -> str:
+    """The precision that a run is trained in; a run that goes on keeps its own."""
+    if previous and recipe.precision == "auto":
+        return previous["recipe"]["precision"]
+    return pick_precision(recipe.precision, device, fast_on_cpu=recipe.bfloat16_on_cpu)
+
+
+def loader_of(recipe: Recipe, train: Split, device: torch.device | str = "cpu") -> TrainLoader:
+    """The batches that a recipe trains on."""
+    return TrainLoader(
+        train,
+        recipe.batch_size,
+        augmentation_of(recipe),
+        seed=recipe.seed,
+        device=device,
+        crop_and_flip_from=recipe.crop_and_flip_from,
+    )
+
+
 class Trainer:
     """A run's batches, its learning rates and its training step, which is all that a step needs."""
 
     def __init__(self, run: Run, train: Split, recipe: Recipe, device: torch.device):
         self.model, self.optimizer, self.average, self.device = run.model, run.optimizer, run.average, device
-        self.loader = TrainLoader(train, recipe.batch_size, augmentation_of(recipe), seed=recipe.seed, device=device)
-        scale = recipe.rate_scale
-        self.schedule = CosineSchedule(
-            recipe.lr * scale, recipe.min_lr * scale, recipe.epochs, recipe.warmup, recipe.schedule_step
-        )
+        self.loader = loader_of(recipe, train, device)
+        self.schedule = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, recipe.warmup, recipe.schedule_step)
         self.learning_rate = run.optimizer.param_groups[0]["lr"]  # of all groups
-        self.label_smoothing = recipe.label_smoothing
+        self.label_smoothing, self.precision = recipe.label_smoothing, recipe.precision
         self.totals = Totals(device)
         self.batch_images = 0  # in all processes' shares of the batch together
         network, choice = self.model, recipe.compile
@@ -351,6 +375,8 @@ class Trainer:
             # at every step.
             with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PyTorch 2.11 has no newer name
                 network = DistributedDataParallel(self.model, broadcast_buffers=False)
+            if choice == "auto":
+                choice = "none"
             if choice in ("graph", "both") and device.type == "cuda":
                 instead = {"graph": "none", "both": "inductor"}[choice]
                 parallel.say(f"--compile {choice} records the step of one process; with several it is {instead} here")
@@ -372,9 +398,9 @@ class Trainer:
 
     def step(self, images: Tensor, labels: Tensor, network: nn.Module) -> None:
         """The step itself. Nothing here waits for the device or branches on its numbers, so it can be recorded."""
-        with autocast(self.device):
+        with autocast(self.device, self.precision):
             logits = network(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         if parallel.world_size() > 1:  # which take the mean of their gradients, whose shares may differ by an image
             loss = loss * (len(labels) * parallel.world_size() / self.batch_images)
         loss.backward()
@@ -440,7 +466,12 @@ def one_epoch(
         # Several processes could not agree in between.
         break_off = stop if num_processes == 1 else None
         logits = predict(
-            lambda batch: tested(normalize(batch)), images[own], trainer.device, batch_size=batch_size, stop=break_off
+            lambda batch: tested(normalize(batch)),
+            images[own],
+            trainer.device,
+            precision=trainer.precision,
+            batch_size=batch_size,
+            stop=break_off,
         )
         if logits is None:
             return None
@@ -540,9 +571,9 @@ def memory_that_runs_out(batch_size: int) -> Iterator[None]:
         ) from None
 
 
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bfloat16 where it is fast and float32 where it is not."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """With "bfloat16", convolutions and matrix products take and give it; the weights stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 @torch.no_grad()
@@ -551,6 +582,7 @@ def predict(
     images: Tensor,
     device: torch.device,
     *,
+    precision: str = "float32",
     batch_size: int | None = None,
     stop: StopSignals | None = None,
 ) -> Tensor | None:
@@ -563,7 +595,7 @@ def predict(
     for batch in images.tensor_split(parts):  # of equal size: cuDNN tries its algorithms out on each size
         if stop:
             return None
-        with autocast(device):
+        with autocast(device, precision):
             logits.append(network(batch.to(device, memory_format=torch.channels_last)).float())
     return torch.cat(logits).cpu()
 
@@ -675,7 +707,7 @@ def announce(run: Run, data: Dataset, recipe: Recipe, device: torch.device) -> N
         where = torch.cuda.get_device_name(device)
     if parallel.world_size() > 1:
         where += f", in {parallel.world_size()} processes"
-    parallel.say(f"{recipe.network} ({sizes}), {parameters:,} parameters, on {where}")
+    parallel.say(f"{recipe.network} ({sizes}), {parameters:,} parameters, on {where}, in {recipe.precision}")
     val = f" + {len(data.val):,} for validation" if data.val is not None else ""
     parallel.say(
         f"{data.source}: {len(data.train):,} training{val} + {len(data.test):,} test images of {recipe.image_size}×"
@@ -683,13 +715,15 @@ def announce(run: Run, data: Dataset, recipe: Recipe, device: torch.device) -> N
     )
     if recipe.recipe == "original":
         parallel.say("the original's recipe")
-    high, low = recipe.lr * recipe.rate_scale, recipe.min_lr * recipe.rate_scale
     if parallel.world_size() > 1:
-        parallel.say(f"batches of {recipe.batch_size} in all processes together, learning rates {high:g} and {low:g}")
+        parallel.say(
+            f"batches of {recipe.batch_size} in all processes together, learning rates {recipe.lr:g} and "
+            f"{recipe.min_lr:g}"
+        )
     if recipe.batch_size != REFERENCE_BATCH:
         parallel.say(
-            f"learning rates {recipe.lr:g} and {recipe.min_lr:g} for a batch of {REFERENCE_BATCH} become {high:g} and "
-            f"{low:g} for a batch of {recipe.batch_size} (in proportion, Goyal et al. 2017)"
+            f"learning rates {recipe.base_lr:g} and {recipe.base_min_lr:g} for a batch of {REFERENCE_BATCH} become "
+            f"{recipe.lr:g} and {recipe.min_lr:g} for a batch of {recipe.batch_size} (in proportion, Goyal et al. 2017)"
         )
     if run.epoch == recipe.epochs:
         parallel.say(

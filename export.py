@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import openmp  # noqa: F401
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -191,7 +193,7 @@ def check_finite(ensemble: Ensemble, paths: list[Path], images: Tensor) -> None:
     """Raise UserError, naming the checkpoint, where a member's logits for `images` are not finite."""
     for path, logits in zip(paths, ensemble.logits(images[:BATCH_SIZE]), strict=True):
         if not logits.isfinite().all():
-            raise UserError(f"{path}: its predictions are not finite; train it again with a lower --lr")
+            raise UserError(f"{path}: its predictions are not finite; train it again with a lower --base-lr")
 
 
 def metadata(ensemble: Ensemble, members: list[str]) -> dict[str, str]:

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import openmp  # noqa: F401
+
 import torch
 
 import analysis
@@ -26,8 +28,8 @@ from engine import SPLIT_FLAGS
 from errors import UserError
 from models.ensemble import AVERAGES, SCRIPTS, Contents, average_probs, names, read_all
 from predictions import member_logits
-from recipe import DEVICES
-from utils import pick_device
+from recipe import DEVICES, PRECISION_HELP, PRECISIONS
+from utils import pick_device, pick_precision
 
 FIT = "fit"  # what --temperature takes beside numbers
 MOST = 10**6  # images in a batch or subset
@@ -47,7 +49,11 @@ def main() -> int:
         )
     data = load_data(contents[0], options)
     device = pick_device(options.device)
-    asked = {"mirrored": options.tta == "flip", "batch_size": options.batch_size, "cached": not options.no_cache}
+    precision = pick_precision(options.precision, device)
+    asked = {
+        "precision": precision, "mirrored": options.tta == "flip", "batch_size": options.batch_size,
+        "cached": not options.no_cache,
+    }  # fmt: skip
 
     labels = torch.from_numpy(data.test.labels)
     logits = member_logits(contents, torch.from_numpy(data.test.images), device, **asked)
@@ -66,6 +72,7 @@ def main() -> int:
         "average": options.average,
         "temperature": None,
         "tta": options.tta,
+        "precision": precision,
         "data": data.source,
         "num_images": len(data.test),
     }
@@ -106,6 +113,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--test-size", type=int, help="test on so many images, equal shares of the classes")
     parser.add_argument("--batch-size", type=int, help="images in one go (default: 512 of 32×32, more on a GPU)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=f"{PRECISION_HELP} (default: auto)")
     parser.add_argument("--no-cache", action="store_true", help="ask the networks again, and keep nothing")
     parser.add_argument("--checkpoint-dir", default="checkpoints", help="(default: checkpoints)")
     parser.add_argument("--plot-dir", default="plots", help="for the pictures and ensemble.json (default: plots)")
@@ -266,7 +274,7 @@ def table(result: dict[str, Any]) -> str:
             f"{name:{width}}  {row['loss']:9.4f}  {100 * row['accuracy']:6.2f} % {f'[{low}, {high}]':>15}"
             f"{row['brier']:8.4f}  {100 * row['calibration_error']:5.2f} %"
         )
-    lines.append(f"on {result['num_images']:,} test images of {result['data']}")
+    lines.append(f"on {result['num_images']:,} test images of {result['data']}, in {result['precision']}")
     return "\n".join(lines)
 
 

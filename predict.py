@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import openmp  # noqa: F401
+
 import numpy as np
 import torch
 from PIL import Image
@@ -33,8 +35,8 @@ import models.ensemble
 from engine import autocast, memory_that_runs_out
 from errors import UserError
 from models.ensemble import AVERAGES, SCRIPTS, Ensemble, average_probs, names
-from recipe import DEVICES
-from utils import pick_device
+from recipe import DEVICES, PRECISION_HELP, PRECISIONS
+from utils import pick_device, pick_precision
 
 TOP = 3
 # Pixels of a batch, 32 images of 32×32 on the CPU: more would not be faster there, and the first line would come later.
@@ -84,6 +86,7 @@ def main() -> int:
         raise UserError(f"--top is {top}; these networks know {num_classes} classes, so it must be 1 to {num_classes}")
     device = pick_device(options.device)
     ensemble.to(device, memory_format=torch.channels_last)
+    precision = pick_precision(options.precision, device)
     batch_size = options.batch_size or max(1, BATCH_PIXELS[device.type] // ensemble.image_size**2)
 
     tally = Tally()
@@ -96,7 +99,7 @@ def main() -> int:
                 writers.append(stack.enter_context(csv_writer(options.csv, top)))
             if "-" not in (options.json, options.csv):
                 writers.append(text_writer(paths, ensemble, names(checkpoints), options.verbose))
-            for prediction in predict(paths, ensemble, checkpoints, top, batch_size, tally):
+            for prediction in predict(paths, ensemble, checkpoints, top, batch_size, precision, tally):
                 if prediction.error:
                     print(f"skipped: {printable(prediction.error)}", file=sys.stderr)
                 for write in writers:
@@ -128,6 +131,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="tell each member's vote, and which images are far off")
     parser.add_argument("--batch-size", type=int, help="images in one go (default: 32 of 32×32, on a GPU 512)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=f"{PRECISION_HELP} (default: auto)")
     options = parser.parse_intermixed_args()
     for flag, value in (("--batch-size", options.batch_size), ("--top", options.top)):
         if value is not None and value < 1:
@@ -189,6 +193,7 @@ def predict(
     checkpoints: Sequence[Path],  # of its members
     top: int,
     batch_size: int,
+    precision: str,
     tally: Tally,
 ) -> Iterator[Prediction]:
     """One prediction after the other, in the paths' order, from one batch of images in memory at a time.
@@ -206,7 +211,7 @@ def predict(
             if pixels:
                 started = time.perf_counter()
                 with memory_that_runs_out(batch_size):
-                    logits = member_logits(ensemble, np.stack(pixels))
+                    logits = member_logits(ensemble, np.stack(pixels), precision)
                 tally.networks += time.perf_counter() - started
                 for checkpoint, own in zip(checkpoints, logits, strict=True):
                     if not own.isfinite().all():
@@ -261,11 +266,11 @@ def decode_file(path: str, image_size: int) -> tuple[np.ndarray, tuple[int, int]
 
 
 @torch.inference_mode()
-def member_logits(ensemble: Ensemble, pixels: np.ndarray) -> torch.Tensor:
+def member_logits(ensemble: Ensemble, pixels: np.ndarray, precision: str) -> torch.Tensor:
     """Logits, float64 (M, B, classes) on the CPU, for images, uint8 (B, 3, H, W)."""
     device = next(ensemble.parameters()).device
     images = torch.from_numpy(pixels).to(device, memory_format=torch.channels_last)
-    with autocast(device):
+    with autocast(device, precision):
         logits = ensemble.logits(images)
     return logits.float().cpu().double()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import files
 import models.ensemble
-from engine import autocast, eval_batch_size, memory_that_runs_out, predict
+from engine import eval_batch_size, memory_that_runs_out, predict
 from errors import UserError
 
 CACHE = ".logits"  # the folder beside the checkpoints
@@ -25,6 +25,7 @@ def member_logits(
     images: Tensor,
     device: torch.device,
     *,
+    precision: str = "float32",
     mirrored: bool = False,
     batch_size: int | None = None,
     cached: bool = True,
@@ -41,7 +42,7 @@ def member_logits(
         [
             torch.stack(
                 [
-                    view_logits(path, content, images, pixels.hexdigest(), device, view, batch_size, cached)
+                    view_logits(path, content, images, pixels.hexdigest(), device, precision, view, batch_size, cached)
                     for view in ((False, True) if mirrored else (False,))
                 ]
             )
@@ -56,30 +57,29 @@ def view_logits(
     images: Tensor,
     pixels: str,
     device: torch.device,
+    precision: str,
     mirrored: bool,
     batch_size: int | None,
     cached: bool,
 ) -> Tensor:
     """Logits, float32 (N, C), of one checkpoint for one view of images whose digest is `pixels`."""
-    kept = cache_path(path.parent, content["digest"], pixels, device, mirrored)
+    kept = cache_path(path.parent, content["digest"], pixels, device, precision, mirrored)
     if cached and (logits := read_cache(kept, len(images), len(content["data"]["classes"]))) is not None:
         return logits
     member = models.ensemble.build_member(path, content).to(device, memory_format=torch.channels_last)
     batch_size = batch_size or eval_batch_size(images, device)
     with memory_that_runs_out(batch_size):
         network = (lambda batch: member(batch.flip(3))) if mirrored else member
-        logits = predict(network, images, device, batch_size=batch_size)
+        logits = predict(network, images, device, precision=precision, batch_size=batch_size)
     if not logits.isfinite().all():
-        raise UserError(f"{path}: its predictions are not finite; train it again with a lower --lr")
+        raise UserError(f"{path}: its predictions are not finite; train it again with a lower --base-lr")
     if cached:
         write_cache(kept, logits)
     return logits
 
 
-def cache_path(folder: Path, digest: str, pixels: str, device: torch.device, mirrored: bool) -> Path:
+def cache_path(folder: Path, digest: str, pixels: str, device: torch.device, precision: str, mirrored: bool) -> Path:
     """A file named by all that decides the logits."""
-    with autocast(device):
-        precision = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "float32"
     decisive = {
         "version": CACHE_VERSION,
         "checkpoint": digest,

@@ -13,19 +13,25 @@ from typing import Any, ClassVar
 
 from errors import UserError
 
-# The batch size for which --lr and --min-lr are given.
+# The batch size for which --base-lr and --base-min-lr are given.
 REFERENCE_BATCH = 64
 DEVICES = ("auto", "cuda", "mps", "cpu")
 RECIPES = ("ours", "original")
 # How a training step is run: operator by operator, as one CUDA graph, through torch.compile, or the last two together.
-COMPILE = ("none", "graph", "inductor", "both")
+COMPILE = ("auto", "none", "graph", "inductor", "both")
+PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISION_HELP = (
+    "bfloat16: convolutions and matrix products in it, the rest in float32 (autocast); auto takes it where it is "
+    "faster: on CUDA, and on a CPU with instructions for it"
+)
 SCHEDULE_STEPS = ("epoch", "batch")
 # The original's recipe, the same for its three networks; --recipe original puts it in place of a script's own.
 ORIGINAL = {
-    "epochs": 200, "batch_size": 64, "lr": 0.01, "min_lr": 0.0001, "warmup": 0.0, "schedule_step": "epoch",
+    "epochs": 200, "batch_size": 64, "base_lr": 0.01, "base_min_lr": 0.0001, "warmup": 0.0, "schedule_step": "epoch",
     "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True, "label_smoothing": 0.0,
-    "ema_decay": 0.0, "crop_padding": 4, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2,
-    "flip": 0.5, "randaugment_ops": 2, "randaugment_magnitude": 9, "cutout": 0,
+    "ema_horizon": 0.0, "crop_padding": 4, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2,
+    "flip": 0.5, "alternating_flip": False, "randaugment_ops": 2, "randaugment_magnitude": 9, "cutout": 0,
+    "augment_until": 1.0,
 }  # fmt: skip
 
 
@@ -61,33 +67,42 @@ class Recipe:
     """
 
     network: ClassVar[str] = ""  # key of models.NETWORKS
+    bfloat16_on_cpu: ClassVar[bool] = True  # whether --precision auto trains in it where a CPU has the instructions
 
     recipe: str = flag("ours, or original: the original's values for all that no flag changes", "ours", choices=RECIPES)
     epochs: int = flag("passes over the training images", at_least=1, at_most=10**6)
     batch_size: int = flag("images in a step", at_least=2, at_most=10**6)
-    lr: float = flag(f"learning rate of the first epoch, for a batch of {REFERENCE_BATCH}", above=0, at_most=1e30)
-    min_lr: float = flag(f"learning rate at the end of the cosine, for a batch of {REFERENCE_BATCH}", at_least=0)
-    warmup: float = flag("part of the run in which the rate climbs to --lr, before the cosine", at_least=0, at_most=0.9)
+    base_lr: float = flag(
+        f"highest learning rate, for a batch of {REFERENCE_BATCH}; used in proportion to --batch-size",
+        above=0,
+        at_most=1e30,
+    )
+    base_min_lr: float = flag(f"learning rate at the end of the cosine, for a batch of {REFERENCE_BATCH}", at_least=0)
+    warmup: float = flag(
+        "part of the run in which the learning rate climbs to its highest, before the cosine", at_least=0, at_most=0.9
+    )
     schedule_step: str = flag("the learning rate changes with each epoch or each batch", choices=SCHEDULE_STEPS)
     momentum: float = flag("momentum of SGD", at_least=0, at_most=1)
     nesterov: bool = flag("Nesterov's momentum")
     weight_decay: float = flag("weight decay of SGD", at_least=0)
     decay_norms: bool = flag("weight decay on the norms' parameters and on biases too")
     label_smoothing: float = flag("part of each label that is spread over all classes", at_least=0, at_most=1)
-    ema_decay: float = flag(
-        "test and keep a moving average of the weights, which keeps this part of itself at each step; 0: none",
+    ema_horizon: float = flag(
+        "test and keep a moving average of the weights, over about this part of the run; 0: none",
         at_least=0,
-        at_most=0.999999,
+        at_most=1,
     )
     seed: int = flag("seed of the weights, the images' order and their augmentation", 0, at_least=0, at_most=2**63 - 1)
     device: str = flag("auto takes CUDA, else MPS, else the CPU", "auto", choices=DEVICES, fixed=False)
     deterministic: bool = flag("the same bits in every run on CUDA too, where it costs time", False, fixed=False)
     sync_bn: bool = flag("with several processes: batch-norm over all their images, on CUDA", False)
     compile: str = flag(
-        "a step as one CUDA graph, through torch.compile (inductor), or both; none: operator by operator",
+        "a step as one CUDA graph, through torch.compile (inductor), or both; none: operator by operator; auto: graph "
+        "on CUDA, none elsewhere",
         choices=COMPILE,
         fixed=False,
     )
+    precision: str = flag(PRECISION_HELP, "auto", choices=PRECISIONS)
 
     crop_padding: int = flag("RandomCrop: zeros around the image, in pixels", group="augmentation", at_least=0)
     brightness: float = flag(
@@ -101,9 +116,18 @@ class Recipe:
     )
     hue: float = flag("ColorJitter: up to this part of a turn", group="augmentation", at_least=0, at_most=0.5)
     flip: float = flag("RandomHorizontalFlip: probability", group="augmentation", at_least=0, at_most=1)
+    alternating_flip: bool = flag(
+        "flip each image in every other epoch (for --flip 0.5) instead of by chance", group="augmentation"
+    )
     randaugment_ops: int = flag("RandAugment: operations for each image", group="augmentation", at_least=0, at_most=100)
     randaugment_magnitude: int = flag("RandAugment: strength", group="augmentation", at_least=0, at_most=30)
     cutout: int = flag("Cutout: side of a square greyed out, in pixels", group="augmentation", at_least=0)
+    augment_until: float = flag(
+        "part of the run after which crop and flip alone are left of the augmentation, by whole epochs",
+        group="augmentation",
+        at_least=0,
+        at_most=1,
+    )
 
     data: str = flag(
         "cifar10, digits, or the path of an archive or a folder (see README)", "cifar10", group="data", fixed=False
@@ -128,8 +152,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for item in fields(self):
             check(item, getattr(self, item.name))
-        if self.min_lr > self.lr:
-            raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; the cosine goes down")
+        if self.base_min_lr > self.base_lr:
+            raise UserError(
+                f"--base-min-lr {self.base_min_lr:g} is above --base-lr {self.base_lr:g}; the cosine goes down"
+            )
         if self.nesterov and not self.momentum:
             raise UserError("--nesterov needs a --momentum above 0; give one, or --no-nesterov")
         if self.data_url is not None and self.data != "cifar10":
@@ -152,9 +178,19 @@ class Recipe:
             raise UserError("--resume and --overwrite exclude each other: go on from the checkpoint, or start afresh?")
 
     @property
-    def rate_scale(self) -> float:
-        """What both learning rates are multiplied by: the batch size over 64 (Goyal et al. 2017, arXiv:1706.02677)."""
-        return self.batch_size / REFERENCE_BATCH
+    def lr(self) -> float:
+        """The highest learning rate in force: in proportion to the batch (Goyal et al. 2017, arXiv:1706.02677)."""
+        return self.base_lr * self.batch_size / REFERENCE_BATCH
+
+    @property
+    def min_lr(self) -> float:
+        """The lowest learning rate of the cosine in force."""
+        return self.base_min_lr * self.batch_size / REFERENCE_BATCH
+
+    @property
+    def crop_and_flip_from(self) -> int:
+        """The first epoch, from 0, whose images are cropped and flipped alone."""
+        return math.ceil(self.augment_until * self.epochs)
 
     @property
     def checkpoint_path(self) -> Path:
@@ -175,8 +211,13 @@ class Recipe:
         return asdict(self)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """What in `other`, another recipe's `as_dict()`, would train something else: a line for each flag."""
+        """What in `other`, another recipe's `as_dict()`, would train something else: a line for each flag.
+
+        A precision of "auto" is whichever the other has.
+        """
         fixed = [item.name for item in flags(self) if item.metadata["fixed"]]
+        if self.precision == "auto":
+            fixed.remove("precision")
         return [
             f"{spelled(name)}: {other.get(name)} in the checkpoint, {getattr(self, name)} now"
             for name in fixed

@@ -12,7 +12,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from recipe import Recipe
 MEAN = (0.4914, 0.4824, 0.4467)
 STD = (0.2471, 0.2436, 0.2616)
 
+NO_EPOCH = 2**32  # the stream of random numbers that belongs to a run as a whole
 # Pixels augmented in one go: small enough on the CPU to stay near its caches, large enough on a GPU that starting the
 # operators costs nothing beside running them. 1,024 and 16,384 images of 32×32.
 CHUNK_PIXELS = {"cpu": 2**20, "cuda": 16 * 2**20, "mps": 4 * 2**20}
@@ -60,6 +61,24 @@ def pick_device(name: str, *, deterministic: bool = False) -> torch.device:
         # The sizes stay the same for a whole run: try which algorithm is fastest, where the choice may differ by run.
         torch.backends.cudnn.benchmark = not deterministic
     return torch.device(name)
+
+
+def pick_precision(choice: str, device: torch.device, *, fast_on_cpu: bool = True) -> str:
+    """What --precision comes to: "float32" or "bfloat16".
+
+    `auto` takes bfloat16 on CUDA and, where it is `fast_on_cpu`, on a CPU with instructions for it; without them it is
+    slower than float32, by up to 499 times (github.com/pytorch/pytorch/issues/146508).
+    """
+    if choice != "auto":
+        return choice
+    fast = device.type == "cuda" or (device.type == "cpu" and fast_on_cpu and cpu_has_bfloat16())
+    return "bfloat16" if fast else "float32"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers."""
+    there = torch.cpu.get_capabilities()
+    return any(there.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def keep_freed_memory() -> None:
@@ -146,6 +165,8 @@ class TrainLoader:
     changes what becomes of an image. The last batch may be smaller. Of several processes each gets its share of every
     batch.
 
+    From epoch `crop_and_flip_from` on, crop and flip alone are left of the augmentation.
+
     `ahead` (by default on CUDA) keeps the work off the critical path: a thread draws for the next epoch while this one
     is trained, and the device augments the next chunk beside the training steps on this one.
     """
@@ -158,6 +179,7 @@ class TrainLoader:
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        crop_and_flip_from: int | None = None,
         chunk_size: int | None = None,
         ahead: bool | None = None,
     ):
@@ -166,7 +188,13 @@ class TrainLoader:
         self.device = self.images.device
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
         self.size = self.images.shape[-1]
-        self.augmenter = augment.Augmenter(self.size, augmentation, device)
+        self.crop_and_flip_from = math.inf if crop_and_flip_from is None else crop_and_flip_from
+        self.augmenters = {
+            settings: augment.Augmenter(self.size, settings, device)
+            for settings in (augmentation, augmentation.crop_and_flip())
+        }
+        self.augmenter = self.augmenters[augmentation]  # of the epoch under way
+        self.flip_phase = torch.rand(len(self.images), generator=epoch_generator(seed, NO_EPOCH), dtype=torch.float64)
         self.rank, self.world_size = parallel.rank(), parallel.world_size()
         self.own_size = len(range(batch_size)[self.share(batch_size)])
         chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.size**2
@@ -187,6 +215,7 @@ class TrainLoader:
         plan = waiting.result() if waiting else self.plan(epoch, start)
         if self.thread:
             self.planned = {epoch + 1: self.thread.submit(self.plan, epoch + 1)}
+        self.augmenter = self.augmenters[self.settings(epoch)]
         for images, labels in self.chunks(plan.to(self.device)):
             for batch, targets in zip(images.split(self.own_size), labels.split(self.own_size), strict=True):
                 yield normalize(batch), targets
@@ -194,13 +223,19 @@ class TrainLoader:
     def share(self, count: int) -> slice:
         return parallel.share(count, self.rank, self.world_size)
 
+    def settings(self, epoch: int) -> augment.Augmentation:
+        return self.augmentation if epoch < self.crop_and_flip_from else self.augmentation.crop_and_flip()
+
     def images_in(self, step: int) -> int:
         """How many images a step's batch has, in all processes together."""
         return min(self.batch_size, len(self.images) - step * self.batch_size)
 
     def plan(self, epoch: int, start: int = 0) -> augment.Plan:
         generator = epoch_generator(self.seed, epoch)
-        draws = augment.draw(len(self.images), self.size, self.augmentation, generator)
+        settings = self.settings(epoch)
+        draws = augment.draw(len(self.images), self.size, settings, generator)
+        if settings.alternating_flip:
+            draws = replace(draws, flip=augment.alternating_flip(self.flip_phase, epoch, settings.flip))
         order = torch.randperm(len(self.images), generator=generator)[start * self.batch_size :]
         order = torch.cat([batch[self.share(len(batch))] for batch in order.split(self.batch_size)])
         return augment.plan(order, draws, self.chunk_size)

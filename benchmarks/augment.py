@@ -36,7 +36,7 @@ from dataset import Split
 from engine import autocast
 from models.mobilenetv2 import mobilenetv2
 from recipe import DEVICES
-from utils import TrainLoader, pick_device
+from utils import TrainLoader, pick_device, pick_precision
 
 BATCH_SIZE = 64
 WORKERS = 2
@@ -106,7 +106,7 @@ def training_step(model: nn.Module, size: int, device: torch.device) -> Callable
     labels = torch.randint(10, (BATCH_SIZE,), generator=generator).to(device)
 
     def step() -> tuple[Tensor, Tensor]:
-        with autocast(device):  # as engine.fit does: bfloat16 on CUDA, float32 elsewhere
+        with autocast(device, pick_precision("auto", device)):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()

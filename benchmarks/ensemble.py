@@ -54,7 +54,7 @@ from errors import UserError
 from models.ensemble import average_probs, names, read_all
 from predictions import member_logits
 from recipe import Recipe, parse_flags, spelled
-from utils import pick_device
+from utils import pick_device, pick_precision
 
 TRAINING = {"dense.py": dense, "mobilenetv2.py": mobilenetv2, "resnext.py": resnext}
 TESTING = "main_ens.py"
@@ -254,7 +254,9 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
         members = read_all([recipe.checkpoint_path for recipe in recipes.values()])
         data = main_ens.load_data(members[0], argparse.Namespace(data=None, data_url=None, test_size=None))
         device, images = pick_device(recipes["dense.py"].device), torch.from_numpy(data.test.images)
-        own = member_logits(members, images, device).squeeze(1)  # kept by main_ens.py: the networks are not asked again
+        own = member_logits(members, images, device, precision=pick_precision("auto", device)).squeeze(
+            1
+        )  # kept by main_ens.py: the networks are not asked again
         logits = dict(zip(names([path for path, _ in members]), own, strict=True))
         histories = [plotting.read_csv(recipe.csv_path) for recipe in recipes.values()]
         plots = Path(recipes["dense.py"].plot_dir)

@@ -24,7 +24,7 @@ from benchmarks import common
 from models import NETWORKS
 from models.ensemble import Ensemble, Member
 from recipe import DEVICES
-from utils import MEAN, STD, pick_device
+from utils import MEAN, STD, pick_device, pick_precision
 
 
 def main() -> int:
@@ -72,8 +72,11 @@ def network_rates(paths: list[str], ensemble: Ensemble, device: torch.device) ->
     """Images a second of the networks alone, and from file to prediction."""
     tally = predict.Tally()
     batch_size = max(1, predict.BATCH_PIXELS[device.type] // ensemble.image_size**2)
+    precision = pick_precision("auto", device)
     started = time.perf_counter()
-    for _ in predict.predict(paths, ensemble, [Path(name) for name in NETWORKS], predict.TOP, batch_size, tally):
+    for _ in predict.predict(
+        paths, ensemble, [Path(name) for name in NETWORKS], predict.TOP, batch_size, precision, tally
+    ):
         pass
     return tally.images / tally.networks, tally.images / (time.perf_counter() - started)
 

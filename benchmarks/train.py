@@ -1,12 +1,14 @@
 """Measure training end to end (augmentation, step, optimiser): this project's beside a plain loop, on one device.
 
 ours      the script's own recipe, network and batch size, through engine.Trainer, as engine.fit does it
+ours_float32  the same with --precision float32, where the recipe's own comes to bfloat16
 original  a plain loop as the original's: batches of 64 in float32 (with TF32 on CUDA), torchvision's transforms in a
           DataLoader with two processes, loss and hits read with .item() at every step
 tuned     the plain loop at its best: the same transforms and processes as many as there are cores, larger batches,
-          channels-last; on CUDA also bfloat16 (AMP) and pinned memory, which are of no use elsewhere
+          channels-last; on CUDA also bfloat16 (AMP) and pinned memory
+tuned_bfloat16  the tuned loop under bfloat16 autocast on the CPU as well
 
-All three train the same network on the same images with the same settings of the augmentation. Each measurement is a
+All train the same network on the same images with the same settings of the augmentation. Each measurement is a
 process of its own, since the memory allocator's settings and TF32 cannot be taken back; they take turns, round by
 round, so that whatever else the machine does meets all of them. After a warm-up a process measures windows of whole
 steps, each ended by waiting for the device. A figure is the median of all rounds' windows; a ratio is one of medians.
@@ -15,7 +17,7 @@ start-up     seconds from the start of the process to the end of its first step:
 peak memory  on CUDA what PyTorch held at most, on a Linux CPU the process's peak size, without the DataLoader's own
 data's share of ours: 1 − images/s / images/s on one chunk augmented beforehand, by the same trainer, in alternation
 utilisation  of ours: images/s × operations of an image (two for a multiply-add, forward and backward) / the rate of
-             square matrix products that the same device reaches: bfloat16 on CUDA, float32 elsewhere
+             square matrix products that the same device reaches, in the precision that --precision auto takes there
              (No ceiling on a CPU whose convolutions come from another library than its products, and can be faster.)
 """
 
@@ -49,22 +51,24 @@ from benchmarks import common
 from benchmarks.common import positive
 from benchmarks.plain import torchvision_loader
 from dataset import Split
-from engine import Average, Run, Trainer, autocast, make_optimizer
+from engine import Average, Run, Trainer, autocast, ema_decay, make_optimizer, precision_of
 from errors import UserError
 from models import NETWORKS
 from recipe import COMPILE, DEVICES, Recipe
-from utils import TrainLoader, augmentation_of, normalize, pick_device
+from utils import TrainLoader, augmentation_of, normalize, pick_device, pick_precision
 
 RECIPES = {module.RECIPE.network: module.RECIPE for module in (dense, mobilenetv2, resnext)}
-KINDS = ("ours", "original", "tuned")
+OURS = ("ours", "ours_float32")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 ORIGINAL_BATCH_SIZE = 64
-PLAIN_WORKERS = {"original": 2, "tuned": CORES}
+PLAIN_WORKERS = {"original": 2, "tuned": CORES, "tuned_bfloat16": CORES}
+RIVALS = ("ours_float32", *PLAIN_WORKERS)
+KINDS = ("ours", *RIVALS)
 MATRIX_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 2048}
 MATRIX_WINDOWS, MATRIX_SECONDS = 5, 0.1  # of products, in each round
 MATRIX_WARM_UP = 2  # products
 # Of ours, for each way to run a step, and again for the network as a whole.
-FIGURES = ("images_per_second", "batch_size", "start_up_seconds", "peak_memory_bytes", "data_share")
+FIGURES = ("images_per_second", "precision", "batch_size", "start_up_seconds", "peak_memory_bytes", "data_share")
 
 Step = Callable[[Tensor, Tensor], None]  # trains on images and labels
 Batches = Iterator[tuple[Tensor, Tensor]]  # of them, without end
@@ -147,7 +151,9 @@ def remedy(kind: str) -> str:
     """What to do where the memory is too small for one kind."""
     flag = {
         "ours": "take a smaller --batch-size, or ",
+        "ours_float32": "take a smaller --batch-size, or ",
         "tuned": "take a smaller --tuned-batch-size, or ",
+        "tuned_bfloat16": "take a smaller --tuned-batch-size, or ",
         "original": "",
     }
     return f"{flag[kind]}leave it out by --kinds or --networks"
@@ -160,16 +166,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train one network in one way. Raises UserError for images or memory that do not suffice."""
     name, kind = options.measure
     # To keep freed memory, as pick_device does on the CPU, is a part of ours.
-    device = torch.device("cpu") if kind != "ours" and options.device == "cpu" else pick_device(options.device)
+    device = torch.device("cpu") if kind not in OURS and options.device == "cpu" else pick_device(options.device)
     data = dataset.load(options.data, image_size=options.image_size)
     count = len(data.train) if options.images is None else options.images
     split = common.some_of(data.train, count, at_least=2, source=options.data)
     recipe = replace(RECIPES[name], image_size=options.image_size)
-    if kind == "ours":
+    if kind in OURS:
         batch_size = recipe.batch_size if options.batch_size is None else options.batch_size
-        recipe = replace(recipe, batch_size=batch_size, compile=options.compile[0])
+        compile_choice = options.compile[0] if options.compile else recipe.compile
+        precision = "float32" if kind == "ours_float32" else precision_of(recipe, None, device)
+        recipe = replace(recipe, batch_size=batch_size, compile=compile_choice, precision=precision)
     else:
-        batch_size = options.tuned_batch_size if kind == "tuned" else ORIGINAL_BATCH_SIZE
+        batch_size = ORIGINAL_BATCH_SIZE if kind == "original" else options.tuned_batch_size
     last_size = len(split) % batch_size
     if batch_size == 1 or last_size == 1:
         raise UserError(
@@ -179,7 +187,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     model = NETWORKS[name](len(data.classes), **recipe.network_arguments())
     try:
-        if kind == "ours":
+        if kind in OURS:
             trainer, step, batches = ours(model, split, recipe, device)
         else:
             step, batches = plain(kind, model, split, recipe, batch_size, device)
@@ -198,26 +206,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
         result["windows"] = [rate(training, in_window, device)]
         result["peak_memory_bytes"] = peak_memory(device)  # before the chunk, which belongs to no training
-        if kind == "ours":
+        if kind in OURS:
             on_chunk = steps(step, itertools.cycle(chunk(trainer.loader)))
             result["windows_on_chunk"] = [rate(on_chunk, in_window, device)]
         for _ in range(options.windows - 1):
             result["windows"].append(rate(training, in_window, device))
-            if kind == "ours":
+            if kind in OURS:
                 result["windows_on_chunk"].append(rate(on_chunk, in_window, device))
     except torch.OutOfMemoryError:
         raise UserError(
             f"{name}, {kind}: the device memory is too small for batches of {batch_size}; {remedy(kind)}"
         ) from None
-    if kind == "ours":
-        result |= {"asked": recipe.compile, "choice": trainer.fast_step.choice}
+    if kind in OURS:
+        result |= {"asked": recipe.compile, "choice": trainer.fast_step.choice, "precision": recipe.precision}
     return result
 
 
 def ours(model: nn.Module, split: Split, recipe: Recipe, device: torch.device) -> tuple[Trainer, Step, Batches]:
     """As engine.fit and engine.one_epoch, but for the progress bar, which waits for the device once a second."""
     model.to(device, memory_format=torch.channels_last).train()
-    average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
+    average = Average(model, ema_decay(recipe, len(split))) if recipe.ema_horizon else None
     trainer = Trainer(Run(model, make_optimizer(model, recipe, device), average), split, recipe, device)
     done = itertools.count()
 
@@ -243,9 +251,14 @@ def plain(
         augmentation_of(recipe),
         batch_size=batch_size,
         workers=PLAIN_WORKERS[kind],
-        pin_memory=kind == "tuned" and device.type == "cuda",
+        pin_memory=kind != "original" and device.type == "cuda",
     )
-    step = {"original": original_step, "tuned": tuned_step}[kind](model.train(), device)
+    model.train()
+    if kind == "original":
+        step = original_step(model, device)
+    else:
+        bfloat16 = kind == "tuned_bfloat16" or device.type == "cuda"
+        step = tuned_step(model, device, "bfloat16" if bfloat16 else "float32")
     return step, itertools.chain.from_iterable(itertools.repeat(loader))
 
 
@@ -268,7 +281,7 @@ def original_step(model: nn.Module, device: torch.device) -> Step:
     return step
 
 
-def tuned_step(model: nn.Module, device: torch.device) -> Step:
+def tuned_step(model: nn.Module, device: torch.device, precision: str) -> Step:
     model.to(device, memory_format=torch.channels_last)
     optimizer = plain_optimizer(model)
     loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
@@ -277,7 +290,7 @@ def tuned_step(model: nn.Module, device: torch.device) -> Step:
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         optimizer.zero_grad()
-        with autocast(device):  # bfloat16 on CUDA, float32 elsewhere
+        with autocast(device, precision):
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         loss.backward()
@@ -336,7 +349,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def matrix_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, pick_precision("auto", device))
 
 
 def product_rates(device: torch.device) -> list[float]:
@@ -375,13 +388,15 @@ def summary(recipe: Recipe, results: list[dict[str, Any]], image_size: int, devi
         network |= {"compile_choice": choice, **{name: measured[choice][name] for name in FIGURES}, "compile": ways}
         flops_per_second = network["images_per_second"] * network["flops_per_image"]
         network["model_flop_utilisation"] = flops_per_second / device_flops
-    for kind in PLAIN_WORKERS:
+    for kind in RIVALS:
         if by_kind[kind]:
-            network[kind] = pooled(by_kind[kind]) | {"workers": PLAIN_WORKERS[kind]}
+            network[kind] = pooled(by_kind[kind])
+        if by_kind[kind] and kind in PLAIN_WORKERS:
+            network[kind]["workers"] = PLAIN_WORKERS[kind]
     if by_kind["ours"]:
         network["ratios"] = {
             kind: network["images_per_second"] / network[kind]["images_per_second"]
-            for kind in PLAIN_WORKERS
+            for kind in RIVALS
             if kind in network
         }
     return network
@@ -413,7 +428,8 @@ def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
         "start_up_seconds": statistics.median(result["start_up_seconds"] for result in results),
         "peak_memory_bytes": None if None in peaks else max(peaks),
     }
-    if results[0]["kind"] == "ours":
+    if results[0]["kind"] in OURS:
+        figures["precision"] = results[0]["precision"]
         on_chunk = list(itertools.chain.from_iterable(result["windows_on_chunk"] for result in results))
         figures |= {
             "data_share": 1 - figures["images_per_second"] / statistics.median(on_chunk),
@@ -429,7 +445,9 @@ def geometric_means(networks: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def line(result: dict[str, Any]) -> str:
-    way = f"ours (--compile {result['choice']})" if result["kind"] == "ours" else result["kind"]
+    way = result["kind"]
+    if way in OURS:
+        way += f" ({result['precision']}, --compile {result['choice']})"
     return (
         f"{way}: {spelled(statistics.median(result['windows']))} images/s, "
         f"first step after {result['start_up_seconds']:.1f} s"
@@ -457,7 +475,7 @@ def report(results: dict[str, Any], path: str) -> None:
 
 def cells(network: dict[str, Any]) -> dict[str, str]:
     """A network's column of the table: what was measured of it, by the row's label."""
-    kinds = {kind: network[kind] for kind in PLAIN_WORKERS if kind in network}
+    kinds = {kind: network[kind] for kind in RIVALS if kind in network}
     if "compile" in network:
         kinds = {"ours": network} | kinds
     column = {f"{kind}, images/s": spelled(figures["images_per_second"]) for kind, figures in kinds.items()}

@@ -44,8 +44,8 @@ class InvertedResidual(nn.Module):
         hidden = in_channels * expansion
         layers: list[nn.Module] = []
         if expansion > 1:
-            layers += [*conv_norm(in_channels, hidden, 1), nn.ReLU6(inplace=True)]
-        layers += [*conv_norm(hidden, hidden, 3, stride=stride, groups=hidden), nn.ReLU6(inplace=True)]
+            layers += [*conv_norm(in_channels, hidden, 1), nn.ReLU6()]
+        layers += [*conv_norm(hidden, hidden, 3, stride=stride, groups=hidden), nn.ReLU6()]
         layers += conv_norm(hidden, out_channels, 1)
         self.layers = nn.Sequential(*layers)
         self.shortcut = stride == 1 and in_channels == out_channels
@@ -61,7 +61,7 @@ class MobileNetV2(nn.Module):
         super().__init__()
         channels = scaled(32, width)
         # Departure from the ImageNet network: stride 1 in place of 2.
-        layers: list[nn.Module] = [*conv_norm(3, channels, 3), nn.ReLU6(inplace=True)]
+        layers: list[nn.Module] = [*conv_norm(3, channels, 3), nn.ReLU6()]
         for expansion, stage_channels, num_blocks, stride in STAGES:
             for block in range(num_blocks):
                 out_channels = scaled(stage_channels, width)
@@ -69,7 +69,7 @@ class MobileNetV2(nn.Module):
                 channels = out_channels
         # A multiplier below 1 leaves the last convolution at full width (section 5, "Trade-off hyper parameters").
         last_channels = scaled(1280, max(1.0, width))
-        layers += [*conv_norm(channels, last_channels, 1), nn.ReLU6(inplace=True)]
+        layers += [*conv_norm(channels, last_channels, 1), nn.ReLU6()]
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(last_channels, num_classes)
 

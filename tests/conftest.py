@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import openmp  # noqa: F401
+
 import numpy as np
 import pytest
 import torch
@@ -26,8 +28,8 @@ TIMES = ("seconds", "images_per_second")  # what differs between two histories o
 
 # What a recipe may ask for beside the original's values, all at once.
 ALL_ON = {
-    "nesterov": True, "decay_norms": False, "label_smoothing": 0.1, "ema_decay": 0.9, "warmup": 0.4,
-    "schedule_step": "batch", "cutout": 3,
+    "nesterov": True, "decay_norms": False, "label_smoothing": 0.1, "ema_horizon": 0.5, "warmup": 0.4,
+    "schedule_step": "batch", "alternating_flip": True, "cutout": 3, "augment_until": 0.5,
 }  # fmt: skip
 
 
@@ -91,12 +93,12 @@ def tiny_network(num_classes: int = 3, channels: int = 4) -> Tiny:
 
 def tiny_recipe_in(folder: Path, **changes) -> TinyRecipe:
     values = {
-        "name": "tiny", "channels": 4, "epochs": 3, "batch_size": 4, "lr": 0.8, "min_lr": 0.016, "warmup": 0.0,
-        "schedule_step": "epoch", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True,
-        "label_smoothing": 0.0, "ema_decay": 0.0, "compile": "none", "crop_padding": 2, "brightness": 0.2,
-        "contrast": 0.2, "saturation": 0.2, "hue": 0.2, "flip": 0.5, "randaugment_ops": 1, "randaugment_magnitude": 9,
-        "cutout": 0, "image_size": 8, "device": "cpu", "checkpoint_dir": str(folder / "checkpoints"),
-        "plot_dir": str(folder / "plots"),
+        "name": "tiny", "channels": 4, "epochs": 3, "batch_size": 4, "base_lr": 0.8, "base_min_lr": 0.016,
+        "warmup": 0.0, "schedule_step": "epoch", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4,
+        "decay_norms": True, "label_smoothing": 0.0, "ema_horizon": 0.0, "compile": "none", "crop_padding": 2,
+        "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2, "flip": 0.5, "alternating_flip": False,
+        "randaugment_ops": 1, "randaugment_magnitude": 9, "cutout": 0, "augment_until": 1.0, "image_size": 8,
+        "device": "cpu", "checkpoint_dir": str(folder / "checkpoints"), "plot_dir": str(folder / "plots"),
     }  # fmt: skip
     return TinyRecipe(**{**values, **changes})
 

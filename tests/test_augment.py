@@ -205,7 +205,10 @@ def test_magnitudes_are_torchvisions(name, size):
 
 def test_default_settings_are_the_recipes():
     # RandomCrop(32, padding=4), ColorJitter(0.2, 0.2, 0.2, 0.2), RandomHorizontalFlip(), RandAugment(2, 9)
-    assert Augmentation() == Augmentation(4, 0.2, 0.2, 0.2, 0.2, v2.RandomHorizontalFlip().p, 2, RANDAUGMENT.magnitude)
+    assert Augmentation() == Augmentation(
+        crop_padding=4, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2, flip=v2.RandomHorizontalFlip().p,
+        randaugment_ops=2, randaugment_magnitude=RANDAUGMENT.magnitude,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ the whole chain
@@ -544,6 +547,39 @@ def test_every_image_comes_once_an_epoch(split):
         batches = list(loader.epoch(epoch))
         assert [len(images) for images, _ in batches] == [len(labels) for _, labels in batches] == [64, 64, 22]
         assert torch.cat([labels for _, labels in batches]).sort().values.tolist() == list(range(COUNT))
+
+
+def flipped(split, epoch, **changes):
+    """Which images an epoch flips, in the data set's order."""
+    plan = TrainLoader(split, 64, replace(NOTHING, **changes), seed=3).plan(epoch)
+    return plan.draws.flip[plan.index.long().argsort()]
+
+
+def test_two_epochs_in_a_row_show_each_image_both_ways():
+    split = Split(np.zeros((COUNT, 3, 16, 16), np.uint8), np.arange(COUNT))
+    first, second, third = (flipped(split, epoch, flip=0.5, alternating_flip=True) for epoch in (7, 8, 9))
+    assert torch.equal(second, 1 - first)
+    assert torch.equal(third, first)
+    assert 0.3 * COUNT < first.sum() < 0.7 * COUNT
+    by_chance = [flipped(split, epoch, flip=0.5) for epoch in (7, 8)]
+    assert 0.3 * COUNT < (by_chance[0] == by_chance[1]).sum() < 0.7 * COUNT
+
+
+@pytest.mark.parametrize(("share", "times"), [(0.0, {0}), (0.25, {2}), (0.5, {4}), (1.0, {8})])
+def test_an_image_is_flipped_in_its_share_of_the_epochs(share, times):
+    split = Split(np.zeros((COUNT, 3, 16, 16), np.uint8), np.arange(COUNT))
+    counts = sum(flipped(split, epoch, flip=share, alternating_flip=True) for epoch in range(8))
+    assert set(counts.tolist()) == times
+
+
+def test_at_the_end_crop_and_flip_are_left(split):
+    settings = Augmentation(cutout=4)
+    loader = TrainLoader(split, 64, settings, seed=3, crop_and_flip_from=2)
+    whole = TrainLoader(split, 64, settings, seed=3)
+    mild = TrainLoader(split, 64, replace(NOTHING, crop_padding=4, flip=0.5), seed=3)
+    for epoch in (0, 1, 2, 1):  # and back: a run that goes on may begin anywhere
+        expected = whole if epoch < 2 else mild
+        assert all(map(torch.equal, epoch_of(loader, epoch), epoch_of(expected, epoch))), epoch
 
 
 def test_labels_stay_with_their_images(split):

@@ -140,7 +140,7 @@ DIGITS = [
     "--resnext", "--base-width 2",
 ]  # fmt: skip
 SHORT = ["--image-size", 16, "--epochs", 1, "--batch-size", 64, "--train-size", 200, "--test-size", 100]
-SHORT += ["--lr", 0.1, "--device", "cpu"]
+SHORT += ["--base-lr", 0.1, "--device", "cpu"]
 MEMBERS = ["densenet", "mobilenetv2", "resnext"]
 
 

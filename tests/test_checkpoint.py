@@ -28,7 +28,7 @@ CONTENT = {
     "chosen": {"epoch": 1, "by": "last"},
     "finished": False,
     "recipe": {
-        "epochs": 2, "lr": 0.01, "nesterov": True, "reference": None, "image_size": 16, "split_seed": 0,
+        "epochs": 2, "base_lr": 0.01, "nesterov": True, "reference": None, "image_size": 16, "split_seed": 0,
         "train_size": None, "val_size": 0, "test_size": 20,
     },
     "data": {
@@ -339,7 +339,7 @@ def break_content(content, how):
         ("immeasurable width", "its weights do not fit its mobilenetv2"),
         ("impossible width", "width is 0.0"),
         ("unknown argument", "depth"),
-        ("nan", "its weights are not finite (classifier.bias); train it again with a lower --lr"),
+        ("nan", "its weights are not finite (classifier.bias); train it again with a lower --base-lr"),
         ("inf", "its weights are not finite (classifier.bias)"),
     ],
 )
@@ -376,8 +376,8 @@ STEPS = 6  # of an epoch of tiny_data
 RUNS = {
     "plain": ({}, None),
     "validation": ({"val": True}, STEPS + 2),
-    "average": ({"ema_decay": 0.9}, STEPS + 3),
-    "both": ({"val": True, "ema_decay": 0.9}, None),
+    "average": ({"ema_horizon": 0.9}, STEPS + 3),
+    "both": ({"val": True, "ema_horizon": 0.9}, None),
 }
 # No key may hold most of these.
 WRONG = [
@@ -415,7 +415,7 @@ def trained(tiny, tiny_recipe, tiny_data):
         settings, stop = RUNS[name]
         recipe = tiny_recipe(
             epochs=2, randaugment_ops=0, name=name, resume=resume, overwrite=not resume,
-            val_size=8 if "val" in settings else 0, ema_decay=settings.get("ema_decay", 0.0),
+            val_size=8 if "val" in settings else 0, ema_horizon=settings.get("ema_horizon", 0.0),
         )  # fmt: skip
         previous = engine.previous_run(recipe)
         model = tiny()
@@ -498,7 +498,7 @@ def contradictory_contents(content):
         ("chosen", "epoch"): [10**12],
         ("finished",): [not content["finished"]],
         ("recipe", "epochs"): [1, 3, 10**12],
-        ("recipe", "ema_decay"): [0.0, 0.5, 0.9],
+        ("recipe", "ema_horizon"): [0.0, 0.5, 0.9],
         ("recipe", "image_size"): [16, 10**12],
         ("data", "digest"): ["0" * 32],
         ("data", "classes"): [["red", "green"], ["red", "green", "blue", "yellow"]],
@@ -582,7 +582,7 @@ def broken_files(raw, content, marker):
         yield "other pickles", with_digest(buffer.getvalue())
     for version in (0, -1, True, "2", None, checkpoint.VERSION + 1, 10**12):
         yield "other formats", with_digest(pickled({**content, "version": version}))
-    for path in [*[(name,) for name in content], ("network", "name"), ("training", "optimizer"), ("recipe", "lr")]:
+    for path in [*[(name,) for name in content], ("network", "name"), ("training", "optimizer"), ("recipe", "base_lr")]:
         armed = changed(content, (path, RunsCode(marker)))
         yield "pickles that run code", with_digest(pickled(armed))
         yield "pickles that run code", pickled(armed)

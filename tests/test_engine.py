@@ -5,12 +5,14 @@ import csv
 import functools
 import itertools
 import math
+import platform
 import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +29,7 @@ import mobilenetv2
 import plotting
 from dataset import Split
 from errors import UserError
-from utils import CosineSchedule, TrainLoader, augmentation_of, normalize, pick_device
+from utils import CosineSchedule, cpu_has_bfloat16, normalize, pick_device, pick_precision
 
 STEPS = 6  # of an epoch of tiny_data: five batches of 4 and one of 2
 
@@ -110,7 +112,7 @@ def naive_average(averaged, model, decay, steps_done):
 @pytest.mark.parametrize("val", [False, True], ids=["", "val"])
 def test_weights_and_curves_are_those_of_a_naive_loop(train, tiny, tiny_data, tiny_recipe, val, changes):
     recipe, data, model = tiny_recipe(**changes), tiny_data(val=val), tiny()
-    loader = TrainLoader(data.train, recipe.batch_size, augmentation_of(recipe), seed=recipe.seed)
+    loader = engine.loader_of(recipe, data.train)
     undecayed = {"conv.weight", "classifier.weight"} ^ {name for name, _ in model.named_parameters()}
     sgd = torch.optim.SGD(
         [
@@ -134,7 +136,6 @@ def test_weights_and_curves_are_those_of_a_naive_loop(train, tiny, tiny_data, ti
                 turn = (1 + math.cos(math.pi * (done - climb) / (18 - climb))) / 2
                 rate = recipe.min_lr + (recipe.lr - recipe.min_lr) * turn
                 rate = recipe.lr * min(1, (done + 1) / climb) if done < climb else rate
-            rate *= recipe.batch_size / 64
             for group in sgd.param_groups:
                 group["lr"] = rate
             logits = model(images)
@@ -142,14 +143,14 @@ def test_weights_and_curves_are_those_of_a_naive_loop(train, tiny, tiny_data, ti
             sgd.zero_grad()
             (-targets * logits.log_softmax(1)).sum(1).mean().backward()
             sgd.step()
-            naive_average(averaged, model, recipe.ema_decay, steps_done)
+            naive_average(averaged, model, 1 - 1 / 9, steps_done)  # over half of the 18 steps
             steps_done += 1
             losses += F.cross_entropy(logits, labels, reduction="none").tolist()
             hits += int((logits.argmax(1) == labels).sum())
         row = {"epoch": epoch + 1, "learning_rate": rate}
         row |= {"train_loss": sum(losses) / 22, "train_accuracy": hits / 22}
         tested = copy.deepcopy(model).eval()
-        if recipe.ema_decay:
+        if recipe.ema_horizon:
             tested.load_state_dict({**model.state_dict(), **averaged})
         for name, split in [("test", data.test), ("val", data.val)][: 1 + val]:
             with torch.no_grad():
@@ -166,12 +167,12 @@ def test_weights_and_curves_are_those_of_a_naive_loop(train, tiny, tiny_data, ti
     assert expected[-1]["train_loss"] < 0.95 * expected[0]["train_loss"], "the network ought to have learned"
     for name, value in model.state_dict().items():
         torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
-    for name, value in averaged.items() if recipe.ema_decay else ():
+    for name, value in averaged.items() if recipe.ema_horizon else ():
         torch.testing.assert_close(run.average.state_dict()[name], value.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_with_an_average_it_is_the_average_that_is_kept(train, path):
-    run = train(ema_decay=0.5)
+    run = train(ema_horizon=0.5)
     content = checkpoint.read(path)
     assert_same(content["model"], run.average.state_dict())
     assert_same(content["training"]["model"], run.model.state_dict())
@@ -401,7 +402,7 @@ def test_a_checkpoint_describes_itself_in_plain_values(train, tiny_data, tiny_re
     walk(content)
     assert kinds <= {dict, list, str, int, float, bool, type(None), torch.Tensor}
     assert content["network"] == {"name": "tiny", "arguments": {"num_classes": 3, "channels": 4}}
-    assert content["recipe"] == tiny_recipe().as_dict()
+    assert content["recipe"] == tiny_recipe(precision="float32").as_dict()
     data = tiny_data()
     described = content["data"]
     assert (described["source"], described["digest"]) == (data.source, data.digest)
@@ -573,8 +574,8 @@ def test_a_loss_that_is_not_finite_is_named_and_nothing_of_it_saved(train, path,
 
 
 def test_a_rate_far_too_high_is_noticed_in_the_first_epoch(train, tmp_path):
-    with pytest.raises(UserError, match=r"epoch 1, step \d, learning rate 6\.25e\+28; nothing .* Lower --lr"):
-        train(lr=1e30)
+    with pytest.raises(UserError, match=r"epoch 1, step \d, learning rate 6\.25e\+28; nothing .* Lower --base-lr"):
+        train(base_lr=1e30)
     assert list(tmp_path.rglob("*.*")) == []
 
 
@@ -638,7 +639,9 @@ PIECES = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    "settings", [{}, {"val": True}, ALL_ON, {"val": True, **ALL_ON}], ids=["", "val", "all on", "val, all on"]
+    "settings",
+    [{}, {"val": True}, {**ALL_ON, "precision": "bfloat16"}, {"val": True, **ALL_ON}],
+    ids=["", "val", "all on, bfloat16", "val, all on"],
 )
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
 def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path, monkeypatch, pieces, settings):
@@ -656,6 +659,45 @@ def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path,
     assert_same(run.tested.state_dict(), whole.tested.state_dict())
     whole_csv = plotting.read_csv(csv_path.with_name("whole.csv"))
     assert without_times(plotting.read_csv(csv_path)) == without_times(whole_csv)
+
+
+def test_a_run_keeps_its_precision_when_it_goes_on(train, path, capsys):
+    whole = train(precision="bfloat16")
+    assert ", in bfloat16" in capsys.readouterr().out
+    assert not torch.equal(whole.model.conv.weight, train(name="other", precision="float32").model.conv.weight)
+    path.unlink()
+    train(precision="bfloat16", on_forward=at_call(STEPS + 2, send(signal.SIGTERM)))
+    with pytest.raises(UserError, match="--precision: bfloat16 in the checkpoint, float32 now"):
+        train(resume=True, precision="float32")
+    assert_same(train(resume=True).model.state_dict(), whole.model.state_dict())
+    assert checkpoint.read(path)["recipe"]["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "fast_on_cpu", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "cpu", True, "float32"),
+        ({"avx512_f": True, "avx512_bf16": True}, "cpu", True, "bfloat16"),
+        ({"avx512_f": True, "avx512_bf16": True}, "cpu", False, "float32"),
+        ({"amx_bf16": True}, "cpu", True, "bfloat16"),
+        ({"architecture": "aarch64", "bf16": True}, "cpu", True, "bfloat16"),
+        ({"architecture": "aarch64"}, "cpu", True, "float32"),
+        ({}, "cuda", False, "bfloat16"),
+        ({"avx512_bf16": True}, "mps", True, "float32"),
+    ],
+)
+def test_auto_takes_bfloat16_where_there_are_instructions_for_it(monkeypatch, there, device, fast_on_cpu, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there)
+    assert pick_precision("auto", torch.device(device), fast_on_cpu=fast_on_cpu) == expected
+    for choice in ("float32", "bfloat16"):
+        assert pick_precision(choice, torch.device(device), fast_on_cpu=fast_on_cpu) == choice
+
+
+def test_what_the_processor_can_do_is_what_it_says():
+    assert "architecture" in torch.cpu.get_capabilities()
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        words = set(Path("/proc/cpuinfo").read_text().split())
+        assert cpu_has_bfloat16() == bool({"avx512_bf16", "amx_bf16"} & words)
 
 
 def test_a_resumed_epoch_counts_its_first_part_in_its_time(train, path):
@@ -702,10 +744,10 @@ def test_a_checkpoint_is_neither_overwritten_nor_resumed_unasked(train, path):
 
 
 def test_overwrite_starts_afresh(train, path):
-    train(lr=0.5)
+    train(base_lr=0.5)
     run = train(overwrite=True)
     assert [row["epoch"] for row in run.history] == [1, 2, 3]
-    assert checkpoint.read(path)["recipe"]["lr"] == 0.8
+    assert checkpoint.read(path)["recipe"]["base_lr"] == 0.8
     train(name="other")
     assert_same_end(path, path.with_name("other.pt"))
 
@@ -728,11 +770,11 @@ def test_another_recipe_is_refused_flag_by_flag(train, path):
     train()
     whole = path.read_bytes()
     with pytest.raises(UserError) as error:
-        train(resume=True, lr=0.7, batch_size=6, train_size=20)
+        train(resume=True, base_lr=0.7, batch_size=6, train_size=20)
     lines = str(error.value).splitlines()
     assert [line.strip() for line in lines[1:-1]] == [
         "--batch-size: 4 in the checkpoint, 6 now",
-        "--lr: 0.8 in the checkpoint, 0.7 now",
+        "--base-lr: 0.8 in the checkpoint, 0.7 now",
         "--train-size: None in the checkpoint, 20 now",
     ]
     assert str(path) in lines[0]
@@ -799,9 +841,9 @@ def test_a_script_trains_and_then_minds_its_checkpoint(script, tmp_path):
     status, _, err = script()
     assert status == 2
     assert err.startswith("error: checkpoints/mobilenetv2.pt exists already; --resume")
-    status, out, err = script("--resume", "--lr", "0.02")
+    status, out, err = script("--resume", "--base-lr", "0.02")
     assert status == 2
-    assert "--lr: 0.01 in the checkpoint, 0.02 now" in err
+    assert "--base-lr: 0.01 in the checkpoint, 0.02 now" in err
     status, out, _ = script("--resume")
     assert status == 0
     assert "finished" in out

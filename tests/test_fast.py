@@ -181,7 +181,7 @@ def test_a_recorded_step_is_replayed_on_each_batch(tiny, tiny_recipe, tiny_data,
     for way in ("none", choice):
         model = tiny()
         device = torch.device("cpu")
-        run = engine.Run(model, engine.make_optimizer(model, recipe, device), engine.Average(model, recipe.ema_decay))
+        run = engine.Run(model, engine.make_optimizer(model, recipe, device), engine.Average(model, 0.9))
         trainer = engine.Trainer(run, data.train, recipe, device)
         steps = []
 

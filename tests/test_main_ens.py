@@ -205,7 +205,7 @@ def held_out(folder):
     """Two checkpoints of one network, with validation images, trained for long enough to have a temperature."""
     easy = ["--recipe", "original", "--flip", "0", "--crop-padding", "1", "--randaugment-ops", "0"]
     easy += [word for name in ("brightness", "contrast", "saturation", "hue") for word in (f"--{name}", "0")]
-    easy += ["--epochs", "12", "--batch-size", "16", "--lr", "0.05", "--val-size", "100"]
+    easy += ["--epochs", "12", "--batch-size", "16", "--base-lr", "0.05", "--val-size", "100"]
     names = ("held-out", "held-out-seed1")
     for seed, name in enumerate(names):
         trained(folder, mobilenetv2, *easy, "--name", name, "--seed", str(seed))

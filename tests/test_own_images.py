@@ -55,7 +55,7 @@ def test_the_readmes_five_commands_lead_to_an_exported_ensemble(photos):
                 *SIZES[script],
                 "--epochs",
                 "15",
-                "--lr",
+                "--base-lr",
                 "0.05",
                 "--image-size",
                 "48",

@@ -18,6 +18,7 @@ from conftest import ALL_ON, assert_same, tiny_images, tiny_network, tiny_recipe
 from torch.nn import functional as F
 
 import checkpoint
+import engine
 import parallel
 import plotting
 from utils import CosineSchedule, TrainLoader, augmentation_of, normalize
@@ -119,11 +120,8 @@ def test_the_processes_shares_of_a_batch_make_up_the_batch(monkeypatch, tmp_path
 def in_turn(recipe, world_size):
     """What the processes compute, in one: the shares of each batch in turn, the gradients weighed by their images."""
     data, model = tiny_images(), tiny_network().double()
-    loader = TrainLoader(data.train, recipe.batch_size, augmentation_of(recipe), seed=recipe.seed)
-    scale = recipe.rate_scale
-    schedule = CosineSchedule(
-        recipe.lr * scale, recipe.min_lr * scale, recipe.epochs, recipe.warmup, recipe.schedule_step
-    )
+    loader = engine.loader_of(recipe, data.train)
+    schedule = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, recipe.warmup, recipe.schedule_step)
     sgd = torch.optim.SGD(
         [
             {"params": [weight], "weight_decay": recipe.weight_decay if weight.ndim > 1 or recipe.decay_norms else 0}
@@ -161,7 +159,7 @@ def in_turn(recipe, world_size):
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 6), (3, 8)])
-@pytest.mark.parametrize("settings", [{}, {**ALL_ON, "ema_decay": 0.0}], ids=["original", "all on"])
+@pytest.mark.parametrize("settings", [{}, {**ALL_ON, "ema_horizon": 0.0}], ids=["original", "all on"])
 def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, world_size, batch_size, settings):
     settings = {**settings, "batch_size": batch_size}
     statuses, logs = run(world_size, settings)
@@ -185,7 +183,7 @@ def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, w
 
 
 def test_the_average_of_the_weights_is_the_first_processs(run, tmp_path):
-    statuses, logs = run(2, {"batch_size": 6, "ema_decay": 0.5, "val_size": 0})
+    statuses, logs = run(2, {"batch_size": 6, "ema_horizon": 0.5, "val_size": 0})
     assert statuses == [0, 0], logs
     content = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
     assert content["model"]["norm.num_batches_tracked"] == 3 * 4
@@ -193,7 +191,7 @@ def test_the_average_of_the_weights_is_the_first_processs(run, tmp_path):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
-    settings = {**ALL_ON, "ema_decay": 0.0, "epochs": 6, "batch_size": 8, "resume": True}
+    settings = {**ALL_ON, "ema_horizon": 0.0, "epochs": 6, "batch_size": 8, "resume": True}
     for world_size, fault in ((2, "1:5"), (3, "1:6")):
         (tmp_path / "killed").unlink(missing_ok=True)
         statuses, logs = run(world_size, settings, fault)
@@ -208,7 +206,7 @@ def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_all_processes(run, tmp_path):
-    statuses, logs = run(2, {"batch_size": 6, "lr": 1e30})
+    statuses, logs = run(2, {"batch_size": 6, "base_lr": 1e30})
     assert statuses == [2, 2]
     assert "is not finite at epoch 1" in "".join(logs)
     assert not (tmp_path / "checkpoints" / "tiny.pt").exists()

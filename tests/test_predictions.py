@@ -70,7 +70,12 @@ def test_whatever_decides_the_logits_makes_another_file(contents, images, never_
     never_built()
     other = images.clone()
     other[3, 0, 0, 0] += 1
-    for changed in ({"images": other}, {"images": images[:10]}, {"images": images, "mirrored": True}):
+    for changed in (
+        {"images": other},
+        {"images": images[:10]},
+        {"images": images, "mirrored": True},
+        {"images": images, "precision": "bfloat16"},
+    ):
         with pytest.raises(AssertionError, match="is built"):
             member_logits(contents, device=CPU, **changed)
     with monkeypatch.context() as patch:

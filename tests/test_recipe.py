@@ -20,10 +20,11 @@ FREE = {
 }  # fmt: skip
 # Values of flags for which "twice as much and one" would be refused.
 ANOTHER = {
-    "depth": 37, "recipe": "original", "min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
-    "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_decay": 0.5, "device": "cpu",
+    "depth": 37, "recipe": "original", "base_min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
+    "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_horizon": 0.5, "device": "cpu",
     "deterministic": True, "sync_bn": True,
-    "compile": "none", "hue": 0.1, "flip": 0.25, "randaugment_magnitude": 3, "resume": True, "overwrite": True,
+    "compile": "none", "precision": "float32", "hue": 0.1, "flip": 0.25, "alternating_flip": False,
+    "augment_until": 0.5, "randaugment_magnitude": 3, "resume": True, "overwrite": True,
     "tensorboard": True,
 }  # fmt: skip
 
@@ -77,7 +78,17 @@ def test_the_originals_recipe_has_its_values_and_the_flags_beside_it_count(scrip
     original = parse("--recipe", "original", script=script)
     assert {name: getattr(original, name) for name in recipe.ORIGINAL} == recipe.ORIGINAL
     # All that decides the training of a network stands there; the rest says which images, which network, which files.
-    free = FREE | {"recipe", "seed", "sync_bn", "image_size", "train_size", "test_size", "val_size", "split_seed"}
+    free = FREE | {
+        "recipe",
+        "seed",
+        "precision",
+        "sync_bn",
+        "image_size",
+        "train_size",
+        "test_size",
+        "val_size",
+        "split_seed",
+    }
     assert recipe.ORIGINAL.keys() == {item.name for item in fields(recipe.Recipe)} - free
     (name, value), *_ = original.network_arguments().items()
     assert script.RECIPE.network_arguments()[name] == value
@@ -99,9 +110,9 @@ def test_help_shows_the_values_of_the_recipe_that_is_named(capsys):
         (["--widht", "0.5"], "--widht 0.5"),
         (["--epochs", "ten"], "--epochs: invalid int value: 'ten'"),
         (["--epochs", "1.5"], "--epochs: invalid int value: '1.5'"),
-        (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
-        (["--lr"], "--lr: expected one argument"),
-        (["--lr=--"], "--lr: "),
+        (["--base-lr", "fast"], "--base-lr: invalid float value: 'fast'"),
+        (["--base-lr"], "--base-lr: expected one argument"),
+        (["--base-lr=--"], "--base-lr: "),
         (["--name=--"], "--name: expected one argument"),
         (["--epochs", "9" * 5000], "--epochs: invalid int value"),
         (["--resume=yes"], "--resume: ignored explicit argument 'yes'"),
@@ -118,14 +129,15 @@ def test_an_unknown_flag_or_a_value_of_another_type_ends_with_status_2(argv, wor
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--epochs 0", "--batch-size 1", "--batch-size 1000001", "--lr 1e+31", "--lr 0", "--lr -0.1",
-        "--lr nan", "--lr inf", "--min-lr -1", "--momentum 1.5",
+        "--epochs 0", "--batch-size 1", "--batch-size 1000001", "--base-lr 1e+31", "--base-lr 0", "--base-lr -0.1",
+        "--base-lr nan", "--base-lr inf", "--base-min-lr -1", "--momentum 1.5",
         "--momentum -0.5", "--momentum nan", "--weight-decay -0.1", "--weight-decay nan", "--seed -1",
         "--seed 18446744073709551616", "--device tpu", "--crop-padding -1", "--brightness -0.2", "--contrast -0.2",
         "--saturation nan", "--hue 0.6", "--hue -0.1", "--flip 1.1", "--flip -0.1", "--randaugment-ops -1",
         "--randaugment-magnitude 31", "--randaugment-magnitude -1", "--image-size 7", "--val-size -1",
         "--split-seed -1", "--recipe theirs", "--warmup -0.1", "--warmup 1.0", "--warmup nan", "--schedule-step hour",
-        "--label-smoothing 1.5", "--label-smoothing -0.1", "--ema-decay 1.0", "--ema-decay -0.5", "--compile fast",
+        "--label-smoothing 1.5", "--label-smoothing -0.1", "--ema-horizon 1.5", "--ema-horizon -0.5", "--compile fast",
+        "--precision half", "--augment-until 1.5", "--augment-until -0.1",
         "--cutout -1", "--width 0", "--width nan", "--width -1", "--train-size 0", "--train-size -5", "--test-size 0",
         "--epochs 1000001", "--image-size 4097", "--split-seed 9223372036854775808",
         "--brightness 101", "--contrast 101", "--saturation 1e+300", "--randaugment-ops 101", "--width 101",
@@ -157,8 +169,8 @@ def test_a_networks_own_flags_are_checked_too(script, arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--min-lr", "0.02"], "--min-lr 0.02 is above --lr 0.01"),
-        (["--lr", "0.00005"], "--min-lr 0.0001 is above --lr 5e-05"),
+        (["--base-min-lr", "0.02"], "--base-min-lr 0.02 is above --base-lr 0.01"),
+        (["--base-lr", "0.00005"], "--base-min-lr 0.0001 is above --base-lr 5e-05"),
         (["--momentum", "0", "--nesterov"], "--nesterov needs a --momentum above 0"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--data", "photos", "--data-url", "http://x/"], "--data-url 'http://x/' is for --data cifar10"),
@@ -186,13 +198,13 @@ def test_values_that_do_not_go_together_and_impossible_names_are_refused(argumen
 
 
 def test_equal_rates_are_a_constant_rate():
-    assert parse("--lr", "0.0001").min_lr == 0.0001
+    assert parse("--base-lr", "0.0001").base_min_lr == 0.0001
 
 
 def test_at_the_command_line_a_mistake_ends_with_status_2_and_no_traceback(start, tmp_path):
     mistakes = [
         ("mobilenetv2.py", ["--epoch", "3"], "--epoch 3"),
-        ("resnext.py", ["--min-lr", "0.5"], "--min-lr 0.5 is above --lr 0.01"),
+        ("resnext.py", ["--base-min-lr", "0.5"], "--base-min-lr 0.5 is above --base-lr 0.01"),
         ("dense.py", ["--depth", "120", "--data", "digits"], "--depth is 120"),
     ]
     for (_, _, words), process in [(mistake, start(tmp_path, mistake[0], *mistake[1])) for mistake in mistakes]:
@@ -222,11 +234,21 @@ def test_a_networks_sizes_are_its_own_flags(script):
     }[script]  # fmt: skip
 
 
+def test_a_precision_that_was_not_asked_for_is_the_checkpoints():
+    theirs = {**mobilenetv2.RECIPE.as_dict(), "precision": "bfloat16"}
+    assert mobilenetv2.RECIPE.differences(theirs) == []
+    assert parse("--precision", "float32").differences(theirs) == [
+        "--precision: bfloat16 in the checkpoint, float32 now"
+    ]
+
+
 @by_script
 def test_a_recipe_differs_from_another_in_what_it_trains_and_in_nothing_else(script):
     ours = script.RECIPE
     assert ours.differences(ours.as_dict()) == []
     for item in fields(ours):
+        if item.name == "precision":
+            continue
         value, theirs = getattr(ours, item.name), another(item, getattr(ours, item.name))
         differences = ours.differences({**ours.as_dict(), item.name: theirs})
         flag = "--" + item.name.replace("_", "-")

@@ -1,0 +1,123 @@
+"""Search a recipe by short runs: one script, several sets of flags, several seeds; held-out images decide.
+
+Every run trains on all training images but --val-size and is scored by its last epoch on those; the test images decide
+nothing, and none of their figures is written down. Runs are processes of one thread each, --jobs of them side by side,
+which is the most images a second that a CPU with few cores gives. A run that the output has already is not made again:
+the same command goes on where it stopped, and a longer one adds to it.
+
+    python benchmarks/search.py --script mobilenetv2.py --output benchmarks/results/search/width05.json \
+        --run 'batch 128: --batch-size 128' --run 'batch 64: --batch-size 64' -- --width 0.5 --epochs 4
+"""
+
+import argparse
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+
+import torch
+
+import errors
+import plotting
+from benchmarks import common
+from benchmarks.common import positive
+from errors import UserError
+
+SCRIPTS = ("dense.py", "mobilenetv2.py", "resnext.py")
+FEW = "100"  # test images: an epoch ends with a test, and this one is not looked at
+
+
+def main() -> int:
+    options = parse_flags()
+    output = Path(options.output)
+    rows: list[dict[str, Any]] = json.loads(output.read_text())["runs"] if output.exists() else []
+    done = {(row["script"], row["flags"], row["seed"]) for row in rows}
+    wanted = [
+        (label, shlex.join([*options.flags, *flags]), seed)
+        for seed in options.seeds
+        for label, flags in options.run
+        if (options.script, shlex.join([*options.flags, *flags]), seed) not in done
+    ]
+    about = common.provenance(torch.device("cpu")) | {"data": options.data, "val_size": options.val_size}
+
+    def run(job: tuple[str, str, int]) -> None:
+        label, flags, seed = job
+        row = {"label": label, "script": options.script, "flags": flags, "seed": seed, **train(options, flags, seed)}
+        rows.append(row)
+        common.write_results(about | {"runs": rows}, output)
+        print(f"{label}, seed {seed}: {100 * row['val_accuracy']:.2f} %, loss {row['val_loss']:.4f}", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(run, wanted))
+    print(table(rows))
+    return 0
+
+
+def train(options: argparse.Namespace, flags: str, seed: int) -> dict[str, float]:
+    """The last epoch's figures of one run. Raises UserError where the script fails."""
+    with tempfile.TemporaryDirectory(prefix="search-") as folder:
+        command = [
+            sys.executable, str(common.ROOT / options.script), *shlex.split(flags), "--seed", str(seed),
+            "--data", options.data, "--val-size", str(options.val_size), "--test-size", FEW,
+            "--name", "run", "--checkpoint-dir", folder, "--plot-dir", folder,
+        ]  # fmt: skip
+        started = time.monotonic()
+        ended = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
+        if ended.returncode:
+            raise UserError(f"{options.script} {flags} ended with status {ended.returncode}: {ended.stderr[-500:]}")
+        last = plotting.read_csv(Path(folder) / "run.csv")[-1]
+    kept = ("val_accuracy", "val_loss", "train_accuracy", "train_loss")
+    return {name: float(last[name]) for name in kept} | {"seconds": time.monotonic() - started}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds, a row for each set of flags."""
+    lines = ["| flags | seeds | val accuracy | val loss | train accuracy |", "|---|--:|--:|--:|--:|"]
+    for script, flags in dict.fromkeys((row["script"], row["flags"]) for row in rows):
+        group = [row for row in rows if (row["script"], row["flags"]) == (script, flags)]
+        cells = []
+        for name, scale in (("val_accuracy", 100), ("val_loss", 1), ("train_accuracy", 100)):
+            values = [scale * row[name] for row in group]
+            spread = f" ± {statistics.stdev(values):.{2 if scale > 1 else 3}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{2 if scale > 1 else 3}f}{spread}")
+        lines.append(f"| {group[0]['label']} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def named_flags(text: str) -> tuple[str, list[str]]:
+    """The type of --run: a label, a colon, and flags."""
+    label, colon, flags = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} has no colon; expected 'label: --flag value'")
+    return label.strip(), shlex.split(flags)
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--script", choices=SCRIPTS, required=True)
+    parser.add_argument("--run", type=named_flags, action="append", required=True, metavar="'LABEL: FLAGS'")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="(default: one for each core)")
+    parser.add_argument("--data", default="cifar10", help="(default: %(default)s)")
+    parser.add_argument("--val-size", type=positive, default=5000, help="(default: %(default)s)")
+    parser.add_argument("--output", required=True, help="JSON file; one that is there is added to")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of every run")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    errors.run(main)
