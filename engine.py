@@ -37,7 +37,7 @@ import parallel
 import plotting
 from dataset import Dataset, Split
 from errors import UserError
-from fast import FastStep
+from fast import FastStep, pick_compile
 from recipe import REFERENCE_BATCH, Recipe
 from utils import (
     MEAN,
@@ -369,14 +369,12 @@ class Trainer:
         self.label_smoothing, self.precision = recipe.label_smoothing, recipe.precision
         self.totals = Totals(device)
         self.batch_images = 0  # in all processes' shares of the batch together
-        network, choice = self.model, recipe.compile
+        network, choice = self.model, pick_compile(recipe.compile, device)
         if parallel.world_size() > 1:
             # Each process goes by its own images' norms, and the first one's statistics are kept: no need to copy them
             # at every step.
             with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PyTorch 2.11 has no newer name
                 network = DistributedDataParallel(self.model, broadcast_buffers=False)
-            if choice == "auto":
-                choice = "none"
             if choice in ("graph", "both") and device.type == "cuda":
                 instead = {"graph": "none", "both": "inductor"}[choice]
                 parallel.say(f"--compile {choice} records the step of one process; with several it is {instead} here")

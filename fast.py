@@ -21,13 +21,19 @@ WARM_UP = 3  # runs before a recording, for cuDNN and cuBLAS to choose their alg
 Step = Callable[[Tensor, Tensor, nn.Module], None]
 
 
-class FastStep:
-    """A training step in the way that --compile names: "none", "graph", "inductor", "both", or "auto".
+def pick_compile(choice: str, device: torch.device) -> str:
+    """What --compile comes to on a device: `auto` is "graph" on CUDA, with one process, and "none" elsewhere."""
+    if choice != "auto":
+        return choice
+    return "graph" if device.type == "cuda" and parallel.world_size() == 1 else "none"
 
-    "auto" is "graph" on CUDA and "none" elsewhere. `step` may change nothing but the tensors that `state` lists, always
-    the same ones. The way is prepared when a batch of a new size comes, by running the step on it; the state is then
-    put back, so that the preparation trains nothing. What fails there is said in one line, and the operators run one by
-    one from then on.
+
+class FastStep:
+    """A training step in the way that --compile names: "none", "graph", "inductor" or "both".
+
+    `step` may change nothing but the tensors that `state` lists, always the same ones. The way is prepared when a batch
+    of a new size comes, by running the step on it; the state is then put back, so that the preparation trains nothing.
+    What fails there is said in one line, and the operators run one by one from then on.
     """
 
     def __init__(
@@ -43,8 +49,6 @@ class FastStep:
         self.step, self.model, self.state, self.choice, self.batch_size = step, model, state, choice, batch_size
         self.prepared: dict[int, Callable[[Tensor, Tensor], None]] = {}  # by the batch's size
         self.pool = None
-        if choice == "auto":
-            self.choice = choice = "graph" if device.type == "cuda" else "none"
         if choice in ("graph", "both") and device.type != "cuda":
             parallel.say(f"--compile {choice} is for CUDA; on this device the operators run one by one")
             self.choice = "none"

@@ -53,9 +53,10 @@ from benchmarks.plain import torchvision_loader
 from dataset import Split
 from engine import Average, Run, Trainer, autocast, ema_decay, make_optimizer, precision_of
 from errors import UserError
+from fast import pick_compile
 from models import NETWORKS
 from recipe import COMPILE, DEVICES, Recipe
-from utils import TrainLoader, augmentation_of, normalize, pick_device, pick_precision
+from utils import TrainLoader, augmentation_of, cpu_has_bfloat16, normalize, pick_device, pick_precision
 
 RECIPES = {module.RECIPE.network: module.RECIPE for module in (dense, mobilenetv2, resnext)}
 OURS = ("ours", "ours_float32")
@@ -82,12 +83,14 @@ def main() -> int:
         print(json.dumps(measure(options)))
         return 0
     device = pick_device(options.device)
+    options.kinds = options.kinds or kinds_for(device)
+    recipes = {name: replace(RECIPES[name], compile=pick_compile(RECIPES[name].compile, device)) for name in RECIPES}
     files.check_writable(Path(options.output).parent, "the results")  # better now than after all measurements
     products: list[float] = []
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in options.networks}
     for round_number in range(1, options.rounds + 1):
         for name in options.networks:
-            for kind, choice in jobs(options, RECIPES[name]):
+            for kind, choice in jobs(options, recipes[name]):
                 result = in_a_process(name, kind, choice, device)
                 measured[name].append(result)
                 print(f"round {round_number}, {name}, {line(result)}", flush=True)
@@ -99,7 +102,7 @@ def main() -> int:
         "flops_per_second": statistics.median(products),
     }
     networks = {
-        name: summary(RECIPES[name], results, options.image_size, matrix_product["flops_per_second"])
+        name: summary(recipes[name], results, options.image_size, matrix_product["flops_per_second"])
         for name, results in measured.items()
     }
     results = common.provenance(device) | {
@@ -116,6 +119,13 @@ def main() -> int:
     common.write_results(results, options.output)
     report(results, options.output)
     return 0
+
+
+def kinds_for(device: torch.device) -> list[str]:
+    """Those that differ on this device: in bfloat16 as well only where a CPU is fast in it."""
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return list(KINDS)
+    return [kind for kind in KINDS if kind not in ("ours_float32", "tuned_bfloat16")]
 
 
 def jobs(options: argparse.Namespace, recipe: Recipe) -> Iterator[tuple[str, str | None]]:
@@ -511,7 +521,7 @@ def parse_flags() -> argparse.Namespace:
     add("--data", default="cifar10", help="cifar10, digits, or the path of an archive or a folder")
     add("--output", default=f"{common.RESULTS}/train.json", help="JSON file (default: %(default)s)")
     add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(default: all)")
-    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(default: all)")
+    add("--kinds", nargs="+", choices=KINDS, help="(default: all, those of bfloat16 on a CPU only where it is fast)")
     add("--compile", nargs="+", choices=COMPILE, help="ways for ours to run a step (default: the recipe's own)")
     add("--batch-size", type=positive, help="images in a step of ours (default: the recipe's own)")
     add("--tuned-batch-size", type=positive, default=512, help="images in a step of tuned (default: %(default)s)")

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,7 @@ def test_memory(tmp_path):
 def test_train(tmp_path):
     small = ["--data", "digits", "--image-size", 16, "--images", 32, "--networks", "mobilenetv2", "--device", "cpu"]
     short = ["--rounds", 1, "--windows", 1, "--seconds", 0.01, "--batch-size", 24, "--tuned-batch-size", 16]
+    short += ["--kinds", *train.KINDS, "--compile", "none", "graph"]
     done = run(tmp_path, "train.py", *small, *short, "--output", "t.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "t.json").read_text())
@@ -73,13 +76,13 @@ def test_train(tmp_path):
     network = result["networks"]["mobilenetv2"]
     rate = network["images_per_second"]
     assert network["batch_size"] == 24
-    assert network["compile"]["graph"] == {"fell_back": True}  # on the CPU the recipe's own way is not to be had
+    assert network["compile"]["graph"] == {"fell_back": True}  # on the CPU this way is not to be had
     assert network["compile_choice"] == "none"
     assert network["compile"]["none"]["images_per_second"] == rate
     assert network["data_share"] == 1 - rate / network["compile"]["none"]["windows_on_chunk"][0]
     utilisation = rate * network["flops_per_image"] / result["matrix_product"]["flops_per_second"]
     assert network["model_flop_utilisation"] == utilisation
-    for kind, batch_size in (("original", 64), ("tuned", 16)):
+    for kind, batch_size in (("ours_float32", 24), ("original", 64), ("tuned", 16), ("tuned_bfloat16", 16)):
         assert network[kind]["batch_size"] == batch_size
         assert network["ratios"][kind] == rate / network[kind]["images_per_second"]
         assert math.isclose(result["geometric_mean_ratios"][kind], network["ratios"][kind])
@@ -87,6 +90,70 @@ def test_train(tmp_path):
         assert f"| {network[kind]['start_up_seconds']:.1f} s |" in done.stdout
     assert f"| ours, images/s | {train.spelled(rate)} |" in done.stdout
     assert f"| {utilisation:.1%} |" in done.stdout
+
+
+def test_bfloat16_is_measured_where_a_processor_is_fast_in_it(monkeypatch):
+    for there, number in ((True, 5), (False, 3)):
+        monkeypatch.setattr(train, "cpu_has_bfloat16", lambda there=there: there)
+        assert len(train.kinds_for(torch.device("cpu"))) == number
+        assert train.kinds_for(torch.device("cuda")) == ["ours", "original", "tuned"]
+
+
+def test_search(tmp_path):
+    flags = [
+        "--data",
+        "digits",
+        "--val-size",
+        "30",
+        "--script",
+        "mobilenetv2.py",
+        "--output",
+        "s.json",
+        "--jobs",
+        "2",
+        "--run",
+    ]
+    fixed = [
+        "--",
+        "--image-size",
+        "16",
+        "--width",
+        "0.25",
+        "--train-size",
+        "40",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "16",
+        "--device",
+        "cpu",
+    ]
+    done = run(tmp_path, "search.py", *flags, "a low rate: --base-lr 0.001", "--run", "usual:", *fixed)
+    assert done.returncode == 0, done.stderr
+    first = json.loads((tmp_path / "s.json").read_text())
+    assert {"device", "versions", "commit", "command", "val_size"} <= first.keys()
+    assert {(row["label"], row["seed"]) for row in first["runs"]} == {("a low rate", 0), ("usual", 0)}
+    assert not any("test" in name for row in first["runs"] for name in row)
+    done = run(tmp_path, "search.py", *flags, "usual:", "--seeds", 0, 1, *fixed)
+    rows = json.loads((tmp_path / "s.json").read_text())["runs"]
+    assert rows[:2] == first["runs"], "what is there is not run again"
+    accuracies = [100 * row["val_accuracy"] for row in rows if row["label"] == "usual"]
+    mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
+    assert f"| usual | 2 | {mean:.2f} ± {spread:.2f} |" in done.stdout
+    assert "status 2" in run(tmp_path, "search.py", *flags, "wrong: --epochs 0", *fixed).stderr
+
+
+@pytest.mark.skipif(not shutil.which("taskset"), reason="needs taskset")
+def test_busy(tmp_path):
+    done = run(
+        tmp_path,
+        "busy.py",
+        *["--rounds", "1", "--spins", "4000", "--seconds", "0.1", "--batch-size", "2", "--output", "b.json"],
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "b.json").read_text())["figures"]
+    assert [row["beside"] for row in figures] == ["nothing", "same session", "another session"]
+    assert all(row["spins"] == "4000" and row["images_per_second"] > 0 for row in figures)
 
 
 def test_train_names_data_that_is_not_there(tmp_path):
