@@ -100,34 +100,8 @@ def test_bfloat16_is_measured_where_a_processor_is_fast_in_it(monkeypatch):
 
 
 def test_search(tmp_path):
-    flags = [
-        "--data",
-        "digits",
-        "--val-size",
-        "30",
-        "--script",
-        "mobilenetv2.py",
-        "--output",
-        "s.json",
-        "--jobs",
-        "2",
-        "--run",
-    ]
-    fixed = [
-        "--",
-        "--image-size",
-        "16",
-        "--width",
-        "0.25",
-        "--train-size",
-        "40",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "16",
-        "--device",
-        "cpu",
-    ]
+    flags = ["--data", "digits", "--val-size", 30, "--script", "mobilenetv2.py", "--output", "s.json", "--run"]
+    fixed = ["--", "--image-size", 16, "--width", 0.25, "--train-size", 40, "--epochs", 1, "--batch-size", 16]
     done = run(tmp_path, "search.py", *flags, "a low rate: --base-lr 0.001", "--run", "usual:", *fixed)
     assert done.returncode == 0, done.stderr
     first = json.loads((tmp_path / "s.json").read_text())
@@ -143,13 +117,25 @@ def test_search(tmp_path):
     assert "status 2" in run(tmp_path, "search.py", *flags, "wrong: --epochs 0", *fixed).stderr
 
 
+def test_race(tmp_path):
+    small = ["--data", "digits", "--image-size", 16, "--epochs", 1]
+    done = run(tmp_path, "race.py", *small, "--output", "r.json", "--picture", "r.png")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    for name in ("ours", "baseline"):
+        last = result[name][-1]
+        assert f"{name}: {100 * last['test_accuracy']:.2f} % after" in done.stdout
+        assert [point["seconds"] for point in result[name]] == sorted(point["seconds"] for point in result[name])
+    assert result["ours"][-1]["epochs"] == 1
+    # The baseline stops with the first step behind the other's time; the test of its network comes on top.
+    assert result["baseline"][-1]["seconds"] > result["ours"][-1]["seconds"]
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.skipif(not shutil.which("taskset"), reason="needs taskset")
 def test_busy(tmp_path):
-    done = run(
-        tmp_path,
-        "busy.py",
-        *["--rounds", "1", "--spins", "4000", "--seconds", "0.1", "--batch-size", "2", "--output", "b.json"],
-    )
+    tiny = ["--rounds", 1, "--spins", 4000, "--seconds", 0.1, "--batch-size", 2]
+    done = run(tmp_path, "busy.py", *tiny, "--output", "b.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "b.json").read_text())["figures"]
     assert [row["beside"] for row in figures] == ["nothing", "same session", "another session"]

@@ -1,0 +1,169 @@
+"""Race to an accuracy: mobilenetv2.py by its own recipe, and the loop and recipe of the baseline, in equal time.
+
+First the script trains --epochs epochs. Then the baseline, a plain loop, has as long as that took: batches of 64 in
+float32, torchvision's transforms in a DataLoader with two processes, SGD from 0.01 by a cosine over 200 epochs, the
+test images after every epoch. Both are timed from the start of their processes, all included. The picture has both
+curves over time, and --output the figures.
+
+    python benchmarks/race.py --epochs 8
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
+import dataset
+import errors
+import files
+import mobilenetv2
+import plotting
+from augment import Augmentation
+from benchmarks import common
+from benchmarks.common import positive
+from benchmarks.plain import torchvision_loader
+from benchmarks.train import ORIGINAL_BATCH_SIZE, PLAIN_WORKERS, plain_optimizer
+from engine import predict
+from models import NETWORKS
+from recipe import ORIGINAL
+from utils import CosineSchedule, normalize
+
+Point = dict[str, float]  # seconds since the start, epochs done, test_accuracy, test_loss
+
+
+def main() -> int:
+    options = parse_flags()
+    if options.baseline is not None:
+        for point in train_baseline(options):
+            print(json.dumps(point), flush=True)
+        return 0
+    ours, seconds = race_ours(options)
+    print(f"ours: {line(ours[-1])}", flush=True)
+    command = [sys.executable, __file__, *sys.argv[1:], "--baseline", str(seconds), "--started", str(time.time())]
+    ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    baseline = [json.loads(text) for text in ended.stdout.splitlines()]
+    print(f"baseline: {line(baseline[-1])}")
+    device = torch.device("cpu")
+    results = common.provenance(device) | {"data": options.data, "ours": ours, "baseline": baseline}
+    common.write_results(results, options.output)
+    draw(results, options.picture)
+    print(f"figures: {options.output}   picture: {options.picture}")
+    return 0
+
+
+def race_ours(options: argparse.Namespace) -> tuple[list[Point], float]:
+    """The script's curve, and how long its process took."""
+    with tempfile.TemporaryDirectory(prefix="race-") as folder:
+        started = time.time()
+        flags = ["--epochs", str(options.epochs), "--data", options.data, "--image-size", str(options.image_size)]
+        flags += ["--device", "cpu", "--checkpoint-dir", folder, "--plot-dir", folder]
+        subprocess.run([sys.executable, str(common.ROOT / "mobilenetv2.py"), *flags], check=True)
+        seconds = time.time() - started
+        history = plotting.read_csv(Path(folder) / "mobilenetv2.csv")
+    start_up = seconds - sum(row["seconds"] for row in history)
+    points, passed = [], start_up
+    for row in history:
+        passed += row["seconds"]
+        points.append({"seconds": passed, "epochs": row["epoch"]} | {name: row[name] for name in TESTED})
+    return points, seconds
+
+
+TESTED = ("test_accuracy", "test_loss")
+
+
+def train_baseline(options: argparse.Namespace) -> list[Point]:
+    """Its curve, the last point where the time is up, in mid-epoch."""
+    device = torch.device("cpu")
+    recipe = mobilenetv2.RECIPE
+    torch.manual_seed(recipe.seed)
+    data = dataset.load(options.data, image_size=options.image_size)
+    settings = Augmentation(**{item.name: ORIGINAL[item.name] for item in fields(Augmentation)})
+    workers = PLAIN_WORKERS["original"]
+    loader = torchvision_loader(data.train, settings, batch_size=ORIGINAL_BATCH_SIZE, workers=workers)
+    model = NETWORKS[recipe.network](len(data.classes), **recipe.network_arguments()).train()
+    optimizer = plain_optimizer(model)
+    schedule = CosineSchedule(ORIGINAL["base_lr"], ORIGINAL["base_min_lr"], ORIGINAL["epochs"])
+    points: list[Point] = []
+    for epoch in range(ORIGINAL["epochs"]):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(epoch, 0, 1)
+        for step, (images, labels) in enumerate(loader, 1):  # noqa: B007, used below
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            if is_over := time.time() - options.started >= options.baseline:
+                break
+        model.eval()
+        logits = predict(lambda batch: model(normalize(batch)), torch.from_numpy(data.test.images), device)
+        model.train()
+        labels = torch.from_numpy(data.test.labels)
+        points.append(
+            {
+                "seconds": time.time() - options.started,
+                "epochs": epoch + step / len(loader),
+                "test_accuracy": (logits.argmax(1) == labels).float().mean().item(),
+                "test_loss": F.cross_entropy(logits, labels).item(),
+            }
+        )
+        if is_over:
+            return points
+    return points
+
+
+def line(point: Point) -> str:
+    return (
+        f"{100 * point['test_accuracy']:.2f} % after {point['seconds'] / 60:.1f} minutes, {point['epochs']:.2f} epochs"
+    )
+
+
+def draw(results: dict[str, Any], path: str) -> None:
+    figure = Figure(figsize=(9, 4.5), dpi=plotting.DPI, layout="constrained")
+    axes = figure.add_subplot()
+    contestants = {
+        "ours": ("mobilenetv2.py", plotting.VERMILLION),
+        "baseline": ("plain loop, the baseline's recipe of 200 epochs", plotting.BLUE),
+    }
+    for name, (label, colour) in contestants.items():
+        minutes = [point["seconds"] / 60 for point in results[name]]
+        percent = [100 * point["test_accuracy"] for point in results[name]]
+        axes.plot(minutes, percent, "o-", color=colour, label=f"{label}: {percent[-1]:.2f} %")
+    axes.set_xlabel(f"minutes on {results['device']}")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_xlim(left=0)
+    axes.grid(color=plotting.PALE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    axes.set_title("MobileNetV2 on CIFAR-10, equal time")
+    with files.replacing(path, "the picture") as file:
+        figure.savefig(file, format="png")
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=positive, default=8, help="of ours (default: %(default)s)")
+    parser.add_argument("--data", default="cifar10", help="(default: %(default)s)")
+    parser.add_argument("--image-size", type=positive, default=32, help="side of the images (default: %(default)s)")
+    parser.add_argument("--output", default=f"{common.RESULTS}/race.json", help="(default: %(default)s)")
+    parser.add_argument("--picture", default="docs/race.png", help="(default: %(default)s)")
+    parser.add_argument("--baseline", type=float, help=argparse.SUPPRESS)  # seconds that it has
+    parser.add_argument(
+        "--started", type=float, help=argparse.SUPPRESS
+    )  # when its process was, in seconds of the epoch
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    errors.run(main)
