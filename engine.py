@@ -693,7 +693,7 @@ def describe(run: Run, data: Dataset, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-SPLIT_FLAGS = ("split_seed", "train_size", "val_size", "test_size")
+SPLIT_FLAGS = ("split_seed", "train_size", "val_size", "test_size", "test_split")
 
 
 def announce(run: Run, data: Dataset, recipe: Recipe, device: torch.device) -> None:

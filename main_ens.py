@@ -40,14 +40,22 @@ def main() -> int:
     options = parse_flags()
     files.check_writable(options.plot_dir, "the results")
     contents = read_members(options)
-    if options.temperature == FIT:
-        check_validation(contents[0], options)
+    if options.temperature == FIT and options.data is not None:
+        raise UserError(
+            f"--temperature {FIT} needs the validation images of the members' own data, and --data {options.data} "
+            "replaces them; leave one of the two out, or give the temperature as a number"
+        )
     if options.tta == "flip" and (unmirrored := [path for path, own in contents if own["recipe"].get("flip") == 0]):
         print(
             f"warning: --tta flip shows {unmirrored[0]} mirrored images, and it was trained without (--flip 0)",
             file=sys.stderr,
         )
     data = load_data(contents[0], options)
+    if options.temperature == FIT and data.val is None:
+        raise UserError(
+            f"--temperature {FIT} needs validation images, and {contents[0][0]} was trained without; train all members "
+            "with the same --val-size, or give the temperature as a number. The test images are not for fitting"
+        )
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
     asked = {
@@ -109,7 +117,7 @@ def parse_flags() -> argparse.Namespace:
     )
     parser.add_argument("--tta", choices=("flip",), help="average over the mirror image of each image, too")
     parser.add_argument("--data", help="test on this instead of the data that the members were trained with")
-    parser.add_argument("--data-url", help="where to look first for the CIFAR-10 archive")
+    parser.add_argument("--data-url", help="where to look first for the CIFAR archive")
     parser.add_argument("--test-size", type=int, help="test on so many images, equal shares of the classes")
     parser.add_argument("--batch-size", type=int, help="images in one go (default: 512 of 32×32, more on a GPU)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
@@ -123,8 +131,8 @@ def parse_flags() -> argparse.Namespace:
             raise UserError(f"{flag} is {value}; it must be 1 to {MOST:,}")
     if options.temperature not in (None, FIT):
         models.ensemble.check_temperature(options.temperature)
-    if options.data_url is not None and options.data not in (None, "cifar10"):
-        raise UserError(f"--data-url is for --data cifar10, not for {options.data!r}; leave one out")
+    if options.data_url is not None and not (options.data or "cifar10").lower().startswith("cifar"):
+        raise UserError(f"--data-url is for CIFAR, not for --data {options.data!r}; leave one out")
     return options
 
 
@@ -166,23 +174,8 @@ def common_ground(content: dict[str, Any], options: argparse.Namespace) -> list[
     splits = [name for name in SPLIT_FLAGS if name != "test_size" or options.test_size is None]
     return [
         ("images of the data set (digest)", data["digest"]),
-        *((f"--{name.replace('_', '-')}", data["split"][name]) for name in splits),
+        *((f"--{name.replace('_', '-')}", data["split"].get(name)) for name in splits),
     ]
-
-
-def check_validation(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) -> None:
-    """See that there are validation images to fit a temperature on; that they are common to all is known by now."""
-    path, content = first
-    if options.data is not None:
-        raise UserError(
-            f"--temperature {FIT} needs the validation images of the members' own data, and --data {options.data} "
-            "replaces them; leave one of the two out, or give the temperature as a number"
-        )
-    if not content["data"]["split"]["val_size"]:
-        raise UserError(
-            f"--temperature {FIT} needs validation images, and {path} was trained without; train all members with the "
-            "same --val-size, or give the temperature as a number. The test images are not for fitting"
-        )
 
 
 def load_data(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) -> Dataset:

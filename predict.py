@@ -8,7 +8,6 @@ exit status is then 1.
 import argparse
 import contextlib
 import csv
-import functools
 import io
 import itertools
 import json
@@ -17,7 +16,6 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,11 @@ import openmp  # noqa: F401
 
 import numpy as np
 import torch
-from PIL import Image
 
-import dataset
 import errors
 import files
 import models.ensemble
+from dataset.image_folder import decode_all, pictures_in
 from engine import autocast, memory_that_runs_out
 from errors import UserError
 from models.ensemble import AVERAGES, SCRIPTS, Ensemble, average_probs, names
@@ -41,8 +38,6 @@ from utils import pick_device, pick_precision
 TOP = 3
 # Pixels of a batch, 32 images of 32×32 on the CPU: more would not be faster there, and the first line would come later.
 BATCH_PIXELS = {"cpu": 2**15, "cuda": 2**19, "mps": 2**18}
-DECODE_CHUNK = 8  # images that a thread decodes in one go; handing small ones over singly costs more than it gains
-SMALL_FILE = 16_384  # bytes: a photo of some 200×200 pixels, as JPEG
 MAX_COLUMN = 60  # where a file's name is longer, its line moves out of the columns instead of widening them all
 NAMED = 3  # of the images far from the training size
 
@@ -143,48 +138,19 @@ def parse_flags() -> argparse.Namespace:
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """Files as they are given and, sorted, all those that lie in or below a folder that is given.
+    """Files as they are given and, of folders, all pictures in or below them.
 
-    In folders those are passed over that are no images by their names, with a line on stderr, and the same hidden files
-    as in a folder to train on. Links are followed, but into no folder twice.
-    Raises UserError for a path that is not there, and for a folder that is unreadable or without images.
+    Raises UserError for a path that is not there, and for a folder that is unreadable or without pictures.
     """
     found = []
     for path in paths:
-        if not os.path.isdir(path):
-            if not os.path.exists(path):
-                raise UserError(f"{path}: there is no such file or folder; expected images, or folders of images")
-            found.append(path)
-            continue
-        images, others = walk(path)
-        if others:
-            named = f"{printable(others[0])}{f' and {len(others) - 1:,} more' if len(others) > 1 else ''}"
-            print(f"passed over, being no images by their names: {named}", file=sys.stderr)
-        found += images
+        if not os.path.exists(path):
+            raise UserError(f"{path}: there is no such file or folder; expected images, or folders of images")
+        images = [str(image) for image in pictures_in(Path(path))] if os.path.isdir(path) else [path]
         if not images:
             raise UserError(f"{path}: there are no images in this folder; expected one or more, in it or below it")
+        found += images
     return found
-
-
-def walk(top: str) -> tuple[list[str], list[str]]:
-    """The paths of images and of other files in or below a folder; one without an ending may be an image."""
-    images, others, walked, endings = [], [], set(), Image.registered_extensions()
-    for folder, folders, files_here in os.walk(top, followlinks=True, onerror=refuse_folder):
-        real = os.path.realpath(folder)
-        if real in walked:
-            folders.clear()
-            continue
-        walked.add(real)
-        folders[:] = sorted(name for name in folders if not dataset.is_junk((name,)))
-        for name in sorted(files_here):
-            if not dataset.is_junk((name,)):
-                ending = Path(name).suffix.lower()
-                (others if ending and ending not in endings else images).append(str(Path(folder, name)))
-    return images, others
-
-
-def refuse_folder(error: OSError) -> None:
-    raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); open it up, or leave it out")
 
 
 def predict(
@@ -201,68 +167,35 @@ def predict(
     Raises UserError for memory that runs out, and for a member whose predictions are not finite.
     """
     members = names(checkpoints)
-    with ThreadPoolExecutor(dataset.num_cores(), "decode") as pool:
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        started = time.perf_counter()
+        decoded = list(decode_all(batch, ensemble.image_size))
+        tally.decoding += time.perf_counter() - started
+        pixels = [image[0] for image in decoded if not isinstance(image, UserError)]
+        if pixels:
             started = time.perf_counter()
-            decoded = decode(batch, ensemble.image_size, pool)
-            tally.decoding += time.perf_counter() - started
-            pixels = [image[0] for image in decoded if not isinstance(image, UserError)]
-            if pixels:
-                started = time.perf_counter()
-                with memory_that_runs_out(batch_size):
-                    logits = member_logits(ensemble, np.stack(pixels), precision)
-                tally.networks += time.perf_counter() - started
-                for checkpoint, own in zip(checkpoints, logits, strict=True):
-                    if not own.isfinite().all():
-                        raise UserError(f"{checkpoint}: its predictions are not finite; train it again")
-                probs = average_probs(logits, ensemble.average, ensemble.temperature)
-                tops = iter(votes(probs, ensemble.classes, top))
-                # By member, then by image; turned round.
-                ballots = zip(*(votes(own, ensemble.classes, 1) for own in logits.softmax(2)), strict=True)
-            for path, image in zip(batch, decoded, strict=True):
-                if isinstance(image, UserError):
-                    tally.skipped += 1
-                    yield Prediction(path, error=str(image))
-                    continue
-                _, size = image
-                tally.images += 1
-                if is_far(size, ensemble.image_size):
-                    tally.far.append(f"{path} ({size[0]}×{size[1]})")
-                ballot = {name: vote for name, (vote,) in zip(members, next(ballots), strict=True)}
-                yield Prediction(path, size, next(tops), ballot)
-
-
-def decode(
-    paths: Sequence[str], image_size: int, pool: Executor
-) -> list[tuple[np.ndarray, tuple[int, int]] | UserError]:
-    """Of each file the pixels, uint8 (3, image_size, image_size), and its width and height; or what is wrong with it.
-
-    Of large files threads do it, since Pillow decodes and resizes without the interpreter's lock; of small ones they
-    would wait for one another most of the time. To fork processes would not be safe any more, with PyTorch's threads
-    running.
-    """
-    if sum(map(size_of, paths)) < len(paths) * SMALL_FILE:
-        return decode_chunk(paths, image_size)
-    chunks = [paths[at : at + DECODE_CHUNK] for at in range(0, len(paths), DECODE_CHUNK)]
-    return list(itertools.chain.from_iterable(pool.map(functools.partial(decode_chunk, image_size=image_size), chunks)))
-
-
-def size_of(path: str) -> int:
-    return os.path.getsize(path) if os.path.isfile(path) else 0
-
-
-def decode_chunk(paths: Sequence[str], image_size: int) -> list[tuple[np.ndarray, tuple[int, int]] | UserError]:
-    return [decode_file(path, image_size) for path in paths]
-
-
-def decode_file(path: str, image_size: int) -> tuple[np.ndarray, tuple[int, int]] | UserError:
-    if not os.path.isfile(path):  # a pipe would keep its reader waiting
-        return UserError(f"{path} is no file, or a link to none; remove it")
-    try:
-        return dataset.decode_sized(path, Path(path), image_size)
-    except UserError as error:
-        return error
+            with memory_that_runs_out(batch_size):
+                logits = member_logits(ensemble, np.stack(pixels), precision)
+            tally.networks += time.perf_counter() - started
+            for checkpoint, own in zip(checkpoints, logits, strict=True):
+                if not own.isfinite().all():
+                    raise UserError(f"{checkpoint}: its predictions are not finite; train it again")
+            probs = average_probs(logits, ensemble.average, ensemble.temperature)
+            tops = iter(votes(probs, ensemble.classes, top))
+            # By member, then by image; turned round.
+            ballots = zip(*(votes(own, ensemble.classes, 1) for own in logits.softmax(2)), strict=True)
+        for path, image in zip(batch, decoded, strict=True):
+            if isinstance(image, UserError):
+                tally.skipped += 1
+                yield Prediction(path, error=str(image))
+                continue
+            _, size = image
+            tally.images += 1
+            if is_far(size, ensemble.image_size):
+                tally.far.append(f"{path} ({size[0]}×{size[1]})")
+            ballot = {name: vote for name, (vote,) in zip(members, next(ballots), strict=True)}
+            yield Prediction(path, size, next(tops), ballot)
 
 
 @torch.inference_mode()

@@ -130,15 +130,22 @@ class Recipe:
     )
 
     data: str = flag(
-        "cifar10, digits, or the path of an archive or a folder (see README)", "cifar10", group="data", fixed=False
+        "cifar10, cifar100, digits, or a folder of images (see README)", "cifar10", group="data", fixed=False
     )
-    data_url: str | None = flag("where to look first for the CIFAR-10 archive", None, group="data", fixed=False)
+    data_url: str | None = flag("where to look first for the CIFAR archive", None, group="data", fixed=False)
     image_size: int = flag("side of the images, in pixels", 32, group="data", at_least=8, at_most=4096)
     train_size: int | None = flag(
         "train on so many images, equal shares of the classes", None, group="data", at_least=1
     )
     test_size: int | None = flag("test on so many images, equal shares of the classes", None, group="data", at_least=1)
     val_size: int = flag("hold out so many training images to choose the checkpoint by", 0, group="data", at_least=0)
+    test_split: float = flag(
+        "part of each class to test on, for class folders without a test folder, and digits",
+        0.2,
+        group="data",
+        above=0,
+        at_most=0.9,
+    )
     split_seed: int = flag("seed of the subsets and hold-outs above", 0, group="data", at_least=0, at_most=2**63 - 1)
 
     name: str = flag("name of the run's files", group="files", fixed=False)
@@ -158,8 +165,8 @@ class Recipe:
             )
         if self.nesterov and not self.momentum:
             raise UserError("--nesterov needs a --momentum above 0; give one, or --no-nesterov")
-        if self.data_url is not None and self.data != "cifar10":
-            raise UserError(f"--data-url {self.data_url!r} is for --data cifar10, not for {self.data!r}; leave one out")
+        if self.data_url is not None and not self.data.lower().startswith("cifar"):
+            raise UserError(f"--data-url {self.data_url!r} is for CIFAR, not for --data {self.data!r}; leave one out")
         for name in ("crop_padding", "cutout"):
             if getattr(self, name) > self.image_size:
                 raise UserError(

@@ -143,6 +143,7 @@ def load_data(recipe: Recipe) -> Dataset:
             train_size=recipe.train_size,
             test_size=recipe.test_size,
             val_size=recipe.val_size,
+            test_split=recipe.test_split,
             split_seed=recipe.split_seed,
             data_url=recipe.data_url,
         )

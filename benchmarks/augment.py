@@ -143,7 +143,7 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or the path of an archive or a folder")
+    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder of images")
     parser.add_argument("--output", default=f"{common.RESULTS}/augment.json", help="JSON file (default: %(default)s)")
     parser.add_argument(
         "--images", type=common.positive, help=f"images in a round of ours (default: {IMAGES:,}, or all)"

@@ -49,6 +49,7 @@ import mobilenetv2
 import plotting
 import resnext
 from benchmarks import common
+from dataset import cifar10
 from engine import StopSignals
 from errors import UserError
 from models.ensemble import average_probs, names, read_all
@@ -156,15 +157,10 @@ def fixed(setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_data(data: str, data_url: str | None) -> Path | None:
-    """The file or folder that --data names, CIFAR-10 downloaded where it is missing; None for the digits."""
+    """The folder that --data names, CIFAR-10 downloaded where it is missing; None for the digits."""
     if data == "digits":
         return None
-    path = dataset.find_cifar10(Path("data"), data_url) if data == "cifar10" else Path(data).expanduser()
-    if not path.exists():
-        raise UserError(
-            f"--data {data}: there is no such file or folder; expected cifar10, digits, or the path of an archive or a "
-            "folder of images"
-        )
+    path = cifar10.find(data, Path("data"), data_url) if data in cifar10.ARCHIVES else dataset.existing_folder(data)
     return path.resolve()
 
 
@@ -172,11 +168,11 @@ def link_data(data: str, source: Path | None, work: Path) -> str:
     """Link `source`, which --data names, into the work folder; returns its --data there."""
     if source is None:
         return data
-    link = work / ("data" if data == "cifar10" else "images") / source.name
+    link = work / ("data" if data in cifar10.ARCHIVES else "images") / source.name
     link.parent.mkdir(exist_ok=True)
     if not link.is_symlink():
         link.symlink_to(source)
-    return data if data == "cifar10" else link.relative_to(work).as_posix()
+    return data if data in cifar10.ARCHIVES else link.relative_to(work).as_posix()
 
 
 def commands_of(options: argparse.Namespace, recipes: dict[str, Recipe], data: str) -> dict[str, list[str]]:
@@ -393,7 +389,7 @@ def read_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or the path of an archive or a folder")
+    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder of images")
     parser.add_argument("--output", default=f"{common.RESULTS}/ensemble", help="folder (default: %(default)s)")
     parser.add_argument(
         "--work", help="folder the commands run in, new or of a run to go on (default: a temporary one)"

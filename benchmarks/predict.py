@@ -9,7 +9,6 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ import dataset
 import errors
 import predict
 from benchmarks import common
+from dataset.image_folder import decode_all
 from models import NETWORKS
 from models.ensemble import Ensemble, Member
 from recipe import DEVICES
@@ -62,10 +62,9 @@ def main() -> int:
 
 
 def decoding_rate(paths: list[str], image_size: int) -> float:
-    with ThreadPoolExecutor(dataset.num_cores()) as pool:
-        started = time.perf_counter()
-        predict.decode(paths, image_size, pool)
-        return len(paths) / (time.perf_counter() - started)
+    started = time.perf_counter()
+    decoded = list(decode_all(paths, image_size))
+    return len(decoded) / (time.perf_counter() - started)
 
 
 def network_rates(paths: list[str], ensemble: Ensemble, device: torch.device) -> tuple[float, float]:
@@ -83,7 +82,7 @@ def network_rates(paths: list[str], ensemble: Ensemble, device: torch.device) ->
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or the path of an archive or a folder")
+    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder of images")
     parser.add_argument(
         "--image-size", type=common.positive, default=32, help="side of the images (default: %(default)s)"
     )

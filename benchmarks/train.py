@@ -518,7 +518,7 @@ def parse_flags() -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", default="cifar10", help="cifar10, digits, or the path of an archive or a folder")
+    add("--data", default="cifar10", help="cifar10, digits, or a folder of images")
     add("--output", default=f"{common.RESULTS}/train.json", help="JSON file (default: %(default)s)")
     add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(default: all)")
     add("--kinds", nargs="+", choices=KINDS, help="(default: all, those of bfloat16 on a CPU only where it is fast)")

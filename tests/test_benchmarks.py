@@ -164,7 +164,7 @@ def test_operations_of_an_image_are_about_three_times_the_forward_pass():
 
 def measurement(asked, choice, rate):
     return {
-        "kind": "ours", "asked": asked, "choice": choice, "windows": [rate, rate + 1, rate + 5],
+        "kind": "ours", "precision": "float32", "asked": asked, "choice": choice, "windows": [rate, rate + 1, rate + 5],
         "windows_on_chunk": [2 * rate], "batch_size": 8, "start_up_seconds": rate, "peak_memory_bytes": 1000 + rate,
     }  # fmt: skip
 

@@ -20,6 +20,7 @@ import dataset
 import engine
 import errors
 import predict
+from dataset import image_folder
 from models.mobilenetv2 import mobilenetv2
 from utils import normalize
 
@@ -150,7 +151,9 @@ def test_the_networks_see_what_they_would_see_in_training(folder, monkeypatch):
     expected = dataset.load(made, image_size=8, data_dir=folder / "data").train
 
     seen, logits = [], predict.member_logits
-    monkeypatch.setattr(predict, "member_logits", lambda net, images: seen.append(images) or logits(net, images))
+    monkeypatch.setattr(
+        predict, "member_logits", lambda net, images, precision: seen.append(images) or logits(net, images, precision)
+    )
     rows, _ = told(folder, made / "train", "--batch-size", 3)
     assert len(rows) == 8
     assert np.array_equal(np.concatenate(seen), expected.images)
@@ -189,25 +192,36 @@ def test_nothing_but_broken_images(folder):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX's pipes")
 def test_a_pipe_among_the_images_is_not_waited_for(folder):
-    pipe = folder / "photos" / "pipe"
+    pipe = folder / "photos" / "pipe.png"
     os.mkfifo(pipe)
     rows, _ = told(folder, "photos", status=1)
-    assert [row["image"] for row in rows if "error" in row] == [str(Path("photos", "pipe"))]
+    assert [row["image"] for row in rows if "error" in row] == [str(Path("photos", "pipe.png"))]
     error = refused(folder, "photos/0.png", "--csv", pipe)
-    assert "pipe: the predictions could not be written (what lies there is no ordinary file)" in error
+    assert "pipe.png: the predictions could not be written (what lies there is no ordinary file)" in error
     assert pipe.is_fifo()
 
 
 def test_links_are_followed_but_not_in_circles(folder):
     photos = folder / "photos"
     (photos / "more" / "back").symlink_to(photos, target_is_directory=True)
-    (photos / "itself").symlink_to("itself")
+    (photos / "itself.png").symlink_to("itself.png")
     (folder / "elsewhere").mkdir()
     picture(8).save(folder / "elsewhere" / "8.png")
     (photos / "out").symlink_to(folder / "elsewhere", target_is_directory=True)
     rows, _ = told(folder, "photos", status=1)
     names = [Path(row["image"]).relative_to("photos").as_posix() for row in rows]
-    assert names == ["0.png", "1.png", "2.png", "3.png", "4.png", "5.png", "6.png", "itself", "more/7.png", "out/8.png"]
+    assert names == [
+        "0.png",
+        "1.png",
+        "2.png",
+        "3.png",
+        "4.png",
+        "5.png",
+        "6.png",
+        "itself.png",
+        "more/7.png",
+        "out/8.png",
+    ]
 
 
 def test_hidden_files_are_passed_over_unless_they_are_named(folder):
@@ -220,14 +234,13 @@ def test_hidden_files_are_passed_over_unless_they_are_named(folder):
     assert [Path(row["image"]).name for row in rows] == ["1.png", "7.png"]
 
 
-def test_files_that_are_no_images_by_their_names_are_passed_over_in_folders_alone(folder):
+def test_in_folders_files_that_are_no_images_by_their_names_are_passed_over(folder):
     assert run(folder, "photos", "--csv", "photos/out.csv").returncode == 0
     (folder / "photos" / "more" / "notes.TXT").write_text("no image")
     (folder / "photos" / "8").write_bytes((folder / "photos" / "0.png").read_bytes())
-    rows, err = told(folder, "photos")
-    assert sorted(Path(row["image"]).name for row in rows) == ["0.png", *(f"{n}.png" for n in range(1, 8)), "8"]
-    assert f"no images by their names: {Path('photos', 'out.csv')} and 1 more" in err
-    assert "out.csv is no image" in run(folder, "photos/out.csv").stderr
+    assert sorted(Path(row["image"]).name for row in told(folder, "photos")[0]) == [f"{n}.png" for n in range(8)]
+    assert [Path(row["image"]).name for row in told(folder, "photos/8")[0]] == ["8"]
+    assert "out.csv: no image" in run(folder, "photos/out.csv").stderr
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text("no image")
     assert "texts: there are no images in this folder" in refused(folder, "texts")
@@ -331,7 +344,7 @@ def test_sizes_far_from_training_are_noted(folder):
 @pytest.mark.parametrize("small", [0, 16_384], ids=["in threads", "in this one"])
 def test_more_than_a_batch_keeps_its_order(folder, monkeypatch, small):
     """More images than a thread takes in one go, and than a batch: twice."""
-    monkeypatch.setattr(predict, "SMALL_FILE", small)
+    monkeypatch.setattr(image_folder, "SMALL_FILE", small)
     for number in range(50):
         picture(number).save(folder / "photos" / f"many{number:02}.png")
     rows, _ = told(folder, "photos", "--batch-size", 20)

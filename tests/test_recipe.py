@@ -24,7 +24,7 @@ ANOTHER = {
     "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_horizon": 0.5, "device": "cpu",
     "deterministic": True, "sync_bn": True,
     "compile": "none", "precision": "float32", "hue": 0.1, "flip": 0.25, "alternating_flip": False,
-    "augment_until": 0.5, "randaugment_magnitude": 3, "resume": True, "overwrite": True,
+    "augment_until": 0.5, "test_split": 0.5, "randaugment_magnitude": 3, "resume": True, "overwrite": True,
     "tensorboard": True,
 }  # fmt: skip
 
@@ -78,17 +78,8 @@ def test_the_originals_recipe_has_its_values_and_the_flags_beside_it_count(scrip
     original = parse("--recipe", "original", script=script)
     assert {name: getattr(original, name) for name in recipe.ORIGINAL} == recipe.ORIGINAL
     # All that decides the training of a network stands there; the rest says which images, which network, which files.
-    free = FREE | {
-        "recipe",
-        "seed",
-        "precision",
-        "sync_bn",
-        "image_size",
-        "train_size",
-        "test_size",
-        "val_size",
-        "split_seed",
-    }
+    which_images = {"image_size", "train_size", "test_size", "val_size", "split_seed", "test_split"}
+    free = FREE | which_images | {"recipe", "seed", "precision", "sync_bn"}
     assert recipe.ORIGINAL.keys() == {item.name for item in fields(recipe.Recipe)} - free
     (name, value), *_ = original.network_arguments().items()
     assert script.RECIPE.network_arguments()[name] == value
@@ -137,7 +128,7 @@ def test_an_unknown_flag_or_a_value_of_another_type_ends_with_status_2(argv, wor
         "--randaugment-magnitude 31", "--randaugment-magnitude -1", "--image-size 7", "--val-size -1",
         "--split-seed -1", "--recipe theirs", "--warmup -0.1", "--warmup 1.0", "--warmup nan", "--schedule-step hour",
         "--label-smoothing 1.5", "--label-smoothing -0.1", "--ema-horizon 1.5", "--ema-horizon -0.5", "--compile fast",
-        "--precision half", "--augment-until 1.5", "--augment-until -0.1",
+        "--precision half", "--augment-until 1.5", "--augment-until -0.1", "--test-split 0", "--test-split 1.0",
         "--cutout -1", "--width 0", "--width nan", "--width -1", "--train-size 0", "--train-size -5", "--test-size 0",
         "--epochs 1000001", "--image-size 4097", "--split-seed 9223372036854775808",
         "--brightness 101", "--contrast 101", "--saturation 1e+300", "--randaugment-ops 101", "--width 101",
@@ -173,7 +164,7 @@ def test_a_networks_own_flags_are_checked_too(script, arguments):
         (["--base-lr", "0.00005"], "--base-min-lr 0.0001 is above --base-lr 5e-05"),
         (["--momentum", "0", "--nesterov"], "--nesterov needs a --momentum above 0"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
-        (["--data", "photos", "--data-url", "http://x/"], "--data-url 'http://x/' is for --data cifar10"),
+        (["--data", "photos", "--data-url", "http://x/"], "--data-url 'http://x/' is for CIFAR"),
         (["--crop-padding", "33"], "--crop-padding 33 is above --image-size 32"),
         (["--image-size", "8", "--cutout", "9"], "--cutout 9 is above --image-size 8"),
         (["--data", ""], "--data is ''"),
