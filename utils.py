@@ -76,8 +76,13 @@ def pick_precision(choice: str, device: torch.device, *, fast_on_cpu: bool = Tru
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 numbers."""
+    """Whether this CPU has instructions for products of bfloat16 numbers, and PyTorch may use them.
+
+    ATEN_CPU_CAPABILITY=avx2 in the environment, PyTorch's own variable, forbids it.
+    """
     there = torch.cpu.get_capabilities()
+    if there.get("avx2") and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return False
     return any(there.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

@@ -31,7 +31,6 @@ from models import NETWORKS
 from utils import pick_device
 
 BESIDE = ("nothing", "same session", "another session")
-START_SECONDS = 8  # until the other process trains
 
 
 def main() -> int:
@@ -88,8 +87,9 @@ def start_other(beside: str, options: argparse.Namespace) -> subprocess.Popen | 
         ["taskset", "-c", core, "nice", "-n", "19", *command(options, seconds=1e6)],
         env=environment("default") | {"OMP_NUM_THREADS": "1"},
         start_new_session=beside == "another session",
+        stdout=subprocess.PIPE,
     )
-    time.sleep(START_SECONDS)
+    process.stdout.readline()  # it trains
     return process
 
 
@@ -102,6 +102,7 @@ def train(seconds: float, batch_size: int) -> float:
     labels = torch.randint(10, (batch_size,))
     for count in itertools.count():
         if count == 2:
+            print("training", flush=True)
             started = time.perf_counter()
         if count > 2 and (taken := time.perf_counter() - started) >= seconds:
             return (count - 2) * batch_size / taken

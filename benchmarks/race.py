@@ -67,6 +67,7 @@ def race_ours(options: argparse.Namespace) -> tuple[list[Point], float]:
     with tempfile.TemporaryDirectory(prefix="race-") as folder:
         started = time.time()
         flags = ["--epochs", str(options.epochs), "--data", options.data, "--image-size", str(options.image_size)]
+        flags += ["--train-size", str(options.train_size)] if options.train_size else []
         flags += ["--device", "cpu", "--checkpoint-dir", folder, "--plot-dir", folder]
         subprocess.run([sys.executable, str(common.ROOT / "mobilenetv2.py"), *flags], check=True)
         seconds = time.time() - started
@@ -87,7 +88,7 @@ def train_baseline(options: argparse.Namespace) -> list[Point]:
     device = torch.device("cpu")
     recipe = mobilenetv2.RECIPE
     torch.manual_seed(recipe.seed)
-    data = dataset.load(options.data, image_size=options.image_size)
+    data = dataset.load(options.data, image_size=options.image_size, train_size=options.train_size)
     settings = Augmentation(**{item.name: ORIGINAL[item.name] for item in fields(Augmentation)})
     workers = PLAIN_WORKERS["original"]
     loader = torchvision_loader(data.train, settings, batch_size=ORIGINAL_BATCH_SIZE, workers=workers)
@@ -156,6 +157,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--epochs", type=positive, default=8, help="of ours (default: %(default)s)")
     parser.add_argument("--data", default="cifar10", help="(default: %(default)s)")
     parser.add_argument("--image-size", type=positive, default=32, help="side of the images (default: %(default)s)")
+    parser.add_argument("--train-size", type=positive, help="train on so many images (default: all)")
     parser.add_argument("--output", default=f"{common.RESULTS}/race.json", help="(default: %(default)s)")
     parser.add_argument("--picture", default="docs/race.png", help="(default: %(default)s)")
     parser.add_argument("--baseline", type=float, help=argparse.SUPPRESS)  # seconds that it has

@@ -20,6 +20,9 @@ from dataset import Dataset, Split
 from models import NETWORKS
 from recipe import Recipe, flag
 
+# The same arithmetic on every machine: with AVX-512 in bfloat16, --precision auto would take that. PyTorch reads this
+# when it runs its first operator.
+os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic: cuBLAS reads it once, when it starts
 
 ROOT = Path(__file__).parents[1]

@@ -100,25 +100,25 @@ def test_bfloat16_is_measured_where_a_processor_is_fast_in_it(monkeypatch):
 
 
 def test_search(tmp_path):
-    flags = ["--data", "digits", "--val-size", 30, "--script", "mobilenetv2.py", "--output", "s.json", "--run"]
+    flags = ["--data", "digits", "--val-size", 30, "--script", "mobilenetv2.py", "--output", "s.json"]
+    flags += ["--run", "usual: --base-lr 0.02", "--seeds"]
     fixed = ["--", "--image-size", 16, "--width", 0.25, "--train-size", 40, "--epochs", 1, "--batch-size", 16]
-    done = run(tmp_path, "search.py", *flags, "a low rate: --base-lr 0.001", "--run", "usual:", *fixed)
+    done = run(tmp_path, "search.py", *flags, 0, *fixed)
     assert done.returncode == 0, done.stderr
     first = json.loads((tmp_path / "s.json").read_text())
     assert {"device", "versions", "commit", "command", "val_size"} <= first.keys()
-    assert {(row["label"], row["seed"]) for row in first["runs"]} == {("a low rate", 0), ("usual", 0)}
-    assert not any("test" in name for row in first["runs"] for name in row)
-    done = run(tmp_path, "search.py", *flags, "usual:", "--seeds", 0, 1, *fixed)
+    assert [(row["label"], row["seed"]) for row in first["runs"]] == [("usual", 0)]
+    assert not any("test" in name for name in first["runs"][0])
+    done = run(tmp_path, "search.py", *flags, 0, 1, *fixed)
     rows = json.loads((tmp_path / "s.json").read_text())["runs"]
-    assert rows[:2] == first["runs"], "what is there is not run again"
-    accuracies = [100 * row["val_accuracy"] for row in rows if row["label"] == "usual"]
+    assert rows[0] == first["runs"][0], "what is there is not run again"
+    accuracies = [100 * row["val_accuracy"] for row in rows]
     mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
     assert f"| usual | 2 | {mean:.2f} ± {spread:.2f} |" in done.stdout
-    assert "status 2" in run(tmp_path, "search.py", *flags, "wrong: --epochs 0", *fixed).stderr
 
 
 def test_race(tmp_path):
-    small = ["--data", "digits", "--image-size", 16, "--epochs", 1]
+    small = ["--data", "digits", "--image-size", 16, "--epochs", 1, "--train-size", 100]
     done = run(tmp_path, "race.py", *small, "--output", "r.json", "--picture", "r.png")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())

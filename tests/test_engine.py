@@ -5,9 +5,11 @@ import csv
 import functools
 import itertools
 import math
+import os
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -29,7 +31,7 @@ import mobilenetv2
 import plotting
 from dataset import Split
 from errors import UserError
-from utils import CosineSchedule, cpu_has_bfloat16, normalize, pick_device, pick_precision
+from utils import CosineSchedule, normalize, pick_device, pick_precision
 
 STEPS = 6  # of an epoch of tiny_data: five batches of 4 and one of 2
 
@@ -688,16 +690,21 @@ def test_a_run_keeps_its_precision_when_it_goes_on(train, path, capsys):
 )
 def test_auto_takes_bfloat16_where_there_are_instructions_for_it(monkeypatch, there, device, fast_on_cpu, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert pick_precision("auto", torch.device(device), fast_on_cpu=fast_on_cpu) == expected
     for choice in ("float32", "bfloat16"):
         assert pick_precision(choice, torch.device(device), fast_on_cpu=fast_on_cpu) == choice
 
 
-def test_what_the_processor_can_do_is_what_it_says():
-    assert "architecture" in torch.cpu.get_capabilities()
+def test_what_the_processor_can_do_is_what_it_says_and_pytorchs_own_variable_counts():
     if sys.platform == "linux" and platform.machine() == "x86_64":
         words = set(Path("/proc/cpuinfo").read_text().split())
-        assert cpu_has_bfloat16() == bool({"avx512_bf16", "amx_bf16"} & words)
+        command = [sys.executable, "-c", "from utils import cpu_has_bfloat16; print(cpu_has_bfloat16())"]
+        for capability in ("avx2", "avx512"):
+            environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+            printed = subprocess.check_output(command, env=environment, cwd=Path(engine.__file__).parent, text=True)
+            expected = capability == "avx512" and bool({"avx512_bf16", "amx_bf16"} & words)
+            assert printed.strip() == str(expected)
 
 
 def test_a_resumed_epoch_counts_its_first_part_in_its_time(train, path):

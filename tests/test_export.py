@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import checkpoint
-import dataset
 import engine
 import export
 import models.ensemble
+from dataset import cifar10
 from errors import UserError
 from models.mobilenetv2 import mobilenetv2
 from utils import MEAN, STD
@@ -144,7 +144,7 @@ def test_to_compare_a_file_it_downloads_nothing(paths, run, capsys, monkeypatch)
     content = checkpoint.read(paths[0])
     content["data"]["source"] = "cifar10"
     checkpoint.write(paths[0], content)
-    monkeypatch.setattr(dataset, "download_cifar10", lambda *_: pytest.fail("it downloads"))
+    monkeypatch.setattr(cifar10, "download_archive", lambda *_: pytest.fail("it downloads"))
     assert run(paths[0], "--output", "a.pt2", "--images", 3) == 0
     assert "cifar-10-python.tar.gz: there is no such file" in capsys.readouterr().err
 

@@ -121,7 +121,7 @@ def test_what_is_stored_and_printed(folder, tested):
     printed, result = tested
     assert set(result) == {
         "members", "ensemble", "best_member", "versus_members", "leave_one_out", "disagreement", "confusions",
-        "by_network", "average", "temperature", "tta", "data", "num_images",
+        "by_network", "average", "temperature", "tta", "precision", "data", "num_images",
     }  # fmt: skip
     assert (result["temperature"], result["tta"], result["by_network"]) == (None, None, [])
     assert [member["name"] for member in result["members"]] == ["densenet", "mobilenetv2", "resnext"]
@@ -405,7 +405,7 @@ def test_unfinished_member_is_used_with_a_warning(folder):
         (["--temperature", "nan"], "--temperature is nan"),
         (["--temperature", "warm"], "--temperature: found warm, expected fit or a number"),
         (["--batch-size", "100000000000000000000"], "it must be 1 to 1,000,000"),
-        (["--data", "digits", "--data-url", "http://localhost"], "--data-url is for --data cifar10, not for 'digits'"),
+        (["--data", "digits", "--data-url", "http://localhost"], "--data-url is for CIFAR, not for --data 'digits'"),
         (["--plot-dir", "/dev/null/plots"], "/dev/null/plots: the results could not be written"),
         (["--tta", "crop"], "--tta"),
         (["--data", "nowhere"], "nowhere"),
