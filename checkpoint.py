@@ -211,6 +211,8 @@ EXPECTED = {
 }
 # What a run needs to go on; engine.restore sees that it fits the network.
 RESUMABLE = {
+    "recipe.precision": Kind("float32 or bfloat16", lambda value: value in ("float32", "bfloat16")),
+    "data.split.test_split": PART,
     "training.model": WEIGHTS.or_none(),
     "training.average": WEIGHTS.or_none(),
     "training.best": DICT.or_none(),

@@ -29,12 +29,12 @@ CONTENT = {
     "finished": False,
     "recipe": {
         "epochs": 2, "base_lr": 0.01, "nesterov": True, "reference": None, "image_size": 16, "split_seed": 0,
-        "train_size": None, "val_size": 0, "test_size": 20,
+        "train_size": None, "val_size": 0, "test_size": 20, "test_split": 0.2, "precision": "float32",
     },
     "data": {
         "source": "Größe 3×3", "digest": "0a1b", "classes": ["klein", "groß"], "image_size": 16,
         "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.1 + 0.2],
-        "split": {"split_seed": 0, "train_size": None, "val_size": 0, "test_size": 20},
+        "split": {"split_seed": 0, "train_size": None, "val_size": 0, "test_size": 20, "test_split": 0.2},
     },
     "history": [{"epoch": 1, "test_loss": 0.1 + 0.2}],
     "versions": {"torch": "2.11.0"},

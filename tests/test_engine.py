@@ -409,7 +409,9 @@ def test_a_checkpoint_describes_itself_in_plain_values(train, tiny_data, tiny_re
     described = content["data"]
     assert (described["source"], described["digest"]) == (data.source, data.digest)
     assert (described["classes"], described["image_size"]) == (["red", "green", "blue"], 8)
-    assert described["split"] == {"split_seed": 0, "train_size": None, "val_size": 0, "test_size": None}
+    assert described["split"] == {
+        "split_seed": 0, "train_size": None, "val_size": 0, "test_size": None, "test_split": 0.2,
+    }  # fmt: skip
     assert normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten().tolist() == pytest.approx(
         [-mean / std for mean, std in zip(described["mean"], described["std"], strict=True)]
     )
