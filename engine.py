@@ -398,7 +398,7 @@ class Trainer:
         """The step itself. Nothing here waits for the device or branches on its numbers, so it can be recorded."""
         with autocast(self.device, self.precision):
             logits = network(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)  # in float32, by autocast
         if parallel.world_size() > 1:  # which take the mean of their gradients, whose shares may differ by an image
             loss = loss * (len(labels) * parallel.world_size() / self.batch_images)
         loss.backward()

@@ -321,7 +321,7 @@ def test_data_that_is_not_there_ends_two_processes_without_a_traceback(tmp_path)
     ]
     (_, first, status), (_, second, second_status) = map(finish, processes)
     assert (status, second_status) == (2, 2), [first, second]
-    assert first.startswith("error: --data nowhere: there is no such file or folder")
+    assert first.startswith("error: --data nowhere: there is no such folder")
     assert "error in process 1: another process of this run is gone" in second
     assert "Traceback" not in first + second
 
