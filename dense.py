@@ -41,19 +41,19 @@ RECIPE = DenseNetRecipe(
     weight_decay=2e-3,  # rate × decay sets the pace behind a norm (arXiv:1706.05350): with 0.01, twice the paper's
     decay_norms=False,  # they scale what the next norm undoes, or are few (He et al. 2019, arXiv:1812.01187)
     label_smoothing=0.0,  # averaging three networks softens the probabilities already; more would cost test loss
-    ema_horizon=0.04,  # over the last of the run, where the rate is next to nothing
+    ema_horizon=0.04,  # about the last two epochs, over which the rate is next to nothing
     crop_padding=4,  # as the paper, like the flip
     brightness=0.2,  # ColorJitter and RandAugment as the original
     contrast=0.2,
     saturation=0.2,
     hue=0.2,
     flip=0.5,
-    alternating_flip=True,
+    alternating_flip=False,  # not tried yet
     randaugment_ops=2,
     randaugment_magnitude=9,
     cutout=0,  # RandAugment leaves little for it to add
-    augment_until=0.85,
-    compile="auto",
+    augment_until=1.0,  # to the end: an earlier end is not tried yet
+    compile="auto",  # a graph needs no compiler; which way is fastest is not measured yet
 )
 
 

@@ -366,7 +366,7 @@ class Trainer:
         self.loader = loader_of(recipe, train, device)
         self.schedule = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, recipe.warmup, recipe.schedule_step)
         self.learning_rate = run.optimizer.param_groups[0]["lr"]  # of all groups
-        self.label_smoothing, self.precision = recipe.label_smoothing, recipe.precision
+        self.label_smoothing, self.precision = recipe.label_smoothing, precision_of(recipe, None, device)
         self.totals = Totals(device)
         self.batch_images = 0  # in all processes' shares of the batch together
         network, choice = self.model, pick_compile(recipe.compile, device)
@@ -711,6 +711,11 @@ def announce(run: Run, data: Dataset, recipe: Recipe, device: torch.device) -> N
         f"{data.source}: {len(data.train):,} training{val} + {len(data.test):,} test images of {recipe.image_size}×"
         f"{recipe.image_size}, {len(data.classes)} classes"
     )
+    if data.test_split is not None:
+        parallel.say(
+            f"{100 * data.test_split:.0f} % of each class are the test images, since {data.source} has none of its own "
+            f"(--test-split {data.test_split:g}, --split-seed {recipe.split_seed})"
+        )
     if recipe.recipe == "original":
         parallel.say("the original's recipe")
     if parallel.world_size() > 1:

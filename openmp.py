@@ -1,10 +1,10 @@
 """Import this before torch: it says how long OpenMP's threads wait for one another without sleeping.
 
 A step has thousands of parallel parts, and at the end of each the threads wait for the last one. libgomp, which PyTorch
-uses on Linux, spins for a millisecond or so by default. Where a program of another session keeps a core busy, two
-threads then share what is left, and each uses up its time by waiting for the other: training becomes 16 times slower.
-A short wait loses nothing on quiet cores and little on busy ones (benchmarks/busy.py). libgomp reads the variable when
-it is loaded, and what the user has set stays.
+uses on Linux, spins for a long time by default. Where a program of another session keeps a core busy, two threads share
+the core that is left, and each uses up its time by waiting for the other: training became 14 times slower, and twice
+slower with this setting, which costs nothing on quiet cores (benchmarks/results/busy.json). libgomp reads the variable
+when it is loaded. What the user has set stays.
 """
 
 import os

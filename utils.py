@@ -30,7 +30,7 @@ from recipe import Recipe
 MEAN = (0.4914, 0.4824, 0.4467)
 STD = (0.2471, 0.2436, 0.2616)
 
-NO_EPOCH = 2**32  # the stream of random numbers that belongs to a run as a whole
+WHOLE_RUN = 2**32  # the "epoch" whose random numbers belong to a run as a whole
 # Pixels augmented in one go: small enough on the CPU to stay near its caches, large enough on a GPU that starting the
 # operators costs nothing beside running them. 1,024 and 16,384 images of 32×32.
 CHUNK_PIXELS = {"cpu": 2**20, "cuda": 16 * 2**20, "mps": 4 * 2**20}
@@ -199,8 +199,7 @@ class TrainLoader:
             settings: augment.Augmenter(self.size, settings, device)
             for settings in (augmentation, augmentation.crop_and_flip())
         }
-        self.augmenter = self.augmenters[augmentation]  # of the epoch under way
-        self.flip_phase = torch.rand(len(self.images), generator=epoch_generator(seed, NO_EPOCH), dtype=torch.float64)
+        self.flip_phase = torch.rand(len(self.images), generator=epoch_generator(seed, WHOLE_RUN), dtype=torch.float64)
         self.rank, self.world_size = parallel.rank(), parallel.world_size()
         self.own_size = len(range(batch_size)[self.share(batch_size)])
         chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.size**2
@@ -221,8 +220,7 @@ class TrainLoader:
         plan = waiting.result() if waiting else self.plan(epoch, start)
         if self.thread:
             self.planned = {epoch + 1: self.thread.submit(self.plan, epoch + 1)}
-        self.augmenter = self.augmenters[self.settings(epoch)]
-        for images, labels in self.chunks(plan.to(self.device)):
+        for images, labels in self.chunks(plan.to(self.device), self.augmenter(epoch)):
             for batch, targets in zip(images.split(self.own_size), labels.split(self.own_size), strict=True):
                 yield normalize(batch), targets
 
@@ -231,6 +229,9 @@ class TrainLoader:
 
     def settings(self, epoch: int) -> augment.Augmentation:
         return self.augmentation if epoch < self.crop_and_flip_from else self.augmentation.crop_and_flip()
+
+    def augmenter(self, epoch: int) -> augment.Augmenter:
+        return self.augmenters[self.settings(epoch)]
 
     def images_in(self, step: int) -> int:
         """How many images a step's batch has, in all processes together."""
@@ -246,11 +247,11 @@ class TrainLoader:
         order = torch.cat([batch[self.share(len(batch))] for batch in order.split(self.batch_size)])
         return augment.plan(order, draws, self.chunk_size)
 
-    def chunks(self, plan: augment.Plan) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(self, plan: augment.Plan, augmenter: augment.Augmenter) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented images, uint8 (chunk, 3, H, W), and their labels."""
         if self.stream is None:
             for number in range(len(plan)):
-                yield self.chunk(plan, number)
+                yield self.chunk(plan, number, augmenter)
             return
         training = torch.cuda.current_stream(self.device)
 
@@ -259,7 +260,7 @@ class TrainLoader:
             # the chunk before, which the next one may get.
             self.stream.wait_stream(training)
             with torch.cuda.stream(self.stream):
-                return self.chunk(plan, number)
+                return self.chunk(plan, number, augmenter)
 
         try:
             ready = augment_beside(0)
@@ -272,9 +273,9 @@ class TrainLoader:
         finally:
             training.wait_stream(self.stream)  # which may still read the plan when the epoch is broken off
 
-    def chunk(self, plan: augment.Plan, number: int) -> tuple[Tensor, Tensor]:
+    def chunk(self, plan: augment.Plan, number: int, augmenter: augment.Augmenter) -> tuple[Tensor, Tensor]:
         index = plan.index[number * plan.chunk : (number + 1) * plan.chunk]
-        return self.augmenter(self.images, plan, number), self.labels.index_select(0, index)
+        return augmenter(self.images, plan, number), self.labels.index_select(0, index)
 
 
 @dataclass(frozen=True)

@@ -250,9 +250,8 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
         members = read_all([recipe.checkpoint_path for recipe in recipes.values()])
         data = main_ens.load_data(members[0], argparse.Namespace(data=None, data_url=None, test_size=None))
         device, images = pick_device(recipes["dense.py"].device), torch.from_numpy(data.test.images)
-        own = member_logits(members, images, device, precision=pick_precision("auto", device)).squeeze(
-            1
-        )  # kept by main_ens.py: the networks are not asked again
+        precision = pick_precision("auto", device)
+        own = member_logits(members, images, device, precision=precision).squeeze(1)  # main_ens.py has cached them
         logits = dict(zip(names([path for path, _ in members]), own, strict=True))
         histories = [plotting.read_csv(recipe.csv_path) for recipe in recipes.values()]
         plots = Path(recipes["dense.py"].plot_dir)

@@ -10,20 +10,20 @@ the same command goes on where it stopped, and a longer one adds to it.
 """
 
 import argparse
+import json
 import os
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import json
 
 import torch
 
@@ -32,8 +32,8 @@ import plotting
 from benchmarks import common
 from benchmarks.common import positive
 from errors import UserError
+from models.ensemble import SCRIPTS
 
-SCRIPTS = ("dense.py", "mobilenetv2.py", "resnext.py")
 FEW = "100"  # test images: an epoch ends with a test, and this one is not looked at
 
 
@@ -49,12 +49,16 @@ def main() -> int:
         if (options.script, shlex.join([*options.flags, *flags]), seed) not in done
     ]
     about = common.provenance(torch.device("cpu")) | {"data": options.data, "val_size": options.val_size}
+    commit = about.pop("commit")  # of each run: a later one that is added may be of another
+    one_at_a_time = threading.Lock()
 
     def run(job: tuple[str, str, int]) -> None:
         label, flags, seed = job
-        row = {"label": label, "script": options.script, "flags": flags, "seed": seed, **train(options, flags, seed)}
-        rows.append(row)
-        common.write_results(about | {"runs": rows}, output)
+        row = {"label": label, "script": options.script, "flags": flags, "seed": seed, "commit": commit}
+        row |= train(options, flags, seed)
+        with one_at_a_time:
+            rows.append(row)
+            common.write_results(about | {"runs": rows}, output)
         print(f"{label}, seed {seed}: {100 * row['val_accuracy']:.2f} %, loss {row['val_loss']:.4f}", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -108,7 +112,7 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--script", choices=SCRIPTS, required=True)
+    parser.add_argument("--script", choices=list(SCRIPTS.values()), required=True)
     parser.add_argument("--run", type=named_flags, action="append", required=True, metavar="'LABEL: FLAGS'")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="(default: one for each core)")

@@ -1,12 +1,11 @@
 """Measure training end to end (augmentation, step, optimiser): this project's beside a plain loop, on one device.
 
-ours      the script's own recipe, network and batch size, through engine.Trainer, as engine.fit does it
-ours_float32  the same with --precision float32, where the recipe's own comes to bfloat16
+ours      the script's own recipe, network and batch size, through engine.Trainer, as engine.fit does it; ours_float32
+          is the same with --precision float32, for where the recipe's own comes to bfloat16
 original  a plain loop as the original's: batches of 64 in float32 (with TF32 on CUDA), torchvision's transforms in a
           DataLoader with two processes, loss and hits read with .item() at every step
 tuned     the plain loop at its best: the same transforms and processes as many as there are cores, larger batches,
-          channels-last; on CUDA also bfloat16 (AMP) and pinned memory
-tuned_bfloat16  the tuned loop under bfloat16 autocast on the CPU as well
+          channels-last; on CUDA also bfloat16 (AMP) and pinned memory; tuned_bfloat16 has bfloat16 on the CPU as well
 
 All train the same network on the same images with the same settings of the augmentation. Each measurement is a
 process of its own, since the memory allocator's settings and TF32 cannot be taken back; they take turns, round by
@@ -40,6 +39,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
+
+import openmp
 
 import dataset
 import dense
@@ -142,7 +143,11 @@ def in_a_process(name: str, kind: str, choice: str | None, device: torch.device)
     command = [sys.executable, __file__, *sys.argv[1:], "--measure", name, kind, "--device", device.type]
     if choice:
         command += ["--compile", choice]
-    done = subprocess.run([*command, "--started", str(time.time())], stdout=subprocess.PIPE, text=True, check=False)
+    command += ["--started", str(time.time())]
+    environment = dict(os.environ)
+    if kind not in OURS and environment.get("GOMP_SPINCOUNT") == openmp.SPINS:
+        del environment["GOMP_SPINCOUNT"]  # it is a part of ours
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.splitlines()
     result = lines.pop() if done.returncode == 0 else ""
     for text in lines:
@@ -248,7 +253,7 @@ def ours(model: nn.Module, split: Split, recipe: Recipe, device: torch.device) -
 
 def chunk(loader: TrainLoader) -> list[tuple[Tensor, Tensor]]:
     """The batches of the first epoch's first chunk, augmented and normalised."""
-    images, labels = loader.chunk(loader.plan(0).to(loader.device), 0)
+    images, labels = loader.chunk(loader.plan(0).to(loader.device), 0, loader.augmenter(0))
     pairs = zip(images.split(loader.batch_size), labels.split(loader.batch_size), strict=True)
     return [(normalize(batch), targets) for batch, targets in pairs]
 
@@ -400,9 +405,8 @@ def summary(recipe: Recipe, results: list[dict[str, Any]], image_size: int, devi
         network["model_flop_utilisation"] = flops_per_second / device_flops
     for kind in RIVALS:
         if by_kind[kind]:
-            network[kind] = pooled(by_kind[kind])
-        if by_kind[kind] and kind in PLAIN_WORKERS:
-            network[kind]["workers"] = PLAIN_WORKERS[kind]
+            workers = {"workers": PLAIN_WORKERS[kind]} if kind in PLAIN_WORKERS else {}
+            network[kind] = pooled(by_kind[kind]) | workers
     if by_kind["ours"]:
         network["ratios"] = {
             kind: network["images_per_second"] / network[kind]["images_per_second"]

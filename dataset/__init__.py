@@ -62,8 +62,7 @@ def load(
             classes, train, test = cifar10.read_folder(folder, image_size)
         else:
             classes, train, val, test = image_folder.load_image_folder(folder, image_size, data_dir / "cache")
-    whole = [split for split in (train, val, test) if split is not None]
-    own_digest = digest(classes, *whole)
+    own_digest = digest(classes, *(split for split in (train, val, test) if split is not None))
 
     if test is None:
         counts = np.bincount(train.labels)
@@ -73,11 +72,8 @@ def load(
                 "and one for the test; add more, or a test folder"
             )
         train, test = hold_out(train, test_split, (split_seed, TEST_SPLIT_STREAM))
-        if name != "digits":
-            print(
-                f"{source}: no test folder; {len(test):,} of {len(train) + len(test):,} images are for the test "
-                f"(--test-split {test_split:g}, --split-seed {split_seed})"
-            )
+    else:
+        test_split = None
     if val_size:
         if val is not None:
             raise UserError(f"--val-size {val_size}: {source} has validation images of its own; leave the flag out")
@@ -90,7 +86,7 @@ def load(
     if test_size is not None:
         stream = (split_seed, TEST_SUBSET_STREAM)
         test = test.take(balanced_rows("--test-size", test_size, test.labels, classes, stream))
-    return Dataset(str(source), classes, train, test, val, own_digest)
+    return Dataset(str(source), classes, train, test, val, own_digest, test_split)
 
 
 def existing_folder(source: str) -> Path:

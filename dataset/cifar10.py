@@ -60,11 +60,11 @@ def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bo
     folder, archive = data_dir / kind.base_folder, data_dir / kind.filename
     if folder.is_dir():
         return folder
+    if not archive.exists() and not download:
+        raise UserError(f"{archive}: there is no such file")
     with files.locked(archive, f"the download of {kind.__name__}"), naming_failure(archive):
         if folder.is_dir():  # it came while this process waited for another
             return folder
-        if not archive.exists() and not download:
-            raise UserError(f"{archive}: there is no such file")
         if not archive.exists():
             download_archive(name, archive, data_url)
         elif not check_md5(archive, kind.tgz_md5):
@@ -139,9 +139,12 @@ def is_official(folder: Path) -> bool:
 
 def read_folder(folder: Path, image_size: int, name: str = "cifar10") -> Images:
     """Class names, train and test of an official folder. Raises UserError for files whose md5 is not the official."""
-    kind = type(name, (class_of(name),), {"base_folder": folder.name})
+
+    class Official(class_of(name)):
+        base_folder = folder.name
+
     try:
-        train, test = (kind(folder.absolute().parent, train=is_train) for is_train in (True, False))
+        train, test = (Official(folder.absolute().parent, train=is_train) for is_train in (True, False))
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"{folder}: a file is missing or not the official one ({first_line(error)}); delete the folder to have it "

@@ -84,23 +84,20 @@ def load_image_folder(
 
 def find_parts(folder: Path) -> dict[str, Path]:
     """The folders of "train", "val" and "test" images; "train" alone where the classes lie side by side."""
-    try:
-        inside = visible_folders(folder)
-        while len(inside) == 1 and split_name(inside[0]) is None:  # where unpacking an archive has put it all
-            deeper = visible_folders(inside[0])
-            if not deeper:
-                break
-            inside = deeper
-        if not inside:
-            raise UserError(f"--data {folder}: has no folders; expected train/<class>/…, or a folder for each class")
-        parts: dict[str, Path] = {}
-        for path in inside:
-            if (name := split_name(path)) in parts:
-                raise UserError(f"{folder}: both {parts[name].name}/ and {path.name}/ are there; remove one")
-            if name:
-                parts[name] = path
-    except OSError as error:
-        raise UserError(f"--data {folder}: cannot be read ({error})") from None
+    inside = visible_folders(folder)
+    while len(inside) == 1 and split_name(inside[0]) is None:  # where unpacking an archive has put it all
+        deeper = visible_folders(inside[0])
+        if not deeper:
+            break
+        inside = deeper
+    if not inside:
+        raise UserError(f"--data {folder}: has no folders; expected train/<class>/…, or a folder for each class")
+    parts: dict[str, Path] = {}
+    for path in inside:
+        if (name := split_name(path)) in parts:
+            raise UserError(f"{folder}: both {parts[name].name}/ and {path.name}/ are there; remove one")
+        if name:
+            parts[name] = path
     return parts if "train" in parts else {"train": inside[0].parent}
 
 
@@ -109,7 +106,10 @@ def split_name(path: Path) -> str | None:
 
 
 def visible_folders(folder: Path) -> list[Path]:
-    return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
+    except OSError as error:
+        raise unreadable(error) from None
 
 
 def is_hidden(name: str) -> bool:
@@ -143,8 +143,12 @@ def pictures_in(folder: Path) -> Iterator[Path]:
                 yield Path(place, name)
 
 
+def unreadable(error: OSError) -> UserError:
+    return UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); open it up, or leave it out")
+
+
 def refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); open it up, or leave it out")
+    raise unreadable(error)
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -154,7 +158,7 @@ def through_cache(folder: Path, paths: Sequence[Path], image_size: int, cache_di
     """uint8 (N, 3, S, S): the decoded pictures, from the cache where it has them."""
     source = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     # The ctime shows a change whose mtime was set back.
-    stats = [(os.path.relpath(path, folder), os.stat(path)) for path in paths]
+    stats = [(os.path.relpath(path, folder), stat_of(path)) for path in paths]
     listing = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
     content = hashlib.sha256(json.dumps([listing, image_size, CACHE_VERSION]).encode()).hexdigest()[:16]
     cached = cache_dir / f"{source}-{content}.npz"
@@ -178,6 +182,11 @@ def through_cache(folder: Path, paths: Sequence[Path], image_size: int, cache_di
     except (UserError, OSError) as error:
         print(f"warning: {error}. Until then every start decodes again", file=sys.stderr)
     return images
+
+
+def stat_of(path: Path) -> os.stat_result:
+    """Of a link to nothing, the link's own: decoding then names it."""
+    return os.stat(path) if path.exists() else os.lstat(path)
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding

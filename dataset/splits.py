@@ -44,6 +44,8 @@ class Dataset:
     digest: str
     """hex digest of all images, labels and class names of the source at this image size, before any of them were held
     out or left out: a checkpoint stores it to know its data again"""
+    test_split: float | None = None
+    """part of each class that was split off for the test, None where the source has test images"""
 
 
 def digest(classes: Sequence[str], *splits: Split) -> str:

@@ -106,7 +106,8 @@ def test_search(tmp_path):
     done = run(tmp_path, "search.py", *flags, 0, *fixed)
     assert done.returncode == 0, done.stderr
     first = json.loads((tmp_path / "s.json").read_text())
-    assert {"device", "versions", "commit", "command", "val_size"} <= first.keys()
+    assert {"device", "versions", "command", "val_size"} <= first.keys()
+    assert "commit" in first["runs"][0]
     assert [(row["label"], row["seed"]) for row in first["runs"]] == [("usual", 0)]
     assert not any("test" in name for name in first["runs"][0])
     done = run(tmp_path, "search.py", *flags, 0, 1, *fixed)

@@ -665,6 +665,15 @@ def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path,
     assert without_times(plotting.read_csv(csv_path)) == without_times(whole_csv)
 
 
+def test_images_that_were_split_off_for_the_test_are_told_once(train, tiny_data, capsys):
+    train(replace(tiny_data(), test_split=0.25), split_seed=3)
+    said = "25 % of each class are the test images, since made up has none of its own"
+    said += " (--test-split 0.25, --split-seed 3)"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+    train(name="other")
+    assert "test-split" not in capsys.readouterr().out
+
+
 def test_a_run_keeps_its_precision_when_it_goes_on(train, path, capsys):
     whole = train(precision="bfloat16")
     assert ", in bfloat16" in capsys.readouterr().out

@@ -23,7 +23,7 @@ ANOTHER = {
     "depth": 37, "recipe": "original", "base_min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
     "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_horizon": 0.5, "device": "cpu",
     "deterministic": True, "sync_bn": True,
-    "compile": "none", "precision": "float32", "hue": 0.1, "flip": 0.25, "alternating_flip": False,
+    "compile": "none", "precision": "float32", "hue": 0.1, "flip": 0.25, "alternating_flip": True,
     "augment_until": 0.5, "test_split": 0.5, "randaugment_magnitude": 3, "resume": True, "overwrite": True,
     "tensorboard": True,
 }  # fmt: skip

@@ -1,0 +1,34 @@
+"""openmp.py is imported before torch by every script, or it would do nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = ("dense", "mobilenetv2", "resnext", "main_ens", "predict", "export")
+# Looks for torch end here, with what the environment is then.
+UNTIL_TORCH = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            sys.exit(os.environ.get("GOMP_SPINCOUNT", "not set"))
+sys.meta_path.insert(0, Finder())
+import """
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "not set")],
+    ids=["default", "user's count", "user's policy"],
+)
+def test_the_threads_wait_is_set_before_torch_is_loaded(script, own, expected):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
+    done = subprocess.run(
+        [sys.executable, "-c", UNTIL_TORCH + script], env=environment | own, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stderr.strip() == expected
