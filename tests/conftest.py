@@ -31,7 +31,7 @@ TIMES = ("seconds", "images_per_second")  # what differs between two histories o
 
 # What a recipe may ask for beside the original's values, all at once.
 ALL_ON = {
-    "nesterov": True, "decay_norms": False, "label_smoothing": 0.1, "ema_horizon": 0.5, "warmup": 0.4,
+    "nesterov": True, "decay_norms": False, "label_smoothing": 0.1, "ema_horizon": 0.1, "warmup": 0.4,
     "schedule_step": "batch", "alternating_flip": True, "cutout": 3, "augment_until": 0.5,
 }  # fmt: skip
 

@@ -355,6 +355,9 @@ def test_class_folders_alone_are_split(load, tmp_path, split):
     assert len(np.unique(everything, axis=0)) == 20
     assert same(load(folder), loaded)
     assert len(load(folder, test_split=0.5).test) == 10
+    for split_share in (0.01, 0.99):
+        few = load(write_folder(tmp_path / "few", pictures(per_class=2, splits=(split,))), test_split=split_share)
+        assert np.bincount(few.train.labels).tolist() == np.bincount(few.test.labels).tolist() == [1, 1]
     assert not same(load(folder, split_seed=1), loaded)
 
 
@@ -391,6 +394,7 @@ def test_links_are_followed_but_into_no_folder_twice(load, tmp_path):
     os.symlink(folder / "train" / "dog", folder / "test" / "dog" / "more")
     loaded = load(folder)
     assert np.bincount(loaded.test.labels).tolist() == [3, 6]
+    assert np.bincount(loaded.train.labels).tolist() == [6, 3]  # by the link, the dogs are below cat/, once
 
 
 MISTAKES = {

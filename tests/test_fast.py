@@ -9,9 +9,10 @@ from torch import nn
 
 import engine
 import fast
+import parallel
 from dataset import Split
 from errors import UserError
-from fast import FastStep
+from fast import FastStep, pick_compile
 from utils import TrainLoader, augmentation_of
 
 
@@ -131,6 +132,20 @@ def test_graphs_are_for_cuda_and_elsewhere_that_is_said(train, capsys, choice):
     capsys.readouterr()
     assert_same_run(train(compile=choice), plain)
     assert capsys.readouterr().out.count(f"--compile {choice} is for CUDA") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "way"), [("cpu", 1, "none"), ("cuda", 1, "graph"), ("cuda", 2, "none")]
+)
+def test_auto_is_what_fits_the_device(monkeypatch, device, processes, way):
+    monkeypatch.setattr(parallel, "world_size", lambda: processes)
+    assert pick_compile("auto", torch.device(device)) == way
+    assert pick_compile("inductor", torch.device(device)) == "inductor"
+
+
+def test_auto_says_nothing_of_a_flag_that_nobody_passed(train, capsys):
+    train(compile="auto", epochs=1)
+    assert "--compile" not in capsys.readouterr().out
 
 
 def test_inductor_itself_trains_a_network(train, capsys):
