@@ -100,5 +100,6 @@ def existing_folder(source: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"--data {source}: {error}; {expected}") from None
     if not source or not is_there:
-        raise UserError(f"--data {source or repr(source)}: there is no such folder in {Path.cwd()}; {expected}")
+        place = "" if Path(source).is_absolute() else f" in {Path.cwd()}"
+        raise UserError(f"--data {source or repr(source)}: there is no such folder{place}; {expected}")
     raise UserError(f"--data {source}: this is a file; {expected}. Unpack an archive and give the folder")

@@ -421,6 +421,7 @@ def test_a_mistaken_layout_is_named(load, tmp_path, change, words):
 def test_what_is_no_folder_is_named(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(lambda: load("pets"), "--data pets", str(tmp_path), "cifar10, cifar100, digits")
+    assert " in " not in refused(lambda: load(tmp_path / "pets")).split(";")[0]
     refused(lambda: load(""), "--data ''")
     refused(lambda: load("a\0b"), "--data")
     refused(lambda: load("~nobody-of-this-name/x"), "--data ~nobody")

@@ -145,6 +145,15 @@ def test_what_is_stored_and_printed(folder, tested):
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_in_bfloat16_it_is_another_computation_and_nearly_the_same_result(folder, tested):
+    done = run(folder, main_ens, "--precision", "bfloat16", "--plot-dir", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert "on 100 test images of digits, in bfloat16" in done.stdout
+    result = json.loads((folder / "bfloat16" / "ensemble.json").read_text())
+    assert (result["precision"], tested[1]["precision"]) == ("bfloat16", "float32")
+    assert 0 < abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) < 0.05
+
+
 def test_member_equals_the_last_row_of_its_own_curve(folder, tested):
     for member in tested[1]["members"]:
         last = checkpoint.read(folder / member["checkpoint"])["history"][-1]

@@ -355,6 +355,15 @@ def test_more_than_a_batch_keeps_its_order(folder, monkeypatch, small):
         assert [vote["prob"] for vote in row["top"]] == pytest.approx(np.sort(mean)[::-1], abs=1e-6)
 
 
+def test_in_bfloat16_the_probabilities_are_nearly_the_same(folder):
+    exact, rounded = (
+        [vote["prob"] for row in told(folder, "photos", "--precision", precision)[0] for vote in row["top"]]
+        for precision in ("float32", "bfloat16")
+    )
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, abs=0.02)
+
+
 def test_a_script_that_makes_a_missing_checkpoint_is_named(folder):
     (folder / "checkpoints" / "mobilenetv2.pt").unlink()
     assert "python mobilenetv2.py makes it" in refused(folder, "photos")
