@@ -68,7 +68,8 @@ def test_memory(tmp_path):
 def test_train(tmp_path):
     small = ["--data", "digits", "--image-size", 16, "--images", 32, "--networks", "mobilenetv2", "--device", "cpu"]
     short = ["--rounds", 1, "--windows", 1, "--seconds", 0.01, "--batch-size", 24, "--tuned-batch-size", 16]
-    short += ["--kinds", *train.KINDS, "--compile", "none", "graph"]
+    kinds = ("ours", "ours_float32", "original", "tuned_bfloat16")  # which is the tuned loop in another precision
+    short += ["--kinds", *kinds, "--compile", "none", "graph"]
     done = run(tmp_path, "train.py", *small, *short, "--output", "t.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "t.json").read_text())
@@ -82,7 +83,7 @@ def test_train(tmp_path):
     assert network["data_share"] == 1 - rate / network["compile"]["none"]["windows_on_chunk"][0]
     utilisation = rate * network["flops_per_image"] / result["matrix_product"]["flops_per_second"]
     assert network["model_flop_utilisation"] == utilisation
-    for kind, batch_size in (("ours_float32", 24), ("original", 64), ("tuned", 16), ("tuned_bfloat16", 16)):
+    for kind, batch_size in (("ours_float32", 24), ("original", 64), ("tuned_bfloat16", 16)):
         assert network[kind]["batch_size"] == batch_size
         assert network["ratios"][kind] == rate / network[kind]["images_per_second"]
         assert math.isclose(result["geometric_mean_ratios"][kind], network["ratios"][kind])
