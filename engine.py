@@ -343,7 +343,7 @@ def precision_of(recipe: Recipe, previous: dict[str, Any] | None, device: torch.
     """The precision that a run is trained in; a run that goes on keeps its own."""
     if previous and recipe.precision == "auto":
         return previous["recipe"]["precision"]
-    return pick_precision(recipe.precision, device, fast_on_cpu=recipe.bfloat16_on_cpu)
+    return pick_precision(recipe.precision, device)
 
 
 def loader_of(recipe: Recipe, train: Split, device: torch.device | str = "cpu") -> TrainLoader:

@@ -22,7 +22,6 @@ from utils import load_data
 @dataclass(frozen=True, kw_only=True)
 class MobileNetV2Recipe(Recipe):
     network: ClassVar[str] = "mobilenetv2"
-    bfloat16_on_cpu: ClassVar[bool] = False  # its depthwise convolutions are slower backward in it
     width: float = flag("width multiplier: scales the channels of every layer", group="network", above=0, at_most=100)
 
 

@@ -67,7 +67,6 @@ class Recipe:
     """
 
     network: ClassVar[str] = ""  # key of models.NETWORKS
-    bfloat16_on_cpu: ClassVar[bool] = True  # whether --precision auto trains in it where a CPU has the instructions
 
     recipe: str = flag("ours, or original: the original's values for all that no flag changes", "ours", choices=RECIPES)
     epochs: int = flag("passes over the training images", at_least=1, at_most=10**6)

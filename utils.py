@@ -63,15 +63,15 @@ def pick_device(name: str, *, deterministic: bool = False) -> torch.device:
     return torch.device(name)
 
 
-def pick_precision(choice: str, device: torch.device, *, fast_on_cpu: bool = True) -> str:
+def pick_precision(choice: str, device: torch.device) -> str:
     """What --precision comes to: "float32" or "bfloat16".
 
-    `auto` takes bfloat16 on CUDA and, where it is `fast_on_cpu`, on a CPU with instructions for it; without them it is
-    slower than float32, by up to 499 times (github.com/pytorch/pytorch/issues/146508).
+    `auto` takes bfloat16 on CUDA and on a CPU with instructions for it; without them it is slower than float32, by up
+    to 499 times (github.com/pytorch/pytorch/issues/146508).
     """
     if choice != "auto":
         return choice
-    fast = device.type == "cuda" or (device.type == "cpu" and fast_on_cpu and cpu_has_bfloat16())
+    fast = device.type == "cuda" or (device.type == "cpu" and cpu_has_bfloat16())
     return "bfloat16" if fast else "float32"
 
 

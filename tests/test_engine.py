@@ -687,25 +687,24 @@ def test_a_run_keeps_its_precision_when_it_goes_on(train, path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("there", "device", "fast_on_cpu", "expected"),
+    ("there", "device", "expected"),
     [
-        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "cpu", True, "float32"),
-        ({"avx512_f": True, "avx512_bf16": True}, "cpu", True, "bfloat16"),
-        ({"avx512_f": True, "avx512_bf16": True}, "cpu", False, "float32"),
-        ({"amx_bf16": True}, "cpu", True, "bfloat16"),
-        ({"architecture": "aarch64", "bf16": True}, "cpu", True, "bfloat16"),
-        ({"architecture": "aarch64"}, "cpu", True, "float32"),
-        ({}, "cuda", False, "bfloat16"),
-        ({"avx512_bf16": True}, "mps", True, "float32"),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "cpu", "float32"),
+        ({"avx512_f": True, "avx512_bf16": True}, "cpu", "bfloat16"),
+        ({"amx_bf16": True}, "cpu", "bfloat16"),
+        ({"architecture": "aarch64", "bf16": True}, "cpu", "bfloat16"),
+        ({"architecture": "aarch64"}, "cpu", "float32"),
+        ({}, "cuda", "bfloat16"),
+        ({"avx512_bf16": True}, "mps", "float32"),
     ],
 )
-def test_auto_takes_bfloat16_where_there_are_instructions_for_it(monkeypatch, there, device, fast_on_cpu, expected):
+def test_auto_takes_bfloat16_where_there_are_instructions_for_it(monkeypatch, there, device, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there)
     allowed = "AVX512" if there.get("avx512_f") else "DEFAULT"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: allowed)
-    assert pick_precision("auto", torch.device(device), fast_on_cpu=fast_on_cpu) == expected
+    assert pick_precision("auto", torch.device(device)) == expected
     for choice in ("float32", "bfloat16"):
-        assert pick_precision(choice, torch.device(device), fast_on_cpu=fast_on_cpu) == choice
+        assert pick_precision(choice, torch.device(device)) == choice
 
 
 def test_the_instructions_do_not_count_where_pytorch_may_not_use_them(monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 import engine
 from models import NETWORKS
 from models.densenet import BLOCKS, densenet
-from models.mobilenetv2 import mobilenetv2, scaled
+from models.mobilenetv2 import DepthwiseConv2d, mobilenetv2, scaled
 from models.resnext import resnext29
 
 SMALL = [
@@ -163,6 +163,24 @@ def test_bfloat16_is_off_by_its_rounding_and_by_no_more(name, arguments):
     for ours, theirs, expected in zip(found, rounded, exact, strict=True):
         tolerance = (theirs - expected).norm()
         assert 0.5 * tolerance < (ours - expected).norm() < 2 * tolerance
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_gradients_of_a_depthwise_convolution_in_bfloat16_are_those_of_its_rounded_numbers(stride):
+    torch.manual_seed(0)
+    convolution = DepthwiseConv2d(8, stride)
+    images = torch.randn(4, 8, 7, 7).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = convolution(images)
+    outputs.float().square().sum().backward()
+
+    exact, weight = (part.detach().double().requires_grad_() for part in (images, convolution.weight.bfloat16()))
+    expected = nn.functional.conv2d(exact, weight, stride=stride, padding=1, groups=8)
+    expected.backward(2 * outputs.detach().double())
+    torch.testing.assert_close(outputs.double(), expected, rtol=2**-8, atol=1e-3)
+    torch.testing.assert_close(images.grad.double(), exact.grad, rtol=2**-8, atol=1e-3)
+    assert convolution.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(convolution.weight.grad.double(), weight.grad, rtol=2**-8, atol=1e-3)
 
 
 @pytest.mark.parametrize(
