@@ -2,7 +2,8 @@
 
 All three start from PyTorch's own random weights, where the papers of DenseNet and ResNeXt take those of He et al. 2015
 (arXiv:1502.01852). Behind every convolution comes a norm, so a weight's scale changes no output, only how fast it turns
-(van Laarhoven 2017, arXiv:1706.05350), and PyTorch's, being smaller, turn faster at the recipes' low learning rate.
+(van Laarhoven 2017, arXiv:1706.05350), and PyTorch's, being smaller, turn faster. The last norm of a residual block
+starts at zero.
 """
 
 from collections.abc import Callable

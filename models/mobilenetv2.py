@@ -84,6 +84,8 @@ class InvertedResidual(nn.Module):
         layers += conv_norm(hidden, out_channels)
         self.layers = nn.Sequential(*layers)
         self.shortcut = stride == 1 and in_channels == out_channels
+        if self.shortcut:  # at first the block is its shortcut (Goyal et al. 2017, arXiv:1706.02677)
+            nn.init.zeros_(layers[-1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x) if self.shortcut else self.layers(x)
