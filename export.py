@@ -34,19 +34,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import openmp  # noqa: F401
+from common import errors, files
+from common.device import set_up_device
+from common.errors import UserError
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import dataset
-import errors
-import files
-import models.ensemble
-from errors import UserError
-from models.ensemble import AVERAGES, SCRIPTS, Ensemble, names, read_all
-from utils import pick_device
+from evaluation import members
+from models.ensemble import Ensemble
 
 NAME = "cifar10-ensemble export"
 VERSION = 1
@@ -78,15 +76,15 @@ def main() -> int:
     options = parse_flags()
     file_format = FORMATS[options.format]
     require(options.format)
-    paths = options.checkpoints or [Path(options.checkpoint_dir) / name for name in SCRIPTS]
-    contents = read_all(paths)
-    pick_device("cpu")  # for PyTorch to be as fast as it can be beside the file
-    ensemble = models.ensemble.build(contents, average=options.average, temperature=options.temperature)
+    paths = members.paths_of(options)
+    contents = members.read_all(paths)
+    set_up_device("cpu")  # for PyTorch to be as fast as it can be beside the file
+    ensemble = members.build(contents, average=options.average, temperature=options.temperature)
     files.check_writable(options.output.parent, "the file")
     images, source = pick_images(contents[0][1]["data"], options)
     check_finite(ensemble, paths, images)
 
-    written = file_format.write(ensemble, metadata(ensemble, names(paths)))
+    written = file_format.write(ensemble, metadata(ensemble, members.names(paths)))
     with files.replacing(options.output, "the file") as file:
         file.write(written)
         file.flush()
@@ -98,8 +96,8 @@ def main() -> int:
                 f"packages of {options.format}"
             )
 
-    members = f"{', '.join(names(paths))} ({options.average} averaged)" if len(paths) > 1 else names(paths)[0]
-    print(f"{options.output}: {members}, {len(written) / 1e6:.1f} MB")
+    names = ", ".join(members.names(paths)) + (f" ({options.average} averaged)" if len(paths) > 1 else "")
+    print(f"{options.output}: {names}, {len(written) / 1e6:.1f} MB")
     print(f"largest difference from PyTorch: {found.difference:.1e}, on {len(images):,} {source}")
     threads = torch.get_num_threads()
     print(
@@ -115,8 +113,8 @@ def parse_flags() -> argparse.Namespace:
     )
     parser.add_argument("checkpoints", nargs="*", type=Path, help="default: the three networks' in --checkpoint-dir")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
-    parser.add_argument("--format", choices=FORMATS, help="(default: what the ending of --output says)")
-    parser.add_argument("--average", choices=AVERAGES, default="softmax", help="what is averaged (default: softmax)")
+    parser.add_argument("--format", choices=FORMATS, help="(default: by the ending of --output)")
+    members.add_flags(parser, device=False)
     parser.add_argument(
         "--temperature",
         type=float,
@@ -129,7 +127,6 @@ def parse_flags() -> argparse.Namespace:
     )
     tested.add_argument("--random", action="store_true", help="compare on random images, no data needed")
     parser.add_argument("--images", type=int, default=256, help="how many are compared (default: 256)")
-    parser.add_argument("--checkpoint-dir", default="checkpoints", help="(default: checkpoints)")
     options = parser.parse_args()
     if options.format is None:
         options.format = options.output.suffix.lower().removeprefix(".")
@@ -138,7 +135,7 @@ def parse_flags() -> argparse.Namespace:
                 f"--output {options.output}: its ending names no format; expected one of "
                 f"{', '.join(f'.{name}' for name in FORMATS)}, or --format"
             )
-    models.ensemble.check_temperature(options.temperature)
+    members.check_temperature(options.temperature)
     if not 1 <= options.images <= MOST_IMAGES:
         raise UserError(f"--images is {options.images}; it must be 1 to {MOST_IMAGES:,}")
     return options
@@ -196,8 +193,8 @@ def check_finite(ensemble: Ensemble, paths: list[Path], images: Tensor) -> None:
             raise UserError(f"{path}: its predictions are not finite; train it again with a lower --base-lr")
 
 
-def metadata(ensemble: Ensemble, members: list[str]) -> dict[str, str]:
-    """What a file says of itself."""
+def metadata(ensemble: Ensemble, names: list[str]) -> dict[str, str]:
+    """The metadata of a file."""
     return {
         "format": NAME,
         "version": str(VERSION),
@@ -206,7 +203,7 @@ def metadata(ensemble: Ensemble, members: list[str]) -> dict[str, str]:
         "input": "uint8 RGB (batch, 3, S, S); resized by ImageOps.fit, bilinear, after exif_transpose",
         "average": ensemble.average,
         "temperature": str(ensemble.temperature),
-        "members": json.dumps(members),
+        "members": json.dumps(names),
     }
 
 

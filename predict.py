@@ -14,26 +14,21 @@ import json
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import openmp  # noqa: F401
+from common import errors, files
+from common.device import autocast, explain_out_of_memory, pick_precision, set_up_device
+from common.errors import UserError
 
 import numpy as np
 import torch
 
-import errors
-import files
-import models.ensemble
 from dataset.image_folder import decode_all, pictures_in
-from engine import autocast, memory_that_runs_out
-from errors import UserError
-from models.ensemble import AVERAGES, SCRIPTS, Ensemble, average_probs, names
-from recipe import DEVICES, PRECISION_HELP, PRECISIONS
-from utils import pick_device, pick_precision
+from evaluation import members
+from models.ensemble import Ensemble, average_probs
 
 TOP = 3
 # Pixels of a batch, 32 images of 32×32 on the CPU: more would not be faster there, and the first line would come later.
@@ -42,6 +37,7 @@ MAX_COLUMN = 60  # where a file's name is longer, its line moves out of the colu
 NAMED = 3  # of the images far from the training size
 
 Vote = tuple[str, float]  # a class and its probability
+Writer = Callable[["Prediction"], Any]
 
 
 @dataclass(frozen=True)
@@ -66,20 +62,16 @@ class Tally:
     networks: float = 0.0  # seconds
 
 
-class ReaderGone(Exception):
-    """Nobody reads standard output any more: `head` has what it wants."""
-
-
 def main() -> int:
     options = parse_flags()
     paths = find_images(options.images)
-    checkpoints = options.checkpoints or [Path(options.checkpoint_dir) / name for name in SCRIPTS]
-    ensemble = models.ensemble.load(checkpoints, average=options.average, temperature=options.temperature)
+    checkpoints = members.paths_of(options)
+    ensemble = members.load(checkpoints, average=options.average, temperature=options.temperature)
     num_classes = len(ensemble.classes)
     top = min(TOP, num_classes) if options.top is None else options.top
     if top > num_classes:
         raise UserError(f"--top is {top}; these networks know {num_classes} classes, so it must be 1 to {num_classes}")
-    device = pick_device(options.device)
+    device = set_up_device(options.device)
     ensemble.to(device, memory_format=torch.channels_last)
     precision = pick_precision(options.precision, device)
     batch_size = options.batch_size or max(1, BATCH_PIXELS[device.type] // ensemble.image_size**2)
@@ -93,14 +85,16 @@ def main() -> int:
             if options.csv:
                 writers.append(stack.enter_context(csv_writer(options.csv, top)))
             if "-" not in (options.json, options.csv):
-                writers.append(text_writer(paths, ensemble, names(checkpoints), options.verbose))
+                writers.append(text_writer(paths, ensemble, members.names(checkpoints), options.verbose))
             for prediction in predict(paths, ensemble, checkpoints, top, batch_size, precision, tally):
                 if prediction.error:
                     print(f"skipped: {printable(prediction.error)}", file=sys.stderr)
                 for write in writers:
                     write(prediction)
-    except ReaderGone:
-        return 128 + 13  # as a shell shows SIGPIPE, which Windows does not have
+    except OutputEnded as error:
+        if isinstance(error.cause, BrokenPipeError):  # nobody reads any more: `head` has what it wants
+            return 128 + 13  # as a shell shows SIGPIPE, which Windows does not have
+        raise UserError(f"standard output could not be written ({error.cause.strerror}); free that place") from None
     report(tally, ensemble.image_size)
     return 1 if tally.skipped else 0
 
@@ -114,8 +108,7 @@ def parse_flags() -> argparse.Namespace:
         "--checkpoints", nargs="+", type=Path, metavar="PATH",
         help="the ensemble's members (default: the three networks' in --checkpoint-dir); images come before this flag",
     )  # fmt: skip
-    parser.add_argument("--checkpoint-dir", default="checkpoints", help="(default: checkpoints)")
-    parser.add_argument("--average", choices=AVERAGES, default="softmax", help="what is averaged (default: softmax)")
+    members.add_flags(parser)
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T",
         help="above 1 the ensemble is less sure of itself, below 1 surer (default: 1)",
@@ -125,13 +118,11 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--csv", metavar="FILE", help="write the predictions there as CSV; - is standard output")
     parser.add_argument("--verbose", action="store_true", help="tell each member's vote, and which images are far off")
     parser.add_argument("--batch-size", type=int, help="images in one go (default: 32 of 32×32, on a GPU 512)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=f"{PRECISION_HELP} (default: auto)")
     options = parser.parse_intermixed_args()
     for flag, value in (("--batch-size", options.batch_size), ("--top", options.top)):
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}; it must be 1 or more")
-    models.ensemble.check_temperature(options.temperature)
+    members.check_temperature(options.temperature)
     if options.json and options.json == options.csv:
         raise UserError(f"--json and --csv both name {options.json}; give each its own file")
     return options
@@ -166,7 +157,7 @@ def predict(
 
     Raises UserError for memory that runs out, and for a member whose predictions are not finite.
     """
-    members = names(checkpoints)
+    names = members.names(checkpoints)
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
         started = time.perf_counter()
@@ -175,7 +166,7 @@ def predict(
         pixels = [image[0] for image in decoded if not isinstance(image, UserError)]
         if pixels:
             started = time.perf_counter()
-            with memory_that_runs_out(batch_size):
+            with explain_out_of_memory(batch_size):
                 logits = member_logits(ensemble, np.stack(pixels), precision)
             tally.networks += time.perf_counter() - started
             for checkpoint, own in zip(checkpoints, logits, strict=True):
@@ -194,7 +185,7 @@ def predict(
             tally.images += 1
             if is_far(size, ensemble.image_size):
                 tally.far.append(f"{path} ({size[0]}×{size[1]})")
-            ballot = {name: vote for name, (vote,) in zip(members, next(ballots), strict=True)}
+            ballot = {name: vote for name, (vote,) in zip(names, next(ballots), strict=True)}
             yield Prediction(path, size, next(tops), ballot)
 
 
@@ -247,36 +238,44 @@ def count(images: int) -> str:
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-def put(content: bytes) -> None:
-    """Add to standard output. Raises ReaderGone where it is closed, UserError where it is full."""
-    try:
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-    except OSError as error:
-        # What could not be written is tried once more when Python ends; let that go nowhere instead of fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise ReaderGone from None
-        raise UserError(f"standard output could not be written ({error.strerror}); free that place") from None
+class OutputEnded(Exception):
+    """Standard output takes no more. Not an OSError, which would be taken for one of a file that is written as well."""
+
+    def __init__(self, cause: OSError):
+        self.cause = cause
+
+
+class StandardOutput:
+    def write(self, text: str) -> None:
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+            raise OutputEnded(error) from None
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[Callable[[bytes], Any]]:
-    """A function that adds to `path`, which is replaced whole or not at all, or to standard output."""
+def opened(path: str) -> Iterator[TextIO | StandardOutput]:
+    """A file, which is replaced whole or not at all, or standard output."""
     if path == "-":
-        yield put
+        yield StandardOutput()
     else:
         with files.replacing(path, "the predictions") as file:
-            yield file.write
+            # A file's name need not be Unicode: its odd bytes become escapes.
+            text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
+            yield text
+            text.flush()
+            text.detach()  # the file is closed by whoever opened it
 
 
 @contextlib.contextmanager
-def json_writer(path: str) -> Iterator[Callable[[Prediction], None]]:
-    """A function that adds a prediction to a JSON list."""
-    lead = itertools.chain(["[\n"], itertools.repeat(",\n"))
-    with opened(path) as write:
-        yield lambda prediction: write(encoded(next(lead) + json.dumps(as_dict(prediction), ensure_ascii=False)))
-        write(b"\n]\n")
+def json_writer(path: str) -> Iterator[Writer]:
+    """Writes a JSON list, an object for each image."""
+    with opened(path) as file:
+        lead = itertools.chain(["[\n"], itertools.repeat(",\n"))
+        yield lambda prediction: file.write(next(lead) + json.dumps(as_dict(prediction), ensure_ascii=False))
+        file.write("\n]\n")
 
 
 def as_dict(prediction: Prediction) -> dict[str, Any]:
@@ -290,76 +289,47 @@ def as_dict(prediction: Prediction) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def csv_writer(path: str, top: int) -> Iterator[Callable[[Prediction], None]]:
-    """A function that adds a prediction to a table: image, class1, prob1, …, error."""
+def csv_writer(path: str, top: int) -> Iterator[Writer]:
+    """Writes a table: image, class1, prob1, …, error."""
     columns = [f"{column}{rank}" for rank in range(1, top + 1) for column in ("class", "prob")]
+    with opened(path) as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["image", *columns, "error"])
 
-    def row(cells: Sequence[Any]) -> bytes:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        return encoded(text.getvalue())
+        def write(prediction: Prediction) -> None:
+            cells = [cell for vote in prediction.top for cell in vote] or [""] * len(columns)
+            table.writerow([prediction.path, *cells, prediction.error or ""])
 
-    def add(prediction: Prediction) -> None:
-        cells = [cell for vote in prediction.top for cell in vote] or [""] * len(columns)
-        write(row([prediction.path, *cells, prediction.error or ""]))
-
-    with opened(path) as write:
-        write(row(["image", *columns, "error"]))
-        yield add
+        yield write
 
 
-def encoded(text: str) -> bytes:
-    # A file's name need not be Unicode; its odd bytes come out as JSON's own escapes, and so the same when read.
-    return text.encode("utf-8", "backslashreplace")
+def text_writer(paths: Sequence[str], ensemble: Ensemble, names: Sequence[str], verbose: bool) -> Writer:
+    """Prints a line for each image, with `verbose` each member's vote below."""
+    output = StandardOutput()
+    leads = [*paths, *(f"  {name}" for name in names if verbose)]
+    width = max((len(lead) for lead in leads if len(lead) <= MAX_COLUMN), default=0)
+    class_width = max(map(len, ensemble.classes))
 
+    def line(lead: str, votes: Sequence[Vote]) -> str:
+        return "  ".join([f"{lead:{width}}", *(f"{name:{class_width}} {100 * prob:5.1f} %" for name, prob in votes)])
 
-def text_writer(
-    paths: Sequence[str], ensemble: Ensemble, members: Sequence[str], verbose: bool
-) -> Callable[[Prediction], None]:
-    """A function that prints a prediction as a line, with `verbose` and the members' votes below."""
-    below = [f"  {printable(member)}" for member in members] if verbose else []
-    widths = [columns(text) for text in [*map(printable, paths), *below]]
-    indent = max((width for width in widths if width <= MAX_COLUMN), default=0)
-    class_width = max(columns(printable(name)) for name in ensemble.classes)
-
-    def line(lead: str, *votes: Vote) -> str:
-        # The class's own column is filled up, so that the percentages stand below each other.
-        shown = [f"{filled(printable(name), class_width)} {prob * 100:5.1f} %" for name, prob in votes]
-        return "  ".join([filled(lead, indent), *shown]) + "\n"
-
-    def add(prediction: Prediction) -> None:
+    def write(prediction: Prediction) -> None:
         if prediction.error:
             return
-        text = line(printable(prediction.path), *prediction.top)
+        lines = [line(prediction.path, prediction.top)]
         if verbose:
-            lines = zip(below, prediction.members.values(), strict=True)
-            text += "".join(line(lead, vote) for lead, vote in lines)
+            lines += [line(f"  {member}", [vote]) for member, vote in prediction.members.items()]
             if is_far(prediction.size, ensemble.image_size):
-                width, height = prediction.size
-                text += f"  {width}×{height} pixels, far from {ensemble.image_size}×{ensemble.image_size}\n"
-        put(text.encode(sys.stdout.encoding, "backslashreplace"))
+                shape = "×".join(map(str, prediction.size))
+                lines.append(f"  {shape} pixels, far from {ensemble.image_size}×{ensemble.image_size}")
+        output.write("".join(printable(text) + "\n" for text in lines))
 
-    return add
+    return write
 
 
 def printable(text: str) -> str:
-    """With whatever would steer a terminal, or cannot be encoded, as an escape sequence to read."""
-    return "".join(
-        sign.encode("unicode_escape").decode() if unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") else sign
-        for sign in text
-    )
-
-
-def columns(text: str) -> int:
-    """How many columns of a terminal `text` takes: two for a Chinese sign, none for an accent on the sign before."""
-    return sum(
-        0 if unicodedata.category(sign) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(sign) in "WF")
-        for sign in text
-    )
-
-
-def filled(text: str, width: int) -> str:
-    return text + " " * (width - columns(text))
+    """With escapes in place of what would control a terminal or cannot be encoded."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 if __name__ == "__main__":

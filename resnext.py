@@ -6,17 +6,15 @@ Xie, Girshick, Dollár, Tu, He 2017, "Aggregated Residual Transformations for De
 from dataclasses import dataclass
 from typing import ClassVar
 
-import openmp  # noqa: F401
+from common import distributed, errors
 
 import torch
 
-import engine
-import errors
-import parallel
-import plotting
 from models.resnext import resnext29
-from recipe import Recipe, flag, parse_flags
-from utils import load_data
+from training import checkpoint
+from training.history import read_csv
+from training.loop import fit
+from training.recipe import Recipe, flag, load_data, parse_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,6 @@ RECIPE = ResNeXtRecipe(
     saturation=0.1,
     hue=0.05,
     flip=0.5,
-    alternating_flip=False,  # did worse in the search
     randaugment_ops=1,
     randaugment_magnitude=5,
     cutout=0,  # RandAugment leaves little for it to add
@@ -61,14 +58,18 @@ RECIPE = ResNeXtRecipe(
 
 def main() -> int:
     recipe = parse_flags(RECIPE, __doc__)
-    with parallel.processes(recipe.device):  # those of torchrun, where it was used
-        previous = engine.previous_run(recipe)
+    with distributed.processes(recipe.device), checkpoint.previous_run(recipe) as previous:
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
         model = resnext29(len(data.classes), cardinality=recipe.cardinality, base_width=recipe.base_width)
-        run = engine.fit(model, data, recipe, previous)
-        if run.history and parallel.is_first():
-            plotting.plot_training(run.history, recipe.plot_path, title=recipe.name, reference=recipe.reference)
+        run = fit(model, data, recipe, previous)
+        if run.history and distributed.is_main_process():
+            from plotting.training import plot_training  # matplotlib, for this process alone
+
+            reference = read_csv(recipe.reference) if recipe.reference else None
+            plot_training(
+                recipe.plot_path, run.history, title=recipe.name, reference=reference, reference_name=recipe.reference
+            )
             print(f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}")
     return run.exit_status
 

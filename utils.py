@@ -1,131 +1,34 @@
-"""What the training scripts share: the images on the device, augmented batches out of them, and the cosine schedule.
+"""What the scripts share: images on the device, augmented batches of them, a network's logits, the cosine schedule.
 
-A batch's way: `dataset.load` gives uint8 arrays; `TrainLoader` keeps them on the device as one tensor, augments a chunk
-of some thousand images at a time (augment.py), cuts the chunk into batches and normalises each.
+The way of a batch: `dataset.load` gives uint8 arrays; `TrainLoader` keeps them on the device as one tensor, augments
+some thousand images at a time (dataset/transforms.py), cuts the result into batches and normalises each.
 """
 
-import ctypes
 import functools
 import math
-import os
-import platform
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass
+
+from common import distributed
+from common.device import autocast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import augment
-import dataset
-import parallel
-from dataset import Dataset, Split
-from errors import UserError
-from recipe import Recipe
+from dataset import Split, transforms
 
 # Of the training images of CIFAR-10, by channel, for values of 0 to 1.
 MEAN = (0.4914, 0.4824, 0.4467)
 STD = (0.2471, 0.2436, 0.2616)
 
-WHOLE_RUN = 2**32  # the "epoch" whose random numbers belong to a run as a whole
 # Pixels augmented in one go: small enough on the CPU to stay near its caches, large enough on a GPU that starting the
 # operators costs nothing beside running them. 1,024 and 16,384 images of 32×32.
 CHUNK_PIXELS = {"cpu": 2**20, "cuda": 16 * 2**20, "mps": 4 * 2**20}
-
-
-def pick_device(name: str, *, deterministic: bool = False) -> torch.device:
-    """The device that --device names; `auto` takes CUDA, then MPS, then the CPU. Sets what makes it fast.
-
-    `deterministic` also has it give the same bits in each run, at a price on CUDA; the CPU does so anyway.
-
-    Raises UserError where it is not there.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, is_there in there.items() if is_there)
-    if not there[name]:
-        have = ", ".join(kind for kind, is_there in there.items() if is_there)
-        raise UserError(f"--device {name}: PyTorch {torch.__version__} finds no such device here, only {have}")
-    if name == "cuda" and deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a guard for code that reads such memory
-    if name == "cpu":
-        keep_freed_memory()
-        refuse_memory_that_is_not_there()
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-        # The sizes stay the same for a whole run: try which algorithm is fastest, where the choice may differ by run.
-        torch.backends.cudnn.benchmark = not deterministic
-    return torch.device(name)
-
-
-def pick_precision(choice: str, device: torch.device) -> str:
-    """What --precision comes to: "float32" or "bfloat16".
-
-    `auto` takes bfloat16 on CUDA and on a CPU with instructions for it; without them it is slower than float32, by up
-    to 499 times (github.com/pytorch/pytorch/issues/146508).
-    """
-    if choice != "auto":
-        return choice
-    fast = device.type == "cuda" or (device.type == "cpu" and cpu_has_bfloat16())
-    return "bfloat16" if fast else "float32"
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 numbers, and PyTorch may use them.
-
-    ATEN_CPU_CAPABILITY=avx2 in the environment, PyTorch's own variable, forbids it.
-    """
-    there = torch.cpu.get_capabilities()
-    if there.get("avx2") and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return False
-    return any(there.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep large blocks that PyTorch frees, for the next layer to take.
-
-    By default glibc hands each back to the system, which then clears every page anew: an eighth to a third of the time
-    of a training step on two cores (benchmarks/memory.py). Other C libraries are left as they are.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-        mallopt(m_trim_threshold, -1)  # never shrink the heap
-        mallopt(m_mmap_max, 0)  # take no block from outside it
-
-
-def refuse_memory_that_is_not_there() -> None:
-    """Have allocations fail beyond what is free now, with an error that can be explained, on Linux.
-
-    By default Linux grants any amount and kills the process, without a word, when it comes to use it.
-    """
-    if sys.platform != "linux":
-        return
-    import resource
-
-    kilobytes = {}
-    for path in ("/proc/meminfo", "/proc/self/status"):
-        for line in Path(path).read_text().splitlines():
-            name, _, value = line.partition(":")
-            if value.endswith(" kB"):
-                kilobytes[name] = int(value.split()[0])
-    limit = 1024 * (kilobytes["VmData"] + kilobytes["MemAvailable"])
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if soft == resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left, in whichever of its ways PyTorch says so."""
-    signs = ("out of memory", "ALLOC_FAILED", "not enough memory", "DefaultCPU")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    )
+# Pixels evaluated in one go: 512 images of 32×32 on the CPU; on a GPU more, since starting the operators takes longer
+# than running them on few images.
+EVAL_PIXELS = {"cpu": 2**19, "cuda": 2**21, "mps": 2**20}
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
@@ -137,25 +40,6 @@ def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, 
 @functools.cache  # a copy to the device for every batch would make the host wait each time
 def _in_grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).mul_(255).view(1, 3, 1, 1)
-
-
-def load_data(recipe: Recipe) -> Dataset:
-    """The images that a recipe's flags name, as arrays on the host."""
-    with parallel.first_here():  # what it downloads and decodes, the others find there
-        return dataset.load(
-            recipe.data,
-            image_size=recipe.image_size,
-            train_size=recipe.train_size,
-            test_size=recipe.test_size,
-            val_size=recipe.val_size,
-            test_split=recipe.test_split,
-            split_seed=recipe.split_seed,
-            data_url=recipe.data_url,
-        )
-
-
-def augmentation_of(recipe: Recipe) -> augment.Augmentation:
-    return augment.Augmentation(**{item.name: getattr(recipe, item.name) for item in fields(augment.Augmentation)})
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -181,7 +65,7 @@ class TrainLoader:
         self,
         split: Split,
         batch_size: int,
-        augmentation: augment.Augmentation,
+        augmentation: transforms.Augmentation,
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -196,11 +80,10 @@ class TrainLoader:
         self.size = self.images.shape[-1]
         self.crop_and_flip_from = math.inf if crop_and_flip_from is None else crop_and_flip_from
         self.augmenters = {
-            settings: augment.Augmenter(self.size, settings, device)
+            settings: transforms.Augmenter(self.size, settings, device)
             for settings in (augmentation, augmentation.crop_and_flip())
         }
-        self.flip_phase = torch.rand(len(self.images), generator=epoch_generator(seed, WHOLE_RUN), dtype=torch.float64)
-        self.rank, self.world_size = parallel.rank(), parallel.world_size()
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.own_size = len(range(batch_size)[self.share(batch_size)])
         chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.size**2
         self.chunk_size = max(1, chunk_size // self.own_size) * self.own_size
@@ -225,29 +108,27 @@ class TrainLoader:
                 yield normalize(batch), targets
 
     def share(self, count: int) -> slice:
-        return parallel.share(count, self.rank, self.world_size)
+        return distributed.share(count, self.rank, self.world_size)
 
-    def settings(self, epoch: int) -> augment.Augmentation:
+    def settings(self, epoch: int) -> transforms.Augmentation:
         return self.augmentation if epoch < self.crop_and_flip_from else self.augmentation.crop_and_flip()
 
-    def augmenter(self, epoch: int) -> augment.Augmenter:
+    def augmenter(self, epoch: int) -> transforms.Augmenter:
         return self.augmenters[self.settings(epoch)]
 
     def images_in(self, step: int) -> int:
         """How many images a step's batch has, in all processes together."""
         return min(self.batch_size, len(self.images) - step * self.batch_size)
 
-    def plan(self, epoch: int, start: int = 0) -> augment.Plan:
+    def plan(self, epoch: int, start: int = 0) -> transforms.Plan:
         generator = epoch_generator(self.seed, epoch)
         settings = self.settings(epoch)
-        draws = augment.draw(len(self.images), self.size, settings, generator)
-        if settings.alternating_flip:
-            draws = replace(draws, flip=augment.alternating_flip(self.flip_phase, epoch, settings.flip))
+        draws = transforms.draw(len(self.images), self.size, settings, generator)
         order = torch.randperm(len(self.images), generator=generator)[start * self.batch_size :]
         order = torch.cat([batch[self.share(len(batch))] for batch in order.split(self.batch_size)])
-        return augment.plan(order, draws, self.chunk_size)
+        return transforms.plan(order, draws, self.chunk_size)
 
-    def chunks(self, plan: augment.Plan, augmenter: augment.Augmenter) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(self, plan: transforms.Plan, augmenter: transforms.Augmenter) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented images, uint8 (chunk, 3, H, W), and their labels."""
         if self.stream is None:
             for number in range(len(plan)):
@@ -273,9 +154,37 @@ class TrainLoader:
         finally:
             training.wait_stream(self.stream)  # which may still read the plan when the epoch is broken off
 
-    def chunk(self, plan: augment.Plan, number: int, augmenter: augment.Augmenter) -> tuple[Tensor, Tensor]:
+    def chunk(self, plan: transforms.Plan, number: int, augmenter: transforms.Augmenter) -> tuple[Tensor, Tensor]:
         index = plan.index[number * plan.chunk : (number + 1) * plan.chunk]
         return augmenter(self.images, plan, number), self.labels.index_select(0, index)
+
+
+@torch.no_grad()
+def predict(
+    network: Callable[[Tensor], Tensor],
+    images: Tensor,
+    device: torch.device,
+    *,
+    precision: str = "float32",
+    batch_size: int | None = None,
+    stop: Callable[[], object] = lambda: False,
+) -> Tensor | None:
+    """Logits of `network`, which takes uint8 (B, 3, H, W), for `images` of that kind: float32 (N, classes) on the CPU.
+
+    None where `stop()` became true first.
+    """
+    parts = max(1, -(-len(images) // (batch_size or eval_batch_size(images, device))))
+    logits = []
+    for batch in images.tensor_split(parts):  # of equal size: cuDNN tries its algorithms out on each size
+        if stop():
+            return None
+        with autocast(device, precision):
+            logits.append(network(batch.to(device, memory_format=torch.channels_last)).float())
+    return torch.cat(logits).cpu()
+
+
+def eval_batch_size(images: Tensor, device: torch.device) -> int:
+    return max(1, EVAL_PIXELS[device.type] // (images.shape[2] * images.shape[3]))
 
 
 @dataclass(frozen=True)

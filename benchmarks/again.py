@@ -17,11 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import errors
+from common import errors
+from common.device import DEVICES, set_up_device
+
 import main_ens
-from benchmarks import common
-from recipe import DEVICES
-from utils import pick_device
+from benchmarks import harness
 
 
 def main() -> int:
@@ -30,16 +30,16 @@ def main() -> int:
     )
     parser.add_argument("checkpoints", nargs="*", help="(default: those of main_ens.py)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
-    parser.add_argument("--rounds", type=common.positive, default=5, help="second looks (default: %(default)s)")
-    parser.add_argument("--output", default=f"{common.RESULTS}/again.json", help="JSON file (default: %(default)s)")
+    parser.add_argument("--rounds", type=harness.positive, default=5, help="second looks (default: %(default)s)")
+    parser.add_argument("--output", default=f"{harness.RESULTS}/again.json", help="JSON file (default: %(default)s)")
     options = parser.parse_args()
-    results = common.provenance(pick_device(options.device))
+    results = harness.provenance(set_up_device(options.device))
     with tempfile.TemporaryDirectory() as folder:
         flags = [*options.checkpoints, "--device", options.device, "--plot-dir", folder]
         first, *others = [seconds(flags) for _ in range(1 + options.rounds)]
     again = statistics.median(others)
     results |= {"rounds": options.rounds, "seconds": {"first": first, "again": again, "all": others}}
-    common.write_results(results, options.output)
+    harness.write_results(results, options.output)
     print(f"the first time {first:.1f} s, again {again:.2f} s. Results: {options.output}")
     return 0
 

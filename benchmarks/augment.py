@@ -27,16 +27,16 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
 
+from common import errors
+from common.device import DEVICES, autocast, pick_precision, set_up_device
+
 import dataset
-import errors
-from augment import Augmentation
-from benchmarks import common
+from benchmarks import harness
 from benchmarks.plain import torchvision_loader
 from dataset import Split
-from engine import autocast
+from dataset.transforms import Augmentation
 from models.mobilenetv2 import mobilenetv2
-from recipe import DEVICES
-from utils import TrainLoader, pick_device, pick_precision
+from utils import TrainLoader
 
 BATCH_SIZE = 64
 WORKERS = 2
@@ -47,7 +47,7 @@ STEPS = 3  # of training, in each round
 
 def main() -> int:
     options = parse_flags()
-    device = pick_device(options.device)
+    device = set_up_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     split = pick_images(options)
@@ -72,7 +72,7 @@ def main() -> int:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["torchvision"], strict=True)]
     loading, stepping = 1 / medians["ours"], 1 / medians["mobilenetv2_step"]
-    results = common.provenance(device) | {
+    results = harness.provenance(device) | {
         "data": options.data,
         "image_size": options.image_size,
         "batch_size": BATCH_SIZE,
@@ -84,7 +84,7 @@ def main() -> int:
         "ratios": ratios,
         "mobilenetv2_share": loading / (loading + stepping),
     }
-    common.write_results(results, options.output)
+    harness.write_results(results, options.output)
     report(results, options.output)
     return 0
 
@@ -93,7 +93,7 @@ def pick_images(options: argparse.Namespace) -> Split:
     """As many training images as --images says. Raises UserError where there are not so many."""
     train = dataset.load(options.data, image_size=options.image_size).train
     count = min(IMAGES, len(train)) if options.images is None else options.images
-    return common.some_of(train, count, at_least=BATCH_SIZE, source=options.data)
+    return harness.some_of(train, count, at_least=BATCH_SIZE, source=options.data)
 
 
 def training_step(model: nn.Module, size: int, device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -118,11 +118,11 @@ def training_step(model: nn.Module, size: int, device: torch.device) -> Callable
 
 def images_per_second(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> float:
     """How fast batches come, when each is on the device and nothing else is done with it."""
-    common.synchronize(device)
+    harness.synchronize(device)
     started, count = time.perf_counter(), 0
     for images, _ in batches:
         count += len(images.to(device))
-    common.synchronize(device)
+    harness.synchronize(device)
     return count / (time.perf_counter() - started)
 
 
@@ -144,16 +144,16 @@ def parse_flags() -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder of images")
-    parser.add_argument("--output", default=f"{common.RESULTS}/augment.json", help="JSON file (default: %(default)s)")
+    parser.add_argument("--output", default=f"{harness.RESULTS}/augment.json", help="JSON file (default: %(default)s)")
     parser.add_argument(
-        "--images", type=common.positive, help=f"images in a round of ours (default: {IMAGES:,}, or all)"
+        "--images", type=harness.positive, help=f"images in a round of ours (default: {IMAGES:,}, or all)"
     )
     parser.add_argument(
-        "--image-size", type=common.positive, default=32, help="side of the images (default: %(default)s)"
+        "--image-size", type=harness.positive, default=32, help="side of the images (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=common.positive, default=9, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=harness.positive, default=9, help="rounds that count (default: %(default)s)")
     parser.add_argument(
-        "--threads", type=common.positive, help="threads of PyTorch on the CPU (default: its own choice)"
+        "--threads", type=harness.positive, help="threads of PyTorch on the CPU (default: its own choice)"
     )
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
     return parser.parse_args()

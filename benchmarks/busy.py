@@ -20,15 +20,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import errors
+from common.device import set_up_device
+from common.errors import UserError
+
 import torch
 from torch.nn import functional as F
 
-import errors
-from benchmarks import common
-from benchmarks.common import positive
-from errors import UserError
+from benchmarks import harness
+from benchmarks.harness import positive
 from models import NETWORKS
-from utils import pick_device
 
 BESIDE = ("nothing", "same session", "another session")
 
@@ -56,8 +57,8 @@ def main() -> int:
         {"spins": spins, "beside": beside, "images_per_second": statistics.median(rates), "rounds": rates}
         for (spins, beside), rates in figures.items()
     ]
-    results = common.provenance(torch.device("cpu")) | {"batch_size": options.batch_size, "figures": rows}
-    common.write_results(results, options.output)
+    results = harness.provenance(torch.device("cpu")) | {"batch_size": options.batch_size, "figures": rows}
+    harness.write_results(results, options.output)
     print(f"\n| spins | {' | '.join(f'beside {beside}' for beside in BESIDE)} |\n|---|{'--:|' * len(BESIDE)}")
     for spins in options.spins:
         print(f"| {spins} | {' | '.join(f'{statistics.median(figures[spins, beside]):.1f}' for beside in BESIDE)} |")
@@ -95,7 +96,7 @@ def start_other(beside: str, options: argparse.Namespace) -> subprocess.Popen | 
 
 def train(seconds: float, batch_size: int) -> float:
     """Train for so long after two steps; returns images a second."""
-    pick_device("cpu")
+    set_up_device("cpu")
     torch.manual_seed(0)
     model = NETWORKS["mobilenetv2"](10, width=0.5).train().to(memory_format=torch.channels_last)
     images = torch.randn(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -119,7 +120,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=3, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement (default: %(default)g)")
     parser.add_argument("--batch-size", type=positive, default=64, help="(default: %(default)s)")
-    parser.add_argument("--output", default=f"{common.RESULTS}/busy.json", help="(default: %(default)s)")
+    parser.add_argument("--output", default=f"{harness.RESULTS}/busy.json", help="(default: %(default)s)")
     parser.add_argument("--train", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 

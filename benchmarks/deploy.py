@@ -1,6 +1,6 @@
 """Measure how fast the files that export.py writes run on the CPU, beside the PyTorch module they were made from.
 
-torch   models.ensemble.Ensemble, as models.ensemble.load gives it
+torch   models.ensemble.Ensemble, as members.load gives it
 onnx    the ONNX file in onnxruntime, with as many threads as PyTorch takes
 pt2     the file of torch.export, loaded and run by PyTorch
 
@@ -25,12 +25,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import errors
+from common import errors
+from common.device import set_up_device
+
 import export
-from benchmarks import common
+from benchmarks import harness
 from models import NETWORKS
 from models.ensemble import Ensemble, Member
-from utils import MEAN, STD, pick_device
+from utils import MEAN, STD
 
 ENSEMBLE = "ensemble"
 IMAGE_SIZE = 32
@@ -44,7 +46,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     for name in export.FORMATS:
         export.require(name)
-    device = pick_device("cpu")
+    device = set_up_device("cpu")
 
     networks = {}
     print("| network | run by | MB | latency, ms | 95 % within, ms | ratio | images/s | ratio |")
@@ -58,11 +60,11 @@ def main() -> int:
                 f"{row['latency_ratio']:.2f} | {row['images_per_second']:,.1f} | {row['throughput_ratio']:.2f} |",
                 flush=True,
             )
-    results = common.provenance(device)
+    results = harness.provenance(device)
     for name in export.FORMATS["onnx"].packages:
         results["versions"][name] = importlib.metadata.version(name)
     results |= {"image_size": IMAGE_SIZE, "batch_size": BATCH_SIZE, "rounds": options.rounds, "networks": networks}
-    common.write_results(results, options.output)
+    harness.write_results(results, options.output)
     print(f"\n{results['device']}; ratios to torch, above 1 is faster. Results: {options.output}")
     return 0
 
@@ -118,11 +120,11 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", default=f"{common.RESULTS}/deploy.json", help="JSON file (default: %(default)s)")
+    parser.add_argument("--output", default=f"{harness.RESULTS}/deploy.json", help="JSON file (default: %(default)s)")
     known = [ENSEMBLE, *NETWORKS]
     parser.add_argument("--networks", nargs="+", choices=known, default=known, help="(default: all)")
-    parser.add_argument("--rounds", type=common.positive, default=5, help="turns of each (default: %(default)s)")
-    parser.add_argument("--threads", type=common.positive, help="threads on the CPU (default: PyTorch's own choice)")
+    parser.add_argument("--rounds", type=harness.positive, default=5, help="turns of each (default: %(default)s)")
+    parser.add_argument("--threads", type=harness.positive, help="threads on the CPU (default: PyTorch's own choice)")
     return parser.parse_args()
 
 

@@ -39,23 +39,24 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
 
+from common import errors, files
+from common.device import pick_precision, set_up_device
+from common.errors import UserError
+
 import dataset
 import dense
-import errors
-import files
 import main_ens
-import metrics
 import mobilenetv2
-import plotting
 import resnext
-from benchmarks import common
+from benchmarks import harness
 from dataset import cifar10
-from engine import StopSignals
-from errors import UserError
-from models.ensemble import average_probs, names, read_all
-from predictions import member_logits
-from recipe import Recipe, parse_flags, spelled
-from utils import pick_device, pick_precision
+from evaluation import metrics
+from evaluation.logits import member_logits
+from evaluation.members import names, read_all
+from models.ensemble import average_probs
+from training.history import read_csv
+from training.recipe import Recipe, parse_flags, spelled
+from training.signals import StopSignals
 
 TRAINING = {"dense.py": dense, "mobilenetv2.py": mobilenetv2, "resnext.py": resnext}
 TESTING = "main_ens.py"
@@ -93,7 +94,7 @@ def main() -> int:
         result = write_output(Path(options.output), work, recipes, progress)
     if baseline:
         result["against"] = compare(read_scores(options.output), baseline)
-        common.write_results(result, Path(options.output) / "result.json")
+        harness.write_results(result, Path(options.output) / "result.json")
     report(result, options.output)
     return 0
 
@@ -112,14 +113,14 @@ class Progress:
     finished: list[str] = field(default_factory=list)  # commands
 
     def write(self, work: Path) -> None:
-        common.write_results(asdict(self), work / PROGRESS)
+        harness.write_results(asdict(self), work / PROGRESS)
 
 
 def setting_of(options: argparse.Namespace, recipes: dict[str, Recipe]) -> dict[str, Any]:
     """What result.json says about how the run came to be."""
     flags = {name: shlex.join(flags_of(options, name)) for name in TRAINING}
     setting = {"data": options.data, "flags": flags, "parallel": options.parallel}
-    return common.provenance(pick_device(recipes["dense.py"].device)) | setting
+    return harness.provenance(set_up_device(recipes["dense.py"].device)) | setting
 
 
 def open_work(work: Path, setting: dict[str, Any]) -> Progress:
@@ -182,7 +183,7 @@ def commands_of(options: argparse.Namespace, recipes: dict[str, Recipe], data: s
         reference = ["--reference", str(Path(recipe.reference).absolute())] if recipe.reference else []
         flags[name] = [*flags_of(options, name), *reference, "--data", data, "--resume"]
     flags[TESTING] = ["--device", recipes["dense.py"].device]
-    return {name: [sys.executable, str(common.ROOT / name), *flags[name]] for name in flags}
+    return {name: [sys.executable, str(harness.ROOT / name), *flags[name]] for name in flags}
 
 
 def run_all(
@@ -249,11 +250,11 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
     with contextlib.chdir(work):  # where the paths of checkpoints, plots and data begin
         members = read_all([recipe.checkpoint_path for recipe in recipes.values()])
         data = main_ens.load_data(members[0], argparse.Namespace(data=None, data_url=None, test_size=None))
-        device, images = pick_device(recipes["dense.py"].device), torch.from_numpy(data.test.images)
+        device, images = set_up_device(recipes["dense.py"].device), torch.from_numpy(data.test.images)
         precision = pick_precision("auto", device)
         own = member_logits(members, images, device, precision=precision).squeeze(1)  # main_ens.py has cached them
         logits = dict(zip(names([path for path, _ in members]), own, strict=True))
-        histories = [plotting.read_csv(recipe.csv_path) for recipe in recipes.values()]
+        histories = [read_csv(recipe.csv_path) for recipe in recipes.values()]
         plots = Path(recipes["dense.py"].plot_dir)
         tested = json.loads((plots / "ensemble.json").read_bytes())
         paths = [path for recipe in recipes.values() for path in (recipe.csv_path, recipe.plot_path)]
@@ -284,7 +285,7 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
     for name, content in contents.items():
         with files.replacing(folder / name, "the results") as file:
             file.write(content)
-    common.write_results(result, folder / "result.json")
+    harness.write_results(result, folder / "result.json")
     return result
 
 
@@ -389,7 +390,7 @@ def read_flags() -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder of images")
-    parser.add_argument("--output", default=f"{common.RESULTS}/ensemble", help="folder (default: %(default)s)")
+    parser.add_argument("--output", default=f"{harness.RESULTS}/ensemble", help="folder (default: %(default)s)")
     parser.add_argument(
         "--work", help="folder the commands run in, new or of a run to go on (default: a temporary one)"
     )

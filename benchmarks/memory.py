@@ -1,4 +1,4 @@
-"""Measure what keeping freed memory is worth on the CPU (utils.keep_freed_memory): training steps with it and without.
+"""Measure what keeping freed memory is worth on the CPU (device.keep_freed_memory): training steps with it and without.
 
 The setting cannot be taken back within a process, so each measurement is a process of its own, in turn.
 """
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import errors
-import utils
-from benchmarks import common
+from common import device, errors
+
+from benchmarks import harness
 from models import NETWORKS
 
 BATCH_SIZE = 64
@@ -25,11 +25,11 @@ BATCH_SIZE = 64
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default=f"{common.RESULTS}/memory.json", help="(default: %(default)s)")
+    parser.add_argument("--output", default=f"{harness.RESULTS}/memory.json", help="(default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=common.positive, default=3, help="processes of each kind and network (default: 3)"
+        "--rounds", type=harness.positive, default=3, help="processes of each kind and network (default: 3)"
     )
-    parser.add_argument("--steps", type=common.positive, default=6, help="training steps of a process (default: 6)")
+    parser.add_argument("--steps", type=harness.positive, default=6, help="training steps of a process (default: 6)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(default: all)")
     parser.add_argument("--measure", nargs=2, metavar=("NETWORK", "KEEP"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -51,15 +51,15 @@ def main() -> int:
             f"| {name} | {medians['given_back']:.1f} | {medians['kept']:.1f} | {networks[name]['ratio']:.2f} |",
             flush=True,
         )
-    provenance = common.provenance(torch.device("cpu"))
-    common.write_results(provenance | {"batch_size": BATCH_SIZE, "networks": networks}, options.output)
+    provenance = harness.provenance(torch.device("cpu"))
+    harness.write_results(provenance | {"batch_size": BATCH_SIZE, "networks": networks}, options.output)
     return 0
 
 
 def measure(name: str, keep: bool, steps: int) -> float:
     """Images a second of training on one batch, the median over `steps` after a first."""
     if keep:
-        utils.keep_freed_memory()
+        device.keep_freed_memory()
     model = NETWORKS[name](10).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     images = torch.randn(BATCH_SIZE, 3, 32, 32).contiguous(memory_format=torch.channels_last)

@@ -6,8 +6,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from augment import Augmentation
 from dataset import Split
+from dataset.transforms import Augmentation
 from utils import MEAN, STD
 
 

@@ -16,20 +16,21 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a predict.py as well
 
+from common import errors
+from common.device import DEVICES, pick_precision, set_up_device
+
 import dataset
-import errors
 import predict
-from benchmarks import common
+from benchmarks import harness
 from dataset.image_folder import decode_all
 from models import NETWORKS
 from models.ensemble import Ensemble, Member
-from recipe import DEVICES
-from utils import MEAN, STD, pick_device, pick_precision
+from utils import MEAN, STD
 
 
 def main() -> int:
     options = parse_flags()
-    device = pick_device(options.device)
+    device = set_up_device(options.device)
     data = dataset.load(options.data, image_size=options.image_size)
     members = [Member(network(len(data.classes)), MEAN, STD) for network in NETWORKS.values()]
     ensemble = Ensemble(members, data.classes, options.image_size).eval()
@@ -47,14 +48,14 @@ def main() -> int:
             rates["end_to_end"].append(end_to_end)
 
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    results = common.provenance(device) | {
+    results = harness.provenance(device) | {
         "data": options.data,
         "image_size": options.image_size,
         "num_images": {"decoding": len(paths), "networks": len(paths[: options.network_images])},
         "rounds": options.rounds,
         "images_per_second": medians,
     }
-    common.write_results(results, options.output)
+    harness.write_results(results, options.output)
     print("| | images/s |\n|---|--:|")
     for name, rate in medians.items():
         print(f"| {name.replace('_', ' ')} | {rate:,.0f} |")
@@ -84,17 +85,17 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder of images")
     parser.add_argument(
-        "--image-size", type=common.positive, default=32, help="side of the images (default: %(default)s)"
+        "--image-size", type=harness.positive, default=32, help="side of the images (default: %(default)s)"
     )
     parser.add_argument(
-        "--images", type=common.positive, default=4000, help="decoded in a round (default: %(default)s)"
+        "--images", type=harness.positive, default=4000, help="decoded in a round (default: %(default)s)"
     )
     parser.add_argument(
-        "--network-images", type=common.positive, default=128, help="seen by the networks (default: %(default)s)"
+        "--network-images", type=harness.positive, default=128, help="seen by the networks (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=common.positive, default=5, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=harness.positive, default=5, help="(default: %(default)s)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
-    parser.add_argument("--output", default=f"{common.RESULTS}/predict.json", help="(default: %(default)s)")
+    parser.add_argument("--output", default=f"{harness.RESULTS}/predict.json", help="(default: %(default)s)")
     return parser.parse_args()
 
 

@@ -20,24 +20,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import errors, files
+
 import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 import dataset
-import errors
-import files
 import mobilenetv2
-import plotting
-from augment import Augmentation
-from benchmarks import common
-from benchmarks.common import positive
+from benchmarks import harness
+from benchmarks.harness import positive
 from benchmarks.plain import torchvision_loader
 from benchmarks.train import ORIGINAL_BATCH_SIZE, PLAIN_WORKERS, plain_optimizer
-from engine import predict
+from dataset.transforms import Augmentation
 from models import NETWORKS
-from recipe import ORIGINAL
-from utils import CosineSchedule, normalize
+from plotting import style
+from training.history import read_csv
+from training.recipe import ORIGINAL
+from utils import CosineSchedule, normalize, predict
 
 Point = dict[str, float]  # seconds since the start, epochs done, test_accuracy, test_loss
 
@@ -55,8 +55,8 @@ def main() -> int:
     baseline = [json.loads(text) for text in ended.stdout.splitlines()]
     print(f"baseline: {line(baseline[-1])}")
     device = torch.device("cpu")
-    results = common.provenance(device) | {"data": options.data, "ours": ours, "baseline": baseline}
-    common.write_results(results, options.output)
+    results = harness.provenance(device) | {"data": options.data, "ours": ours, "baseline": baseline}
+    harness.write_results(results, options.output)
     draw(results, options.picture)
     print(f"figures: {options.output}   picture: {options.picture}")
     return 0
@@ -69,9 +69,9 @@ def race_ours(options: argparse.Namespace) -> tuple[list[Point], float]:
         flags = ["--epochs", str(options.epochs), "--data", options.data, "--image-size", str(options.image_size)]
         flags += ["--train-size", str(options.train_size)] if options.train_size else []
         flags += ["--device", "cpu", "--checkpoint-dir", folder, "--plot-dir", folder]
-        subprocess.run([sys.executable, str(common.ROOT / "mobilenetv2.py"), *flags], check=True)
+        subprocess.run([sys.executable, str(harness.ROOT / "mobilenetv2.py"), *flags], check=True)
         seconds = time.time() - started
-        history = plotting.read_csv(Path(folder) / "mobilenetv2.csv")
+        history = read_csv(Path(folder) / "mobilenetv2.csv")
     start_up = seconds - sum(row["seconds"] for row in history)
     points, passed = [], start_up
     for row in history:
@@ -129,11 +129,11 @@ def line(point: Point) -> str:
 
 
 def draw(results: dict[str, Any], path: str) -> None:
-    figure = Figure(figsize=(9, 4.5), dpi=plotting.DPI, layout="constrained")
+    figure = Figure(figsize=(9, 4.5), dpi=style.DPI, layout="constrained")
     axes = figure.add_subplot()
     contestants = {
-        "ours": ("mobilenetv2.py", plotting.VERMILLION),
-        "baseline": ("plain loop, the baseline's recipe of 200 epochs", plotting.BLUE),
+        "ours": ("mobilenetv2.py", style.VERMILLION),
+        "baseline": ("plain loop, the baseline's recipe of 200 epochs", style.BLUE),
     }
     for name, (label, colour) in contestants.items():
         minutes = [point["seconds"] / 60 for point in results[name]]
@@ -142,7 +142,7 @@ def draw(results: dict[str, Any], path: str) -> None:
     axes.set_xlabel(f"minutes on {results['device']}")
     axes.set_ylabel("test accuracy, %")
     axes.set_xlim(left=0)
-    axes.grid(color=plotting.PALE)
+    axes.grid(color=style.PALE)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
     axes.set_title("MobileNetV2 on CIFAR-10, equal time")
@@ -158,7 +158,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--data", default="cifar10", help="(default: %(default)s)")
     parser.add_argument("--image-size", type=positive, default=32, help="side of the images (default: %(default)s)")
     parser.add_argument("--train-size", type=positive, help="train on so many images (default: all)")
-    parser.add_argument("--output", default=f"{common.RESULTS}/race.json", help="(default: %(default)s)")
+    parser.add_argument("--output", default=f"{harness.RESULTS}/race.json", help="(default: %(default)s)")
     parser.add_argument("--picture", default="docs/race.png", help="(default: %(default)s)")
     parser.add_argument("--baseline", type=float, help=argparse.SUPPRESS)  # seconds that it has
     parser.add_argument(

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import errors
-from benchmarks import common
+from common import errors
+
+from benchmarks import harness
 from models import NETWORKS
 
 BYTES = 2  # of a number in bfloat16
@@ -39,7 +40,7 @@ def main() -> int:
     )
     parser.add_argument("--flops", type=float, default=790e12, help="operations a second (default: %(default)g)")
     parser.add_argument("--bandwidth", type=float, default=3.0e12, help="bytes a second (default: %(default)g)")
-    parser.add_argument("--output", default=f"{common.RESULTS}/roofline.json", help="JSON file (default: %(default)s)")
+    parser.add_argument("--output", default=f"{harness.RESULTS}/roofline.json", help="JSON file (default: %(default)s)")
     options = parser.parse_args()
     for name in ("flops", "bandwidth"):
         if not getattr(options, name) > 0:
@@ -61,7 +62,7 @@ def main() -> int:
             f"{floors['fused']:,.0f} |"
         )
     rates = {"flops_per_second": options.flops, "bytes_per_second": options.bandwidth}
-    common.write_results(common.provenance(torch.device("cpu")) | rates | {"networks": networks}, options.output)
+    harness.write_results(harness.provenance(torch.device("cpu")) | rates | {"networks": networks}, options.output)
     return 0
 
 
@@ -83,7 +84,7 @@ def count(name: str) -> dict[str, Any]:
     convolutions = BYTES * ((conv_in + conv_out) + (conv_out + conv_in) + (conv_out + conv_in))
     norms = BYTES * ((norm_in + norm_out) + (norm_out + norm_in + norm_in))
     return {
-        "flops": common.flops_per_image(name),
+        "flops": harness.flops_per_image(name),
         "bytes_separate": convolutions + norms,
         "bytes_fused": convolutions,
     }

@@ -25,14 +25,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import errors
+from common.errors import UserError
+
 import torch
 
-import errors
-import plotting
-from benchmarks import common
-from benchmarks.common import positive
-from errors import UserError
-from models.ensemble import SCRIPTS
+from benchmarks import harness
+from benchmarks.harness import positive
+from evaluation.members import SCRIPTS
+from training.history import read_csv
 
 FEW = "100"  # test images: an epoch ends with a test, and this one is not looked at
 
@@ -48,7 +49,7 @@ def main() -> int:
         for label, flags in options.run
         if (options.script, shlex.join([*options.flags, *flags]), seed) not in done
     ]
-    about = common.provenance(torch.device("cpu")) | {"data": options.data, "val_size": options.val_size}
+    about = harness.provenance(torch.device("cpu")) | {"data": options.data, "val_size": options.val_size}
     commit = about.pop("commit")  # of each run: a later one that is added may be of another
     one_at_a_time = threading.Lock()
 
@@ -58,7 +59,7 @@ def main() -> int:
         row |= train(options, flags, seed)
         with one_at_a_time:
             rows.append(row)
-            common.write_results(about | {"runs": rows}, output)
+            harness.write_results(about | {"runs": rows}, output)
         print(f"{label}, seed {seed}: {100 * row['val_accuracy']:.2f} %, loss {row['val_loss']:.4f}", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -71,7 +72,7 @@ def train(options: argparse.Namespace, flags: str, seed: int) -> dict[str, float
     """The last epoch's figures of one run. Raises UserError where the script fails."""
     with tempfile.TemporaryDirectory(prefix="search-") as folder:
         command = [
-            sys.executable, str(common.ROOT / options.script), *shlex.split(flags), "--seed", str(seed),
+            sys.executable, str(harness.ROOT / options.script), *shlex.split(flags), "--seed", str(seed),
             "--data", options.data, "--val-size", str(options.val_size), "--test-size", FEW,
             "--name", "run", "--checkpoint-dir", folder, "--plot-dir", folder,
         ]  # fmt: skip
@@ -81,7 +82,7 @@ def train(options: argparse.Namespace, flags: str, seed: int) -> dict[str, float
         )
         if ended.returncode:
             raise UserError(f"{options.script} {flags} ended with status {ended.returncode}: {ended.stderr[-500:]}")
-        last = plotting.read_csv(Path(folder) / "run.csv")[-1]
+        last = read_csv(Path(folder) / "run.csv")[-1]
     kept = ("val_accuracy", "val_loss", "train_accuracy", "train_loss")
     return {name: float(last[name]) for name in kept} | {"seconds": time.monotonic() - started}
 

@@ -1,6 +1,6 @@
 """Measure training end to end (augmentation, step, optimiser): this project's beside a plain loop, on one device.
 
-ours      the script's own recipe, network and batch size, through engine.Trainer, as engine.fit does it; ours_float32
+ours      the script's own recipe, network and batch size, through loop.Trainer, as loop.fit does it; ours_float32
           is the same with --precision float32, for where the recipe's own comes to bfloat16
 original  a plain loop as the original's: batches of 64 in float32 (with TF32 on CUDA), torchvision's transforms in a
           DataLoader with two processes, loss and hits read with .item() at every step
@@ -40,24 +40,25 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
 
-import openmp
+import common
+from common import errors, files
+from common.device import DEVICES, autocast, cpu_has_bfloat16, pick_precision, set_up_device
+from common.errors import UserError
 
 import dataset
 import dense
-import errors
-import files
 import mobilenetv2
 import resnext
-from benchmarks import common
-from benchmarks.common import positive
+from benchmarks import harness
+from benchmarks.harness import positive
 from benchmarks.plain import torchvision_loader
 from dataset import Split
-from engine import Average, Run, Trainer, autocast, ema_decay, make_optimizer, precision_of
-from errors import UserError
-from fast import pick_compile
 from models import NETWORKS
-from recipe import COMPILE, DEVICES, Recipe
-from utils import TrainLoader, augmentation_of, cpu_has_bfloat16, normalize, pick_device, pick_precision
+from training.cuda_graph import pick_compile
+from training.ema import ModelEma, ema_decay
+from training.loop import Run, Trainer, make_optimizer, precision_of, total_steps
+from training.recipe import COMPILE, Recipe
+from utils import TrainLoader, normalize
 
 RECIPES = {module.RECIPE.network: module.RECIPE for module in (dense, mobilenetv2, resnext)}
 OURS = ("ours", "ours_float32")
@@ -83,7 +84,7 @@ def main() -> int:
     if options.measure:
         print(json.dumps(measure(options)))
         return 0
-    device = pick_device(options.device)
+    device = set_up_device(options.device)
     options.kinds = options.kinds or kinds_for(device)
     recipes = {name: replace(RECIPES[name], compile=pick_compile(RECIPES[name].compile, device)) for name in RECIPES}
     files.check_writable(Path(options.output).parent, "the results")  # better now than after all measurements
@@ -106,7 +107,7 @@ def main() -> int:
         name: summary(recipes[name], results, options.image_size, matrix_product["flops_per_second"])
         for name, results in measured.items()
     }
-    results = common.provenance(device) | {
+    results = harness.provenance(device) | {
         "data": options.data,
         "image_size": options.image_size,
         "num_images": measured[options.networks[0]][0]["num_images"],
@@ -117,7 +118,7 @@ def main() -> int:
         "networks": networks,
         "geometric_mean_ratios": geometric_means(networks),
     }
-    common.write_results(results, options.output)
+    harness.write_results(results, options.output)
     report(results, options.output)
     return 0
 
@@ -145,7 +146,7 @@ def in_a_process(name: str, kind: str, choice: str | None, device: torch.device)
         command += ["--compile", choice]
     command += ["--started", str(time.time())]
     environment = dict(os.environ)
-    if kind not in OURS and environment.get("GOMP_SPINCOUNT") == openmp.SPINS:
+    if kind not in OURS and environment.get("GOMP_SPINCOUNT") == common.SPINS:
         del environment["GOMP_SPINCOUNT"]  # it is a part of ours
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.splitlines()
@@ -180,11 +181,11 @@ def remedy(kind: str) -> str:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train one network in one way. Raises UserError for images or memory that do not suffice."""
     name, kind = options.measure
-    # To keep freed memory, as pick_device does on the CPU, is a part of ours.
-    device = torch.device("cpu") if kind not in OURS and options.device == "cpu" else pick_device(options.device)
+    # To keep freed memory, as set_up_device does on the CPU, is a part of ours.
+    device = torch.device("cpu") if kind not in OURS and options.device == "cpu" else set_up_device(options.device)
     data = dataset.load(options.data, image_size=options.image_size)
     count = len(data.train) if options.images is None else options.images
-    split = common.some_of(data.train, count, at_least=2, source=options.data)
+    split = harness.some_of(data.train, count, at_least=2, source=options.data)
     recipe = replace(RECIPES[name], image_size=options.image_size)
     if kind in OURS:
         batch_size = recipe.batch_size if options.batch_size is None else options.batch_size
@@ -210,7 +211,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
         training = steps(step, batches)
         next(training)
-        common.synchronize(device)
+        harness.synchronize(device)
         result["start_up_seconds"] = time.time() - options.started
         if last_size:  # an epoch's last batch needs preparations of its own, which belong in no window
             images, labels = next(batches)
@@ -238,9 +239,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(model: nn.Module, split: Split, recipe: Recipe, device: torch.device) -> tuple[Trainer, Step, Batches]:
-    """As engine.fit and engine.one_epoch, but for the progress bar, which waits for the device once a second."""
+    """As loop.fit and loop.one_epoch, but for the progress bar, which waits for the device once a second."""
     model.to(device, memory_format=torch.channels_last).train()
-    average = Average(model, ema_decay(recipe, len(split))) if recipe.ema_horizon else None
+    average = ModelEma(model, ema_decay(recipe.ema_horizon, total_steps(recipe, split))) if recipe.ema_horizon else None
     trainer = Trainer(Run(model, make_optimizer(model, recipe, device), average), split, recipe, device)
     done = itertools.count()
 
@@ -263,7 +264,7 @@ def plain(
 ) -> tuple[Step, Batches]:
     loader = torchvision_loader(
         split,
-        augmentation_of(recipe),
+        recipe.augmentation(),
         batch_size=batch_size,
         workers=PLAIN_WORKERS[kind],
         pin_memory=kind != "original" and device.type == "cuda",
@@ -332,10 +333,10 @@ def steps(step: Step, batches: Batches) -> Iterator[int]:
 
 def timed(work: Iterator[int], count: int, device: torch.device) -> tuple[int, float]:
     """How much `count` steps of `work` come to, and the seconds until the device has done them."""
-    common.synchronize(device)
+    harness.synchronize(device)
     started = time.perf_counter()
     done = sum(itertools.islice(work, count))
-    common.synchronize(device)
+    harness.synchronize(device)
     return done, time.perf_counter() - started
 
 
@@ -393,7 +394,7 @@ def summary(recipe: Recipe, results: list[dict[str, Any]], image_size: int, devi
     Of ours, `compile` has the figures of every way of running a step, under the name of the way that was taken in the
     end, and the network itself those of the recipe's own or, where that was not measured, of the fastest.
     """
-    flops = common.flops_per_image(recipe.network, results[0]["num_classes"], image_size, **recipe.network_arguments())
+    flops = harness.flops_per_image(recipe.network, results[0]["num_classes"], image_size, **recipe.network_arguments())
     network: dict[str, Any] = {"flops_per_image": flops}
     by_kind = {kind: [result for result in results if result["kind"] == kind] for kind in KINDS}
     if by_kind["ours"]:
@@ -523,7 +524,7 @@ def parse_flags() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", default="cifar10", help="cifar10, digits, or a folder of images")
-    add("--output", default=f"{common.RESULTS}/train.json", help="JSON file (default: %(default)s)")
+    add("--output", default=f"{harness.RESULTS}/train.json", help="JSON file (default: %(default)s)")
     add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(default: all)")
     add("--kinds", nargs="+", choices=KINDS, help="(default: all, those of bfloat16 on a CPU only where it is fast)")
     add("--compile", nargs="+", choices=COMPILE, help="ways for ours to run a step (default: the recipe's own)")

@@ -5,9 +5,9 @@
 
 from pathlib import Path
 
-import numpy as np
+from common.errors import UserError
 
-from errors import UserError
+import numpy as np
 
 from . import cifar10, digits, image_folder
 from .splits import Dataset, Split, balanced_rows, digest, hold_out

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common import files
+from common.errors import UserError, first_line
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-
-import files
-from errors import UserError, first_line
 
 from .image_folder import room_for, to_array
 from .splits import Split
@@ -51,7 +51,7 @@ Images = tuple[tuple[str, ...], Split, Split]  # class names, train, test
 def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bool = True) -> Path:
     """The official folder in `data_dir`; unpacked from the archive beside it or from a download, where it is missing.
 
-    A host that fails, stays silent or sends other bytes is passed over with a line on stderr. Raises UserError when no
+    A host that fails, stays silent or sends other bytes is skipped with a line on stderr. Raises UserError when no
     host is left, when the file cannot be written, and for an archive in its place that is another.
     """
     from torchvision.datasets.utils import check_md5, extract_archive
@@ -103,7 +103,7 @@ def download_archive(name: str, archive: Path, data_url: str | None) -> None:
             return
         except Exception as error:  # an address that is none trips torchvision up in many ways
             causes.append(f"{url}: {first_line(error)}")
-            print(f"passed over {causes[-1]}", file=sys.stderr)
+            print(f"skipped {causes[-1]}", file=sys.stderr)
         finally:
             partial.unlink(missing_ok=True)
     command = shlex.join(["curl", "--fail", "--location", "--create-dirs", "--output", str(archive), hosts[0]])
@@ -115,7 +115,7 @@ def download_archive(name: str, archive: Path, data_url: str | None) -> None:
 
 @contextmanager
 def silence_limited() -> Iterator[None]:
-    """Within the block a connection that says nothing for `SILENCE` seconds is an error; torchvision sets no limit."""
+    """Within the block a connection that is silent for `SILENCE` seconds is an error; torchvision sets no limit."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:

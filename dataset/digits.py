@@ -1,9 +1,9 @@
 """Handwritten digits that need no download: scikit-learn carries them."""
 
+from common.errors import UserError
+
 import numpy as np
 from PIL import Image
-
-from errors import UserError
 
 from .image_folder import room_for, to_array
 from .splits import Split

@@ -5,7 +5,7 @@
     photos/<class>/…                                   a part of each class is for the test
 
 As in torchvision's ImageFolder, pictures count by their ending, folders within a class belong to it, and anything else
-is passed over.
+is ignored.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common import files
+from common.errors import UserError, first_line
+
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
-
-import files
-from errors import UserError, first_line
 
 from .splits import Split
 

@@ -5,9 +5,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
+from common.errors import UserError
 
-from errors import UserError
+import numpy as np
 
 
 @dataclass(frozen=True)

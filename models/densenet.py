@@ -20,7 +20,7 @@ BLOCKS = {
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 1×1 convolution to 4·k channels, norm, ReLU, 3×3 convolution to k; its input goes on beside it."""
+    """Norm, ReLU, 1×1 convolution to 4·k channels, norm, ReLU, 3×3 convolution to k, beside the input."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import openmp  # noqa: F401
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +16,7 @@ from torch import nn
 
 from dataset import Dataset, Split
 from models import NETWORKS
-from recipe import Recipe, flag
+from training.recipe import Recipe, flag
 
 # The same arithmetic on every machine: with AVX-512 in bfloat16, --precision auto would take that. PyTorch reads this
 # when it runs its first operator.
@@ -32,7 +30,7 @@ TIMES = ("seconds", "images_per_second")  # what differs between two histories o
 # What a recipe may ask for beside the original's values, all at once.
 ALL_ON = {
     "nesterov": True, "decay_norms": False, "label_smoothing": 0.1, "ema_horizon": 0.1, "warmup": 0.4,
-    "schedule_step": "batch", "alternating_flip": True, "cutout": 3, "augment_until": 0.5,
+    "schedule_step": "batch", "cutout": 3, "augment_until": 0.5,
 }  # fmt: skip
 
 
@@ -99,7 +97,7 @@ def tiny_recipe_in(folder: Path, **changes) -> TinyRecipe:
         "name": "tiny", "channels": 4, "epochs": 3, "batch_size": 4, "base_lr": 0.8, "base_min_lr": 0.016,
         "warmup": 0.0, "schedule_step": "epoch", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4,
         "decay_norms": True, "label_smoothing": 0.0, "ema_horizon": 0.0, "compile": "none", "crop_padding": 2,
-        "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2, "flip": 0.5, "alternating_flip": False,
+        "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2, "flip": 0.5,
         "randaugment_ops": 1, "randaugment_magnitude": 9, "cutout": 0, "augment_until": 1.0, "image_size": 8,
         "device": "cpu", "checkpoint_dir": str(folder / "checkpoints"), "plot_dir": str(folder / "plots"),
     }  # fmt: skip

@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from common import errors
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import errors
-from benchmarks import common, ensemble, train
+from benchmarks import ensemble, harness, train
 from models import NETWORKS
 
 ROOT = Path(__file__).parents[1]
@@ -161,7 +162,7 @@ def test_operations_of_an_image_are_about_three_times_the_forward_pass():
         with FlopCounterMode(display=False) as counter:
             model(images)
         # Less the gradient of the images, which nobody asks for.
-        assert 2.9 < common.flops_per_image(recipe.network) / counter.get_total_flops() <= 3
+        assert 2.9 < harness.flops_per_image(recipe.network) / counter.get_total_flops() <= 3
 
 
 def measurement(asked, choice, rate):
@@ -365,7 +366,7 @@ def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, para
     (scripts / "dense.py").write_text("import sys; sys.exit('the disk is on fire')")
     for name in ("mobilenetv2.py", "resnext.py"):
         (scripts / name).write_text("import time; time.sleep(100)")
-    monkeypatch.setattr(common, "ROOT", scripts)
+    monkeypatch.setattr(harness, "ROOT", scripts)
     done = run_ensemble(tmp_path, *DIGITS, *parallel, "--work", "work", "--output", "out")
     assert done.returncode == 2
     assert "dense.py ended with status 1" in done.stderr

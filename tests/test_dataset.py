@@ -19,6 +19,8 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from common.errors import UserError
+
 import numpy as np
 import pytest
 import torchvision
@@ -26,7 +28,6 @@ from PIL import Image, ImageOps
 
 import dataset
 from dataset import cifar10, image_folder
-from errors import UserError
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 FOLDER = "cifar-10-batches-py"
@@ -264,9 +265,9 @@ def test_a_host_that_fails_is_passed_over_with_a_line(load, host, monkeypatch, t
     started = time.monotonic()
     assert len(load("cifar10").train) == 100
     assert time.monotonic() - started < 5
-    lines = [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
     assert len(lines) == 1
-    assert lines[0].split("\r")[-1].startswith(f"passed over {urls[0]}: ")
+    assert lines[0].split("\r")[-1].startswith(f"skipped {urls[0]}: ")
     assert BAD_HOSTS[page] in lines[0]
     assert names_in(tmp_path / "data") == [FOLDER, cifar10.class_of("cifar10").filename]
     assert names_in(tmp_path / "data" / FOLDER) == sorted(files)

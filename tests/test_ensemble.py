@@ -1,14 +1,15 @@
 """models/ensemble.py: from checkpoints to one network that takes images and gives probabilities."""
 
+from common.errors import UserError
+
 import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import engine
 import models.ensemble
-from errors import UserError
+from evaluation import members
 from models.ensemble import average_probs
+from training import checkpoint, loop
 from utils import normalize
 
 
@@ -17,7 +18,7 @@ def paths(tiny, tiny_recipe, tiny_data):
     """Checkpoints of three members."""
     recipes = [tiny_recipe(name=f"tiny{seed}", epochs=1, seed=seed) for seed in range(3)]
     for recipe in recipes:
-        engine.fit(tiny(), tiny_data(), recipe)
+        loop.fit(tiny(), tiny_data(), recipe)
     return [recipe.checkpoint_path for recipe in recipes]
 
 
@@ -37,13 +38,13 @@ def rewrite(path, **changes):
 @pytest.mark.parametrize("average", models.ensemble.AVERAGES)
 def test_an_ensemble_gives_the_average_of_its_members(paths, images, average):
     rewrite(paths[1], mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
-    ensemble = models.ensemble.load(paths, average=average)
+    ensemble = members.load(paths, average=average)
     assert (ensemble.classes, ensemble.image_size, ensemble.training) == (["red", "green", "blue"], 8, False)
     logits = []
     for path in paths:
         content = checkpoint.read(path)
         pixels = normalize(images, tuple(content["data"]["mean"]), tuple(content["data"]["std"]))
-        logits.append(checkpoint.build_model(path, content)(pixels))
+        logits.append(members.build_member(path, content).network(pixels))
     torch.testing.assert_close(ensemble.logits(images), torch.stack(logits), rtol=1e-5, atol=1e-5)
     probs = ensemble(images)
     assert (probs.dtype, probs.shape) == (torch.float32, (11, 3))
@@ -53,7 +54,7 @@ def test_an_ensemble_gives_the_average_of_its_members(paths, images, average):
 
 @torch.no_grad()
 def test_one_member_is_an_ensemble_too(paths, images):
-    ensemble = models.ensemble.load(paths[:1])
+    ensemble = members.load(paths[:1])
     torch.testing.assert_close(ensemble(images), ensemble.logits(images)[0].softmax(1))
 
 
@@ -69,16 +70,16 @@ def test_a_temperature_divides_the_logarithms_of_what_was_averaged(average):
 def test_members_that_do_not_go_together_are_refused(paths):
     rewrite(paths[1], image_size=16)
     with pytest.raises(UserError, match=r"image size: 8 in .*tiny0\.pt, 16 in .*tiny1\.pt"):
-        models.ensemble.load(paths)
+        members.load(paths)
     rewrite(paths[2], classes=["red", "green", "yellow"])
     with pytest.raises(UserError, match=r"classes: red, green, blue in .*, red, green, yellow in .*tiny2\.pt"):
-        models.ensemble.load([paths[0], paths[2]])
+        members.load([paths[0], paths[2]])
     with pytest.raises(UserError, match="given twice"):
-        models.ensemble.load([paths[0], paths[0].parent / "." / paths[0].name])
+        members.load([paths[0], paths[0].parent / "." / paths[0].name])
     with pytest.raises(UserError, match="none is given"):
-        models.ensemble.load([])
+        members.load([])
     with pytest.raises(UserError, match="there is no such checkpoint"):
-        models.ensemble.load([paths[0].with_name("gone.pt")])
+        members.load([paths[0].with_name("gone.pt")])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_members_that_do_not_go_together_are_refused(paths):
     ids=["floats", "one image", "another size", "grey"],
 )
 def test_images_that_it_was_not_trained_for_are_refused(paths, images, change):
-    ensemble = models.ensemble.load(paths)
+    ensemble = members.load(paths)
     with pytest.raises(ValueError, match=r"expected torch\.uint8, values 0 to 255, of shape \(B, 3, 8, 8\)"):
         ensemble(change(images))
     assert not ensemble(images).requires_grad

@@ -4,17 +4,18 @@ import dataclasses
 import json
 import sys
 
+from common.errors import UserError
+
 import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import engine
 import export
 import models.ensemble
 from dataset import cifar10
-from errors import UserError
+from evaluation import members
 from models.mobilenetv2 import mobilenetv2
+from training import checkpoint, loop
 from utils import MEAN, STD
 
 CLASSES = ["red", "grün", "blue"]
@@ -25,7 +26,7 @@ def paths(tiny, tiny_recipe, tiny_data):
     """Checkpoints of two members that are sure of themselves, each in its own way."""
     for seed in range(2):
         recipe = tiny_recipe(name=f"tiny{seed}", epochs=1, seed=seed)
-        engine.fit(tiny(), tiny_data(seed=seed), recipe)
+        loop.fit(tiny(), tiny_data(seed=seed), recipe)
         content = checkpoint.read(recipe.checkpoint_path)
         content["model"]["classifier.weight"] *= 20
         content["data"]["classes"] = CLASSES
@@ -108,7 +109,7 @@ def test_a_file_gives_the_ensembles_probabilities_and_says_what_it_is(paths, run
     assert [path.name for path in folder.iterdir()] == [file], "one file, nothing beside it"
 
     predict, metadata = opened(folder / file)
-    ensemble = models.ensemble.load(paths, average=average, temperature=temperature).requires_grad_(False)
+    ensemble = members.load(paths, average=average, temperature=temperature).requires_grad_(False)
     for count in (1, 2, 7):
         probs = predict(some_images(count))
         expected = ensemble(torch.from_numpy(some_images(count))).numpy()
@@ -161,7 +162,7 @@ def test_the_default_checkpoints_and_one_alone(paths, run, capsys):
     assert "on 1 random images" in printed
     with open("a.model", "rb") as file:
         network = torch.export.load(file).module()
-    ensemble = models.ensemble.load(["checkpoints/densenet.pt"])
+    ensemble = members.load(["checkpoints/densenet.pt"])
     images = torch.from_numpy(some_images(5))
     torch.testing.assert_close(network(images), ensemble(images), rtol=0, atol=1e-6)
 

@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+from common import errors, files
+
 import pytest
 from conftest import assert_same, without_times
 
-import checkpoint
-import errors
-import files
-import plotting
+from training import checkpoint
+from training.history import read_csv
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
 
@@ -114,7 +114,7 @@ class Chain:
             self.done = content["training"]["epoch"]
             curves = self.folder / "plots" / "mobilenetv2.csv"
             if curves.exists():  # after a kill it may lack the checkpoint's last epoch, which a resumed run puts there
-                rows = plotting.read_csv(curves)
+                rows = read_csv(curves)
                 assert rows == content["history"][: len(rows)]
                 assert len(rows) >= self.done - 1
         if reported:
@@ -129,7 +129,7 @@ class Chain:
         self.check()
         content = checkpoint.read(self.path)
         assert content["finished"]
-        history = plotting.read_csv(self.folder / "plots" / "mobilenetv2.csv")
+        history = read_csv(self.folder / "plots" / "mobilenetv2.csv")
         assert history == content["history"]
         content["history"] = without_times(content["history"])
         del content["digest"], content["training"]["seconds"]
@@ -182,7 +182,7 @@ def test_stopped_at_any_moment(forks, tmp_path, seed, count):
         assert process.exitcode in (0, 128 + number, -number, 1), said
         if "stopped in epoch" in said:
             assert process.exitcode == 128 + number
-            assert "the same command with --resume goes on from there" in said
+            assert "the same command with --resume continues from there" in said
             step = int(said.split("after step ")[1].split()[0])
             assert checkpoint.read(chain.path)["training"]["step"] == step, "no more than the step in flight is lost"
             saved += 1
@@ -255,12 +255,12 @@ def test_a_second_run_on_the_same_checkpoint_is_refused_and_a_dead_ones_lock_is_
     second = chain.start()
     second.join(60)
     assert second.exitcode == 2
-    assert f"process {first.pid} on " in chain.log.read_text()
+    assert "another process is writing the checkpoint there" in chain.log.read_text()
     assert "checkpoints/mobilenetv2.pt: " in chain.log.read_text()
     first.kill()
     first.join(60)
     third = chain.start()
-    while not (chain.log.exists() and "going on from" in chain.log.read_text()):
+    while not (chain.log.exists() and "resuming from" in chain.log.read_text()):
         assert third.is_alive(), chain.log.read_text()
         time.sleep(0.05)
     third.kill()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import metrics
+from evaluation import metrics
 from models.ensemble import average_probs
 
 

@@ -1,4 +1,4 @@
-"""openmp.py is imported before torch by every script, or it would do nothing."""
+"""common is imported before torch by every script, or it would do nothing."""
 
 import os
 import subprocess

@@ -10,18 +10,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from common import errors
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import dataset
-import engine
-import errors
 import predict
 from dataset import image_folder
+from evaluation import members
 from models.mobilenetv2 import mobilenetv2
+from training import checkpoint, loop
 from utils import normalize
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ CLASSES = ["red", "green", "blue"]
 def folder(tmp_path, tiny, tiny_recipe, tiny_data):
     """A folder with checkpoints under the three scripts' names and eight pictures, one of them further down."""
     for seed, name in enumerate(MEMBERS):
-        engine.fit(tiny(), tiny_data(), tiny_recipe(name=name, epochs=1, seed=seed))
+        loop.fit(tiny(), tiny_data(), tiny_recipe(name=name, epochs=1, seed=seed))
     (tmp_path / "photos" / "more").mkdir(parents=True)
     for number in range(7):
         picture(number).save(tmp_path / "photos" / f"{number}.png")
@@ -81,7 +82,7 @@ def numpy_probs(folder, images, names=MEMBERS):
     logits = []
     for name in names:
         path = folder / "checkpoints" / f"{name}.pt"
-        model = checkpoint.build_model(path, checkpoint.read(path))
+        model = members.build_member(path, checkpoint.read(path)).network
         with torch.no_grad():
             logits.append(model(normalize(torch.from_numpy(images))).double().numpy())
     powers = np.exp(np.stack(logits))
@@ -197,7 +198,7 @@ def test_a_pipe_among_the_images_is_not_waited_for(folder):
     rows, _ = told(folder, "photos", status=1)
     assert [row["image"] for row in rows if "error" in row] == [str(Path("photos", "pipe.png"))]
     error = refused(folder, "photos/0.png", "--csv", pipe)
-    assert "pipe.png: the predictions could not be written (what lies there is no ordinary file)" in error
+    assert "pipe.png: the predictions could not be written (it is not a regular file)" in error
     assert pipe.is_fifo()
 
 
@@ -244,22 +245,6 @@ def test_in_folders_files_that_are_no_images_by_their_names_are_passed_over(fold
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text("no image")
     assert "texts: there are no images in this folder" in refused(folder, "texts")
-
-
-def test_lines_are_aligned_in_any_script(folder):
-    for number, name in enumerate(["cat.png", "katze-größer.png", "кошка.png", "猫の写真.png", "cafe\u0301.png"]):
-        picture(number).save(folder / name)
-    names = sorted(path.name for path in folder.glob("*.png"))
-    done = run(folder, *names, "--top", 2)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == names
-    assert len({predict.columns(line) for line in lines}) == 1
-    for line, own in zip(lines, (predict.columns(line.split()[0]) for line in lines), strict=True):
-        assert own <= predict.columns("katze-größer.png")
-        assert line.count(" %") == 2
-    rows, _ = told(folder, *names)
-    assert [row["image"] for row in rows] == names
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes any bytes for a file's name")

@@ -12,6 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from unittest import mock
 
+from common.errors import UserError
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -22,11 +24,10 @@ from test_dataset import encode, pictures, same, write_folder
 import dataset
 import dense
 import mobilenetv2
-import recipe
 import resnext
 from dataset import image_folder
 from dataset.splits import balanced_rows
-from errors import UserError
+from training import recipe
 
 
 def tries(number: int):

@@ -2,13 +2,14 @@
 
 from dataclasses import fields, replace
 
+from common.errors import UserError
+
 import pytest
 
 import dense
 import mobilenetv2
-import recipe
 import resnext
-from errors import UserError
+from training import recipe
 
 SCRIPTS = [dense, mobilenetv2, resnext]
 by_script = pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for script in SCRIPTS])
@@ -23,7 +24,7 @@ ANOTHER = {
     "depth": 37, "recipe": "original", "base_min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
     "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_horizon": 0.5, "device": "cpu",
     "deterministic": True, "sync_bn": True,
-    "compile": "none", "precision": "float32", "hue": 0.1, "flip": 0.25, "alternating_flip": True,
+    "compile": "none", "precision": "float32", "hue": 0.1, "flip": 0.25,
     "augment_until": 0.5, "test_split": 0.5, "randaugment_magnitude": 3, "resume": True, "overwrite": True,
     "tensorboard": True,
 }  # fmt: skip
@@ -160,8 +161,8 @@ def test_a_networks_own_flags_are_checked_too(script, arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--base-min-lr", "0.02"], "--base-min-lr 0.02 is above --base-lr 0.01"),
-        (["--base-lr", "0.00005"], "--base-min-lr 0.0001 is above --base-lr 5e-05"),
+        (["--base-min-lr", "0.2"], "--base-min-lr 0.2 is above --base-lr 0.05"),
+        (["--base-lr", "0.00005", "--base-min-lr", "0.0001"], "--base-min-lr 0.0001 is above --base-lr 5e-05"),
         (["--momentum", "0", "--nesterov"], "--nesterov needs a --momentum above 0"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--data", "photos", "--data-url", "http://x/"], "--data-url 'http://x/' is for CIFAR"),
@@ -189,13 +190,13 @@ def test_values_that_do_not_go_together_and_impossible_names_are_refused(argumen
 
 
 def test_equal_rates_are_a_constant_rate():
-    assert parse("--base-lr", "0.0001").base_min_lr == 0.0001
+    assert parse("--base-lr", "0.0001", "--base-min-lr", "0.0001").base_min_lr == 0.0001
 
 
 def test_at_the_command_line_a_mistake_ends_with_status_2_and_no_traceback(start, tmp_path):
     mistakes = [
         ("mobilenetv2.py", ["--epoch", "3"], "--epoch 3"),
-        ("resnext.py", ["--base-min-lr", "0.5"], "--base-min-lr 0.5 is above --base-lr 0.01"),
+        ("resnext.py", ["--base-min-lr", "0.5"], "--base-min-lr 0.5 is above --base-lr 0.05"),
         ("dense.py", ["--depth", "120", "--data", "digits"], "--depth is 120"),
     ]
     for (_, _, words), process in [(mistake, start(tmp_path, mistake[0], *mistake[1])) for mistake in mistakes]:

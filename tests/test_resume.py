@@ -8,8 +8,8 @@ import time
 import pytest
 from conftest import assert_same, without_times
 
-import checkpoint
-import plotting
+from training import checkpoint
+from training.history import read_csv
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
 
@@ -31,7 +31,7 @@ def assert_same_run(folder, expected_folder):
     for place in (folder, expected_folder):
         content = checkpoint.read(checkpoint_of(place))
         assert content["finished"]
-        curve = plotting.read_csv(place / "plots" / "mobilenetv2.csv")
+        curve = read_csv(place / "plots" / "mobilenetv2.csv")
         assert curve == content["history"]
         content["history"] = without_times(content["history"])
         del content["digest"], content["training"]["seconds"]
@@ -108,7 +108,7 @@ def test_a_run_in_pieces_is_the_whole_run(whole, launch, tmp_path, numbers, val,
         else:
             assert status == 128 + number, err
             assert err == ""
-            assert "saved to checkpoints/mobilenetv2.pt; the same command with --resume goes on from there" in out
+            assert "saved to checkpoints/mobilenetv2.pt; the same command with --resume continues from there" in out
         content = checkpoint.read(path)
         done = content["training"]["epoch"]
         # What was reported was saved before.
@@ -120,7 +120,7 @@ def test_a_run_in_pieces_is_the_whole_run(whole, launch, tmp_path, numbers, val,
         assert any(0 < step < STEPS for step in steps), f"no signal fell in mid-epoch: {steps}"
     status, out, err = end_of(launch(tmp_path, *flags))
     assert status == 0, err
-    assert "going on from checkpoints/mobilenetv2.pt" in out
+    assert "resuming from checkpoints/mobilenetv2.pt" in out
     assert_same_run(tmp_path, wholes[val])
 
 
@@ -137,5 +137,5 @@ def test_a_second_signal_ends_the_process_at_once_and_its_files_are_whole(launch
     assert err == ""
     content = checkpoint.read(checkpoint_of(tmp_path))
     assert content["training"]["epoch"] >= 1
-    assert plotting.read_csv(tmp_path / "plots" / "mobilenetv2.csv") == content["history"]
+    assert read_csv(tmp_path / "plots" / "mobilenetv2.csv") == content["history"]
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2

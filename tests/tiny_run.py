@@ -13,12 +13,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import distributed, errors
+
 from conftest import Tiny, tiny_images, tiny_network, tiny_recipe_in
 
-import engine
-import errors
-import parallel
 from models import NETWORKS
+from training import checkpoint, loop
 
 
 class Double(Tiny):
@@ -33,13 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     NETWORKS["tiny"] = Double
     torch.set_num_threads(1)
     rank = os.environ.get("RANK", "0")
-    with parallel.processes(recipe.device):
-        previous = engine.previous_run(recipe)
+    with distributed.processes(recipe.device), checkpoint.previous_run(recipe) as previous:
         model = tiny_network().double()
         model.__class__ = Double
         if fault and fault[0].split(":")[0] == rank:
             kill_at(model, int(fault[0].split(":")[1]), folder / "killed")
-        run = engine.fit(model, tiny_images(), recipe, previous)
+        run = loop.fit(model, tiny_images(), recipe, previous)
         if run.stopped_by is None:
             torch.save({"model": model.state_dict(), "history": run.history}, folder / f"rank{rank}.pt")
     return run.exit_status

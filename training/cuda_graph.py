@@ -7,12 +7,12 @@ graph starts all of a step's at once; torch.compile makes fewer of them, each wi
 import functools
 from collections.abc import Callable
 
+from common import distributed
+from common.device import is_out_of_memory
+from common.errors import UserError, first_line
+
 import torch
 from torch import Tensor, nn
-
-import parallel
-from errors import UserError, first_line
-from utils import is_out_of_memory
 
 WARM_UP = 3  # runs before a recording, for cuDNN and cuBLAS to choose their algorithms and take their memory
 
@@ -25,7 +25,7 @@ def pick_compile(choice: str, device: torch.device) -> str:
     """What --compile comes to on a device: `auto` is "graph" on CUDA, with one process, and "none" elsewhere."""
     if choice != "auto":
         return choice
-    return "graph" if device.type == "cuda" and parallel.world_size() == 1 else "none"
+    return "graph" if device.type == "cuda" and distributed.world_size() == 1 else "none"
 
 
 class FastStep:
@@ -50,7 +50,7 @@ class FastStep:
         self.prepared: dict[int, Callable[[Tensor, Tensor], None]] = {}  # by the batch's size
         self.pool = None
         if choice in ("graph", "both") and device.type != "cuda":
-            parallel.say(f"--compile {choice} is for CUDA; on this device the operators run one by one")
+            distributed.print_rank0(f"--compile {choice} is for CUDA; on this device the operators run one by one")
             self.choice = "none"
         elif choice in ("graph", "both"):
             self.pool = torch.cuda.graph_pool_handle()  # the graphs never run at once: they share their memory
@@ -81,9 +81,9 @@ class FastStep:
                 raise
             # What a recording breaks off on is told by the error behind that of its end.
             reason = "; ".join(first_line(cause) for cause in (error.__context__, error) if cause)
-            if parallel.world_size() > 1:  # the others may have done that step: from here on each would be at another
+            if distributed.world_size() > 1:  # the others may have done that step already
                 raise UserError(f"--compile {self.choice} fails here ({reason}); take --compile none") from None
-            parallel.say(f"--compile {self.choice} fails here ({reason}); the operators run one by one")
+            distributed.print_rank0(f"--compile {self.choice} fails here ({reason}); the operators run one by one")
             self.choice = "none"
             return plain
         finally:

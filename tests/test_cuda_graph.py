@@ -2,24 +2,24 @@
 
 import contextlib
 
+from common import distributed
+from common.errors import UserError
+
 import pytest
 import torch
 from conftest import ALL_ON, assert_same, without_times
 from torch import nn
 
-import engine
-import fast
-import parallel
 from dataset import Split
-from errors import UserError
-from fast import FastStep, pick_compile
-from utils import TrainLoader, augmentation_of
+from training import cuda_graph, loop
+from training.cuda_graph import FastStep, pick_compile
+from utils import TrainLoader
 
 
 @pytest.fixture
 def train(tiny, tiny_recipe, tiny_data):
     def run(**changes):
-        return engine.fit(tiny(), tiny_data(), tiny_recipe(overwrite=True, **{**ALL_ON, **changes}))
+        return loop.fit(tiny(), tiny_data(), tiny_recipe(overwrite=True, **{**ALL_ON, **changes}))
 
     return run
 
@@ -56,7 +56,7 @@ def compiler(monkeypatch):
 def assert_same_run(found, expected):
     assert without_times(found.history) == without_times(expected.history)
     assert_same(found.model.state_dict(), expected.model.state_dict())
-    assert_same(found.average.state_dict(), expected.average.state_dict())
+    assert_same(found.ema.state_dict(), expected.ema.state_dict())
     assert_same(found.optimizer.state_dict()["state"], expected.optimizer.state_dict()["state"])
 
 
@@ -95,7 +95,7 @@ def test_an_operator_that_cannot_be_recorded_is_named_beside_the_end_of_the_reco
 
 def test_one_of_several_processes_does_not_go_on_alone_after_a_failure(train, compiler, monkeypatch):
     compiler("forward")
-    monkeypatch.setattr(fast.parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(cuda_graph.distributed, "world_size", lambda: 2)
     step = FastStep(
         lambda images, labels, network: network(images),
         nn.Identity(),
@@ -115,7 +115,7 @@ def test_one_of_several_processes_does_not_go_on_alone_after_a_failure(train, co
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )  # fmt: skip
-def test_memory_that_runs_out_in_the_preparation_is_no_reason_to_go_on(train, compiler, monkeypatch, error):
+def test_explain_out_of_memory_in_the_preparation_is_no_reason_to_go_on(train, compiler, monkeypatch, error):
     compiler()
 
     def run_out(*_):
@@ -138,7 +138,7 @@ def test_graphs_are_for_cuda_and_elsewhere_that_is_said(train, capsys, choice):
     ("device", "processes", "way"), [("cpu", 1, "none"), ("cuda", 1, "graph"), ("cuda", 2, "none")]
 )
 def test_auto_is_what_fits_the_device(monkeypatch, device, processes, way):
-    monkeypatch.setattr(parallel, "world_size", lambda: processes)
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
     assert pick_compile("auto", torch.device(device)) == way
     assert pick_compile("inductor", torch.device(device)) == "inductor"
 
@@ -196,8 +196,8 @@ def test_a_recorded_step_is_replayed_on_each_batch(tiny, tiny_recipe, tiny_data,
     for way in ("none", choice):
         model = tiny()
         device = torch.device("cpu")
-        run = engine.Run(model, engine.make_optimizer(model, recipe, device), engine.Average(model, 0.9))
-        trainer = engine.Trainer(run, data.train, recipe, device)
+        run = loop.Run(model, loop.make_optimizer(model, recipe, device), loop.ModelEma(model, 0.9))
+        trainer = loop.Trainer(run, data.train, recipe, device)
         steps = []
 
         def step(images, labels, network, trainer=trainer, steps=steps):
@@ -214,8 +214,10 @@ def test_a_recorded_step_is_replayed_on_each_batch(tiny, tiny_recipe, tiny_data,
         for epoch in range(2):
             for number, (images, labels) in enumerate(trainer.loader.epoch(epoch)):
                 trainer.train(epoch, number, images, labels)
-        ends.append((trainer.state(), dict(run.average.state_dict())))
-        assert steps == (2 * [4, 4, 4, 4, 4, 2] if way == "none" else fast.WARM_UP * [4] + fast.WARM_UP * [2])
+        ends.append((trainer.state(), dict(run.ema.state_dict())))
+        assert steps == (
+            2 * [4, 4, 4, 4, 4, 2] if way == "none" else cuda_graph.WARM_UP * [4] + cuda_graph.WARM_UP * [2]
+        )
     assert_same(list(ends[1]), list(ends[0]))
     assert [set(compiled.sizes) for compiled in made] == ([{4}] if choice == "both" else [])
 
@@ -241,7 +243,7 @@ def test_on_a_gpu_batches_are_those_of_the_cpu(tiny_recipe):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=generator)
     split = Split(images.numpy(), torch.arange(200).numpy())
-    settings = augmentation_of(tiny_recipe(cutout=5, randaugment_ops=2))
+    settings = tiny_recipe(cutout=5, randaugment_ops=2).augmentation()
     for epoch in range(2):
         here, there = (
             list(TrainLoader(split, 30, settings, device=device, chunk_size=60).epoch(epoch))

@@ -11,17 +11,17 @@ import sys
 import time
 from pathlib import Path
 
+from common import distributed
+
 import pytest
 import tiny_run
 import torch
 from conftest import ALL_ON, assert_same, tiny_images, tiny_network, tiny_recipe_in, without_times
 from torch.nn import functional as F
 
-import checkpoint
-import engine
-import parallel
-import plotting
-from utils import CosineSchedule, TrainLoader, augmentation_of, normalize
+from training import checkpoint, loop
+from training.history import read_csv
+from utils import CosineSchedule, TrainLoader, normalize
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="PyTorch for Windows has no torchrun over Gloo")
@@ -99,19 +99,19 @@ def finish(process, seconds=150):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
 def test_shares_are_equal_but_for_one_and_make_up_the_whole(count, world_size):
-    parts = [list(range(count))[parallel.share(count, rank, world_size)] for rank in range(world_size)]
+    parts = [list(range(count))[distributed.share(count, rank, world_size)] for rank in range(world_size)]
     assert list(itertools.chain(*parts)) == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 @pytest.mark.parametrize("batch_size", [8, 11, 19])
 def test_the_processes_shares_of_a_batch_make_up_the_batch(monkeypatch, tmp_path, batch_size):
-    data, settings = tiny_images().train, augmentation_of(tiny_recipe_in(tmp_path))
+    data, settings = tiny_images().train, tiny_recipe_in(tmp_path).augmentation()
     whole = list(TrainLoader(data, batch_size, settings).epoch(1, start=1))
-    monkeypatch.setattr(parallel, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     shares = []
     for rank in range(3):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         shares.append(list(TrainLoader(data, batch_size, settings, chunk_size=batch_size).epoch(1, start=1)))
     for batch, *parts in zip(whole, *shares, strict=True):
         assert_same([torch.cat(part) for part in zip(*parts, strict=True)], list(batch))
@@ -120,7 +120,7 @@ def test_the_processes_shares_of_a_batch_make_up_the_batch(monkeypatch, tmp_path
 def in_turn(recipe, world_size):
     """What the processes compute, in one: the shares of each batch in turn, the gradients weighed by their images."""
     data, model = tiny_images(), tiny_network().double()
-    loader = engine.loader_of(recipe, data.train)
+    loader = loop.train_loader(recipe, data.train)
     schedule = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, recipe.warmup, recipe.schedule_step)
     sgd = torch.optim.SGD(
         [
@@ -139,7 +139,7 @@ def in_turn(recipe, world_size):
                 group["lr"] = torch.tensor(schedule(epoch, step, len(loader))).item()
             sgd.zero_grad()
             for rank in range(world_size):
-                part = parallel.share(len(labels), rank, world_size)
+                part = distributed.share(len(labels), rank, world_size)
                 before = {name: buffer.clone() for name, buffer in model.named_buffers()}
                 logits = model(images[part].double())
                 loss = F.cross_entropy(logits, labels[part], reduction="sum", label_smoothing=recipe.label_smoothing)
@@ -175,7 +175,7 @@ def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, w
         assert row["test_loss"] == pytest.approx(test_loss, rel=1e-6)  # of float32 logits
     content = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
     assert_same(dict(content["model"]), dict(found[0]["model"]))
-    assert len(plotting.read_csv(tmp_path / "plots" / "tiny.csv")) == 3
+    assert len(read_csv(tmp_path / "plots" / "tiny.csv")) == 3
     assert f"in {world_size} processes" in logs[0]
     rate = 0.8 * batch_size / 64
     assert f"batches of {batch_size} in all processes together, learning rates {rate:g} and" in logs[0]
@@ -253,7 +253,7 @@ def test_torchrun_names_the_process_that_dies_and_goes_on_from_the_checkpoint(ru
     assert status == 0, err
     assert "failed (exitcode: -9) local_rank: 1" in err
     assert time.monotonic() - started < 120, "both starts included"
-    assert "going on from" in out
+    assert "resuming from" in out
     assert [out.count(f"epoch {epoch}/3") for epoch in (1, 2, 3)] == [1, 1, 1]
     disturbed = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
     run(2, {"batch_size": 6, "overwrite": True})
@@ -265,7 +265,8 @@ def test_torchrun_names_the_process_that_dies_and_goes_on_from_the_checkpoint(ru
 @pytest.mark.parametrize(("world_size", "said"), [("2", "done\n"), ("1", "done\ntaken down\n")])
 def test_one_of_several_processes_ends_without_taking_python_down(world_size, said):
     """Or else a thread of Gloo's, late with the last exchange, aborts about every fourth that ends right behind it."""
-    code = "import atexit, errors; atexit.register(print, 'taken down'); errors.run(lambda: print('done') or 3)"
+    code = "import atexit; atexit.register(print, 'taken down')"
+    code += "; from common import errors; errors.run(lambda: print('done') or 3)"
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "WORLD_SIZE": world_size}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, encoding="utf-8")
     assert (ended.stdout, ended.returncode) == (said, 3)

@@ -13,15 +13,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common import files
+from common.errors import UserError
+
 import numpy as np
 import PIL
 import torch
 import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
-import files
 from dataset import Split
-from errors import UserError
 from models import NETWORKS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,9 +10,9 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-import augment
-from augment import GEOMETRIC_OPS, JITTER_OPS, MAGNITUDE_BINS, RANDAUGMENT_OPS, SIGNED_OPS, Augmentation, Augmenter
-from dataset import Split
+from dataset import Split, operators, transforms
+from dataset.operators import GEOMETRIC_OPS, MAGNITUDE_BINS, RANDAUGMENT_OPS, SIGNED_OPS
+from dataset.transforms import JITTER_OPS, Augmentation, Augmenter
 from utils import MEAN, STD, TrainLoader, epoch_generator, normalize
 
 RANDAUGMENT = v2.RandAugment()
@@ -112,7 +112,7 @@ def test_jitter_equals_torchvision(name, size):
     changes = torch.rand(60, generator=torch.Generator().manual_seed(4)) * 2 * reach - reach
     changes = torch.cat((edges, changes))
     images = images_of(size)
-    ours = mixed(augment.JITTER[JITTER_OPS.index(name)], images, changes)
+    ours = mixed(transforms.JITTER[JITTER_OPS.index(name)], images, changes)
     theirs = torch.stack([JITTER[name](images, float(change)) for change in changes])
     assert_same(ours, theirs, blending=name in BLENDING)
 
@@ -124,13 +124,13 @@ def magnitudes_of(name, size):
 
 
 @pytest.mark.parametrize("size", [32, 21])
-@pytest.mark.parametrize("name", augment.RANDAUGMENT)
+@pytest.mark.parametrize("name", transforms.RANDAUGMENT)
 def test_randaugment_colours_equal_torchvision(name, size):
     magnitudes = magnitudes_of(name, size)
     if SPACE[name][1]:
         magnitudes = torch.cat((magnitudes, -magnitudes))
     images = images_of(size)
-    ours = mixed(augment.RANDAUGMENT[name], images, magnitudes)
+    ours = mixed(transforms.RANDAUGMENT[name], images, magnitudes)
     theirs = torch.stack([by_torchvision(images, name, float(magnitude)) for magnitude in magnitudes])
     assert_same(ours, theirs, blending=name in BLENDING)
 
@@ -138,14 +138,16 @@ def test_randaugment_colours_equal_torchvision(name, size):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_posterize_to_any_number_of_bits(bits):
     images = images_of(20)
-    assert_same(augment.posterize(images, torch.full((len(images),), bits)), TF.posterize(images, bits), blending=False)
+    assert_same(
+        operators.posterize(images, torch.full((len(images),), bits)), TF.posterize(images, bits), blending=False
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_sharpness_of_tiny_images(size):
     images = torch.randint(256, (20, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     for change in (0.9, -0.9):
-        ours = augment.adjust_sharpness(images, torch.full((20,), change))
+        ours = operators.adjust_sharpness(images, torch.full((20,), change))
         assert ours is not images
         assert_same(ours, TF.adjust_sharpness(images, 1.0 + change), blending=True)
 
@@ -159,31 +161,31 @@ def test_moved_pixels_equal_torchvision(name, size):
     images = torch.cat((photos(2, size), odd_images(size)[:2]))
     row = 2 * GEOMETRIC_OPS.index(name)
     for magnitude in range(MAGNITUDE_BINS):
-        sources = augment.geometric_sources(size, magnitude)
+        sources = operators.geometric_sources(size, magnitude)
         strength = float(magnitudes_of(name, size)[magnitude])
         for signed, source in zip((strength, -strength), sources[row : row + 2], strict=True):
             theirs = by_torchvision(images, name, signed)
-            assert_same(augment.remap(images, source.expand(len(images), -1)), theirs, blending=False)
+            assert_same(operators.remap(images, source.expand(len(images), -1)), theirs, blending=False)
 
 
 @pytest.mark.parametrize(("size", "padding"), [(32, 4), (20, 3), (16, 0), (8, 10)])
 def test_crops_equal_torchvision(size, padding):
     images = photos(3, size).clamp(min=1)  # so that nought comes from outside alone
-    sources = augment.crop_sources(size, padding)
+    sources = operators.crop_sources(size, padding)
     side = 2 * padding + 1
     assert sources.shape == (side**2, size**2)
     padded = TF.pad(images, [padding])
     for row, source in enumerate(sources):
         theirs = TF.crop(padded, row // side, row % side, size, size)
-        assert_same(augment.remap(images, source.expand(len(images), -1)), theirs, blending=False)
+        assert_same(operators.remap(images, source.expand(len(images), -1)), theirs, blending=False)
 
 
 def test_remap_gives_every_image_its_own_move():
     images = photos(81, 32)
-    sources = augment.crop_sources(32, 4)
-    together = augment.remap(images, sources)
+    sources = operators.crop_sources(32, 4)
+    together = operators.remap(images, sources)
     for image, source, moved in zip(images, sources, together, strict=True):
-        assert torch.equal(augment.remap(image[None], source[None])[0], moved)
+        assert torch.equal(operators.remap(image[None], source[None])[0], moved)
 
 
 # ------------------------------------------------------------------------------------------------ RandAugment's space
@@ -192,14 +194,14 @@ def test_remap_gives_every_image_its_own_move():
 def test_randaugment_space_is_torchvisions():
     assert tuple(SPACE) == RANDAUGMENT_OPS
     assert {name for name, (_, signed) in SPACE.items() if signed} == set(SIGNED_OPS)
-    assert {"Identity", *GEOMETRIC_OPS, *augment.RANDAUGMENT} == set(SPACE)
+    assert {"Identity", *GEOMETRIC_OPS, *transforms.RANDAUGMENT} == set(SPACE)
     assert v2.RandAugment().num_magnitude_bins == MAGNITUDE_BINS
 
 
 @pytest.mark.parametrize("size", [16, 32, 48])
 @pytest.mark.parametrize("name", RANDAUGMENT_OPS)
 def test_magnitudes_are_torchvisions(name, size):
-    ours = torch.stack([augment.op_magnitude(name, magnitude, size).float() for magnitude in range(MAGNITUDE_BINS)])
+    ours = torch.stack([operators.op_magnitude(name, magnitude, size).float() for magnitude in range(MAGNITUDE_BINS)])
     assert torch.equal(ours, magnitudes_of(name, size))
 
 
@@ -232,7 +234,7 @@ def chain_of_torchvision(image, draws, settings):
 
 def augmented(images, order, draws, settings, chunk):
     """Our chain on images[order], chunk by chunk."""
-    plan = augment.plan(order, draws, chunk)
+    plan = transforms.plan(order, draws, chunk)
     augmenter = Augmenter(images.shape[-1], settings)
     return torch.cat([augmenter(images, plan, number) for number in range(len(plan))])
 
@@ -263,7 +265,7 @@ def test_chain_equals_torchvision(chain):
     size, settings = CHAINS[chain]
     images = torch.cat((photos(330, size), odd_images(size)))
     generator = torch.Generator().manual_seed(5)
-    draws = augment.draw(len(images), size, settings, generator)
+    draws = transforms.draw(len(images), size, settings, generator)
     order = torch.randperm(len(images), generator=generator)
     ours = augmented(images, order, draws, settings, chunk=64)
     theirs = torch.stack([chain_of_torchvision(images[i], draws[i], settings) for i in order])
@@ -272,7 +274,7 @@ def test_chain_equals_torchvision(chain):
 
 def test_nothing_asked_for_is_nothing_done():
     images = images_of(32)
-    draws = augment.draw(len(images), 32, NOTHING, torch.Generator().manual_seed(0))
+    draws = transforms.draw(len(images), 32, NOTHING, torch.Generator().manual_seed(0))
     order = torch.arange(len(images))
     assert torch.equal(augmented(images, order, draws, NOTHING, chunk=7), images)
 
@@ -281,7 +283,7 @@ def test_nothing_asked_for_is_nothing_done():
 def test_each_augmentation_can_be_had_alone(name):
     settings = replace(NOTHING, **{name: getattr(Augmentation(), name)})
     images = photos(100, 32)
-    draws = augment.draw(len(images), 32, settings, torch.Generator().manual_seed(0))
+    draws = transforms.draw(len(images), 32, settings, torch.Generator().manual_seed(0))
     ours = augmented(images, torch.arange(len(images)), draws, settings, chunk=100)
     theirs = torch.stack([chain_of_torchvision(image, draws[i], settings) for i, image in enumerate(images)])
     assert_same_chain(ours, theirs, draws)
@@ -299,34 +301,34 @@ def test_cutout_greys_a_square_about_its_centre_and_nothing_else(side):
     for image, centre in zip(expected, centres.tolist(), strict=True):
         top, left = centre // 16 - side // 2, centre % 16 - side // 2
         square = image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
-        square.copy_(torch.tensor(augment.MEAN_COLOUR).view(3, 1, 1).expand_as(square))
-    assert torch.equal(augment.cut_out(images, centres, side), expected)
-    assert normalize(torch.tensor(augment.MEAN_COLOUR).to(torch.uint8).view(1, 3, 1, 1)).abs().max() < 0.02
+        square.copy_(torch.tensor(operators.MEAN_COLOUR).view(3, 1, 1).expand_as(square))
+    assert torch.equal(operators.cut_out(images, centres, side), expected)
+    assert normalize(torch.tensor(operators.MEAN_COLOUR).to(torch.uint8).view(1, 3, 1, 1)).abs().max() < 0.02
 
 
 def test_cutout_comes_last_and_changes_no_other_draw():
     images = photos(100, 32)
     plain, cut = Augmentation(), Augmentation(cutout=9)
-    draws = [augment.draw(100, 32, settings, torch.Generator().manual_seed(0)) for settings in (plain, cut)]
-    for field in fields(augment.Draws):
+    draws = [transforms.draw(100, 32, settings, torch.Generator().manual_seed(0)) for settings in (plain, cut)]
+    for field in fields(transforms.Draws):
         same = torch.equal(getattr(draws[0], field.name), getattr(draws[1], field.name))
         assert same == (field.name != "cutout"), field.name
     assert len(draws[1].cutout.unique()) > 80
     order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
     without = augmented(images, order, draws[0], plain, chunk=30)
     assert torch.equal(
-        augmented(images, order, draws[1], cut, chunk=30), augment.cut_out(without, draws[1].cutout[order], 9)
+        augmented(images, order, draws[1], cut, chunk=30), operators.cut_out(without, draws[1].cutout[order], 9)
     )
 
 
 ALL_OPERATORS = {
-    **dict(zip(JITTER_OPS, augment.JITTER, strict=True)),
-    **augment.RANDAUGMENT,
-    "crop": lambda images, _: augment.remap(images, augment.crop_sources(32, 4)[: len(images)]),
+    **dict(zip(JITTER_OPS, transforms.JITTER, strict=True)),
+    **transforms.RANDAUGMENT,
+    "crop": lambda images, _: operators.remap(images, operators.crop_sources(32, 4)[: len(images)]),
     "chain": lambda images, _: augmented(
         images,
         torch.arange(len(images)),
-        augment.draw(len(images), 32, Augmentation(), torch.Generator().manual_seed(0)),
+        transforms.draw(len(images), 32, Augmentation(), torch.Generator().manual_seed(0)),
         Augmentation(),
         chunk=len(images),
     ),
@@ -361,7 +363,7 @@ SIGMAS = 4.0
 
 @pytest.fixture(scope="module")
 def draws():
-    return augment.draw(NUM_DRAWS, 32, Augmentation(), torch.Generator().manual_seed(6))
+    return transforms.draw(NUM_DRAWS, 32, Augmentation(), torch.Generator().manual_seed(6))
 
 
 def assert_uniform(cells, num_cells):
@@ -412,7 +414,7 @@ def test_every_order_of_the_jitter_is_equally_likely(draws):
 @pytest.mark.parametrize("reach", [(0.2, 0.2, 0.2, 0.2), (0.5, 1.0, 1.7, 0.5), (0.9, 0.1, 0.4, 0.05)])
 def test_jitter_is_uniform_over_torchvisions_range(reach):
     settings = Augmentation(**dict(zip(JITTER_OPS, reach, strict=True)))
-    changes = augment.draw(NUM_DRAWS, 32, settings, torch.Generator().manual_seed(7)).jitter_change
+    changes = transforms.draw(NUM_DRAWS, 32, settings, torch.Generator().manual_seed(7)).jitter_change
     theirs = v2.ColorJitter(*reach)
     for column, name in enumerate(JITTER_OPS):
         low, high = getattr(theirs, name)
@@ -422,7 +424,7 @@ def test_jitter_is_uniform_over_torchvisions_range(reach):
 
 @pytest.mark.parametrize("probability", [0.5, 0.1, 0.0, 1.0])
 def test_flip_has_its_probability(probability):
-    flip = augment.draw(NUM_DRAWS, 32, Augmentation(flip=probability), torch.Generator().manual_seed(8)).flip
+    flip = transforms.draw(NUM_DRAWS, 32, Augmentation(flip=probability), torch.Generator().manual_seed(8)).flip
     assert ((flip == 0) | (flip == 1)).all()
     if probability in (0.0, 1.0):
         assert (flip == probability).all()
@@ -432,7 +434,7 @@ def test_flip_has_its_probability(probability):
 
 @pytest.mark.parametrize("ops", [1, 2, 3])
 def test_randaugment_draws_with_replacement(ops):
-    chosen = augment.draw(NUM_DRAWS, 32, Augmentation(randaugment_ops=ops), torch.Generator().manual_seed(9))
+    chosen = transforms.draw(NUM_DRAWS, 32, Augmentation(randaugment_ops=ops), torch.Generator().manual_seed(9))
     chosen = chosen.randaugment_op
     assert chosen.shape == (NUM_DRAWS, ops)
     for column in chosen.T:
@@ -446,7 +448,7 @@ def test_randaugment_draws_with_replacement(ops):
 @pytest.mark.parametrize("size", [32, 20])
 def test_strengths_are_torchvisions_with_even_signs(size):
     settings = Augmentation(randaugment_magnitude=14)
-    draws = augment.draw(NUM_DRAWS, size, settings, torch.Generator().manual_seed(10))
+    draws = transforms.draw(NUM_DRAWS, size, settings, torch.Generator().manual_seed(10))
     for place in range(2):
         op, magnitude = draws.randaugment_op[:, place], draws.randaugment_magnitude[:, place]
         for number, (name, (_, signed)) in enumerate(SPACE.items()):
@@ -549,29 +551,6 @@ def test_every_image_comes_once_an_epoch(split):
         assert torch.cat([labels for _, labels in batches]).sort().values.tolist() == list(range(COUNT))
 
 
-def flipped(split, epoch, **changes):
-    """Which images an epoch flips, in the data set's order."""
-    plan = TrainLoader(split, 64, replace(NOTHING, **changes), seed=3).plan(epoch)
-    return plan.draws.flip[plan.index.long().argsort()]
-
-
-def test_two_epochs_in_a_row_show_each_image_both_ways():
-    split = Split(np.zeros((COUNT, 3, 16, 16), np.uint8), np.arange(COUNT))
-    first, second, third = (flipped(split, epoch, flip=0.5, alternating_flip=True) for epoch in (7, 8, 9))
-    assert torch.equal(second, 1 - first)
-    assert torch.equal(third, first)
-    assert 0.3 * COUNT < first.sum() < 0.7 * COUNT
-    by_chance = [flipped(split, epoch, flip=0.5) for epoch in (7, 8)]
-    assert 0.3 * COUNT < (by_chance[0] == by_chance[1]).sum() < 0.7 * COUNT
-
-
-@pytest.mark.parametrize(("share", "times"), [(0.0, {0}), (0.25, {2}), (0.5, {4}), (1.0, {8})])
-def test_an_image_is_flipped_in_its_share_of_the_epochs(share, times):
-    split = Split(np.zeros((COUNT, 3, 16, 16), np.uint8), np.arange(COUNT))
-    counts = sum(flipped(split, epoch, flip=share, alternating_flip=True) for epoch in range(8))
-    assert set(counts.tolist()) == times
-
-
 def test_at_the_end_crop_and_flip_are_left(split):
     settings = Augmentation(cutout=4)
     loader = TrainLoader(split, 64, settings, seed=3, crop_and_flip_from=2)
@@ -611,7 +590,7 @@ def test_epochs_repeat_whatever_else_draws(split, usual):
 
 def test_batches_are_the_chain_normalised(split, usual):
     settings, images = Augmentation(), torch.from_numpy(split.images)
-    draws = augment.draw(COUNT, 16, settings, epoch_generator(3, 2))
+    draws = transforms.draw(COUNT, 16, settings, epoch_generator(3, 2))
     theirs = torch.stack([chain_of_torchvision(images[row], draws[row], settings) for row in usual[1]])
     assert usual[0].dtype == torch.float32
     assert usual[1].dtype == torch.int64
@@ -629,9 +608,9 @@ def test_a_loader_that_works_ahead_gives_the_same_batches(split):
 
 def test_plan_puts_draws_in_order():
     generator = torch.Generator().manual_seed(0)
-    draws = augment.draw(COUNT, 16, Augmentation(), generator)
+    draws = transforms.draw(COUNT, 16, Augmentation(), generator)
     order = torch.randperm(COUNT, generator=generator)
-    plan = augment.plan(order, draws, 40)
+    plan = transforms.plan(order, draws, 40)
     assert len(plan) == 4
     assert torch.equal(plan.index, order)
     for field in fields(draws):

@@ -1,4 +1,4 @@
-"""Import this before torch: it says how long OpenMP's threads wait for one another without sleeping.
+"""Import this before torch: it sets how long OpenMP's threads wait for one another before they sleep.
 
 A step has thousands of parallel parts, and at the end of each the threads wait for the last one. libgomp, which PyTorch
 uses on Linux, spins for a long time by default. Where a program of another session keeps a core busy, two threads share

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+from common.errors import UserError
+
 import torch
 from torch import distributed as dist
 from torch import nn
-
-from errors import UserError
 
 # One process decodes the images while the others wait for it.
 TIMEOUT = timedelta(minutes=30)
@@ -35,14 +35,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that downloads, prints, draws and saves."""
     return rank() == 0
 
 
-def say(*text: object) -> None:
+def print_rank0(*text: object) -> None:
     """Print, in the first process alone."""
-    if is_first():
+    if is_main_process():
         print(*text, flush=True)
 
 
@@ -71,7 +71,7 @@ def processes(device: str) -> Iterator[None]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    with naming_lost_processes():
+    with explain_lost_processes():
         yield
     dist.destroy_process_group()  # after an error it would wait for the others' part in exchanges that never come
 
@@ -87,25 +87,25 @@ def first_here() -> Iterator[None]:
         dist.barrier()
 
 
-def from_first(function: Callable[[], Any]) -> Any:
+def from_main_process(function: Callable[[], Any]) -> Any:
     """What `function` gives in the first process, in all of them; its UserError too, which the first one prints."""
     if world_size() == 1:
         return function()
     found: list[Any] = [None, None]
-    if is_first():
+    if is_main_process():
         try:
             found[0] = function()
         except UserError as error:
             found[1] = str(error)
     dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     if found[1] is not None:
-        raise UserError(found[1], silent=not is_first())
+        raise UserError(found[1], silent=not is_main_process())
     return found[0]
 
 
-def found_by_all(message: str) -> UserError:
+def error_in_all(message: str) -> UserError:
     """The error to raise where every process finds the same mistake: the first one prints it."""
-    return UserError(message, silent=not is_first())
+    return UserError(message, silent=not is_main_process())
 
 
 def share(count: int, rank: int, world_size: int) -> slice:
@@ -113,12 +113,12 @@ def share(count: int, rank: int, world_size: int) -> slice:
     return slice(count * rank // world_size, count * (rank + 1) // world_size)
 
 
-def total(values: list[float]) -> list[float]:
+def all_reduce_sum(values: list[float]) -> list[float]:
     """Each value's sum over the processes, in float64."""
     return _reduced(values, dist.ReduceOp.SUM)
 
 
-def most(value: float) -> float:
+def all_reduce_max(value: float) -> float:
     return _reduced([value], dist.ReduceOp.MAX)[0]
 
 
@@ -138,7 +138,7 @@ def copy_buffers(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def naming_lost_processes() -> Iterator[None]:
+def explain_lost_processes() -> Iterator[None]:
     """Turn what is raised where another process of the run is gone into a UserError."""
     try:
         yield

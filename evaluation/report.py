@@ -1,8 +1,8 @@
-"""What a test set says of members and of their ensemble, as numbers: from the members' logits to ensemble.json.
+"""The results of members and ensemble on a test set: from the members' logits to the numbers of ensemble.json.
 
 Every interval is the middle 95 % of a bootstrap over the test images. It says how far a figure would move with other
 images of the same kind, not with another seed of the training. The calibration error has none: made of absolute values,
-it only grows when images are drawn anew, and its interval would lie above it.
+it only grows when images are resampled, and its interval would lie above it.
 """
 
 import math
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import metrics
-from metrics import PER_IMAGE
-from models.ensemble import TEMPERATURES, average_logits, average_probs
+from evaluation import metrics
+from evaluation.members import TEMPERATURES
+from evaluation.metrics import PER_IMAGE
+from models.ensemble import average_logits, average_probs
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 CONFUSIONS = 10

@@ -23,7 +23,7 @@ def sums(logits: Tensor, labels: Tensor) -> list[float]:
 def negative_log_likelihood(probs: Tensor, labels: Tensor) -> float:
     """Mean −log of the probability that `probs`, (N, C), give to `labels`, int64 (N,).
 
-    A probability of nought counts as the smallest float64 above it.
+    A probability of zero counts as the smallest float64 above it.
     """
     return per_image(probs, labels)[:, 0].mean().item()
 
@@ -43,9 +43,9 @@ def per_image(probs: Tensor, labels: Tensor) -> Tensor:
     probs = probs.double()
     chosen = probs.gather(1, labels[:, None])[:, 0]
     loss = -chosen.clamp(min=torch.finfo(torch.float64).tiny).log()
-    hits = (probs.argmax(1) == labels).double()
+    correct = (probs.argmax(1) == labels).double()
     brier = probs.square().sum(1) - 2 * chosen + 1  # Σ(p − y)², y being 1 for the label and 0 elsewhere
-    return torch.stack([loss, hits, brier], 1)
+    return torch.stack([loss, correct, brier], 1)
 
 
 def reliability(probs: Tensor, labels: Tensor, bins: int = BINS) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,26 +1,21 @@
-"""RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and Cutout on a whole batch, each image with its own draw.
-
-The semantics are those of `torchvision.transforms.v2` on uint8 tensors (tests/test_augment.py holds the two side by
-side): images are integers after each operator, cut off rather than rounded where torchvision cuts off. What differs is
-the shape of the work. torchvision takes one image and one draw at a time; here all draws of an epoch are made first, on
-the CPU, and an operator then runs once over every image that drew it.
+"""The operators of the augmentation, each on a whole batch of images with a value of its own for each.
 
 Operators take `images`, uint8 (B, 3, H, W), and one value for each image, (B,); they return uint8 (B, 3, H, W) and
 leave their input alone. A strength is given as `change`: the enhancement factor minus one, so 0 leaves an image as it
 is. That is also the more exact form: blending needs both the factor and one minus it.
+
+The semantics are those of `torchvision.transforms.v2` on uint8 tensors (tests/test_transforms.py compares them): images
+are integers after each operator, truncated rather than rounded where torchvision truncates.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
-# torchvision's RandAugment space in its order; the five that move pixels stand together, so that one gather does them.
+# torchvision's RandAugment space in its order; the five that move pixels are adjacent, so that one gather does them.
 RANDAUGMENT_OPS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
     "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
@@ -28,7 +23,7 @@ RANDAUGMENT_OPS = (
 GEOMETRIC_OPS = RANDAUGMENT_OPS[1:6]
 SIGNED_OPS = RANDAUGMENT_OPS[1:10]
 MAGNITUDE_BINS = 31
-# Of CIFAR-10's training images, in grey levels: next to nought once the images are normalised.
+# Of CIFAR-10's training images, in grey levels: almost zero once the images are normalised.
 MEAN_COLOUR = (125, 123, 114)
 
 
@@ -54,7 +49,7 @@ def _bits_where_equal(a: Tensor, b: Tensor | int) -> Tensor:
     return (a ^ b).clamp_(max=1).sub_(1)
 
 
-def _choose(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+def choose(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """uint8: `yes` where the mask is 255, `no` where it is 0."""
     return (yes & mask).bitwise_or_(no & ~mask)
 
@@ -110,7 +105,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
 
     scaled, value = images.float().mul_(1 / 255), top.float().mul_(1 / 255)
     spread = value - floor.float().mul_(1 / 255)
-    # Grey pixels have neither hue nor saturation. Their spread is nought, and stays so divided by anything else.
+    # Grey pixels have neither hue nor saturation. Their spread is zero, and stays zero divided by anything else.
     saturation = spread / value.clamp(min=1 / 255)
     far = (value.unsqueeze(1) - scaled).div_(spread.clamp_(min=1e-3).unsqueeze(1))
     far_red, far_green, far_blue = far.unbind(1)
@@ -130,11 +125,11 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     sixth = _cut_off(sixth)
     is_sixth = [_bits_where_equal(sixth, number) for number in range(6)]
     is_sixth[0] |= _bits_where_equal(sixth, 6)  # a whole turn, by rounding
-    on_its_way = _choose(is_sixth[1] | is_sixth[3] | is_sixth[5], falling, rising)
+    on_its_way = choose(is_sixth[1] | is_sixth[3] | is_sixth[5], falling, rising)
     shifted = torch.empty_like(images)
     for channel, (at_top, halfway) in enumerate((((5, 0), (1, 4)), ((1, 2), (0, 3)), ((3, 4), (2, 5)))):
         is_top, is_halfway = (is_sixth[a] | is_sixth[b] for a, b in (at_top, halfway))
-        shifted[:, channel] = _choose(is_top, top, _choose(is_halfway, on_its_way, floor))
+        shifted[:, channel] = choose(is_top, top, choose(is_halfway, on_its_way, floor))
     return shifted
 
 
@@ -187,7 +182,7 @@ def cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     in_rows, in_columns = (low_y <= y) & (y < low_y + side), (low_x <= x) & (x < low_x + side)
     inside = (in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).to(torch.uint8).mul_(255).unsqueeze(1)
-    return _choose(inside, _mean_colour(images.device), images)
+    return choose(inside, _mean_colour(images.device), images)
 
 
 @functools.cache  # a copy to the device for every chunk would make the host wait each time
@@ -288,193 +283,3 @@ def op_magnitude(name: str, magnitude: int, size: int) -> Tensor:
         "Solarize": (1.0, 0.0),
     }.get(name, (0.0, 0.0))
     return torch.linspace(low, high, MAGNITUDE_BINS)[magnitude]
-
-
-# ------------------------------------------------------------------------------------------------- draws and the chain
-
-Operator = Callable[[Tensor, Tensor], Tensor]
-
-JITTER: tuple[Operator, ...] = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-# What RandAugment's operators other than the geometric ones do, in their order.
-RANDAUGMENT: dict[str, Operator] = {
-    "Brightness": adjust_brightness,
-    "Color": adjust_saturation,
-    "Contrast": adjust_contrast,
-    "Sharpness": adjust_sharpness,
-    "Posterize": posterize,
-    "Solarize": solarize,
-    "AutoContrast": lambda images, _: autocontrast(images),
-    "Equalize": lambda images, _: equalize(images),
-}
-# Images are grouped by operator; the identity is group 0, the geometric operators together group 1.
-RANDAUGMENT_GROUPS = torch.tensor([0] + [1] * len(GEOMETRIC_OPS) + [2 + k for k in range(len(RANDAUGMENT))])
-NUM_GROUPS = 2 + len(RANDAUGMENT)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How strong the augmentations are; the fields have the names of the recipe's."""
-
-    crop_padding: int = 4
-    brightness: float = 0.2
-    contrast: float = 0.2
-    saturation: float = 0.2
-    hue: float = 0.2
-    flip: float = 0.5
-    alternating_flip: bool = False  # see the function of this name
-    randaugment_ops: int = 2
-    randaugment_magnitude: int = 9
-    cutout: int = 0
-
-    def crop_and_flip(self) -> "Augmentation":
-        """The same without all that changes colours or shapes."""
-        return replace(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, randaugment_ops=0, cutout=0)
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What chance decided for N images, one row each; all int32 or float32, so that they travel as one tensor."""
-
-    crop: Tensor  # (N,) row of `crop_sources`
-    jitter_op: Tensor  # (N, 4) the order of JITTER_OPS
-    jitter_change: Tensor  # (N, 4) the strength of each of JITTER_OPS
-    flip: Tensor  # (N,) 0 or 1
-    randaugment_op: Tensor  # (N, K) index into RANDAUGMENT_OPS
-    randaugment_magnitude: Tensor  # (N, K) with its sign
-    cutout: Tensor  # (N,) flat index of the square's centre
-
-    def __getitem__(self, rows: Tensor | slice | int) -> "Draws":
-        return Draws(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-
-def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Generator) -> Draws:
-    """Draw for every image of an epoch, on the CPU: each value as torchvision's transforms define it.
-
-    Row i is image i's, whatever place in the epoch it comes at.
-    """
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(num_images, *shape, generator=generator)
-
-    def below(stop: int, *shape: int) -> Tensor:
-        return torch.randint(stop, (num_images, *shape), generator=generator, dtype=torch.int32)
-
-    ops = settings.randaugment_ops
-    crop = below((2 * settings.crop_padding + 1) ** 2)
-    jitter_op = uniform(len(JITTER_OPS)).argsort(1).int()
-    reach = torch.tensor([getattr(settings, name) for name in JITTER_OPS])
-    # A factor from [max(0, 1 − reach), 1 + reach] for the first three, a shift from [−reach, reach] for the hue.
-    low = torch.cat((-reach[:3].clamp(max=1), -reach[3:]))
-    jitter_change = low + uniform(len(JITTER_OPS)) * (reach - low)
-    flip = (uniform() < settings.flip).int()
-    randaugment_op = below(len(RANDAUGMENT_OPS), ops)
-    strengths = torch.stack([op_magnitude(name, settings.randaugment_magnitude, size) for name in RANDAUGMENT_OPS])
-    signed = torch.tensor([name in SIGNED_OPS for name in RANDAUGMENT_OPS])
-    chosen = randaugment_op.long()
-    sign = torch.where(signed[chosen] & (uniform(ops) < 0.5), -1.0, 1.0)
-    # Drawn last, and only where it is wanted: it changes no other draw.
-    cutout = below(size * size) if settings.cutout else torch.zeros(num_images, dtype=torch.int32)
-    return Draws(crop, jitter_op, jitter_change, flip, randaugment_op, strengths[chosen] * sign, cutout)
-
-
-def alternating_flip(phase: Tensor, epoch: int, share: float) -> Tensor:
-    """Which images are flipped in an epoch, int32 (N,): each of them in its `share` of the epochs, evenly spaced.
-
-    `phase`, float64 (N,) from 0 to 1, is each image's for the whole run. With a share of 0.5 every two epochs in a row
-    show each image both ways (Jordan 2024, arXiv:2404.00498, section 3.6).
-    """
-    return ((phase + epoch * share) % 1 < share).int()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An epoch's draws, in the order in which the images come.
-
-    An operator runs at once on all images of a chunk that drew it. Which those are is sorted out on the CPU: asking a
-    GPU would make the host wait for it.
-    """
-
-    index: Tensor  # (N,) int32, the image that comes at each place
-    draws: Draws  # in the same order
-    rows: Tensor  # (N, 4 + K) int32: for each step, a chunk's rows, numbered from its start, sorted by operator
-    places: Tensor  # (N, 4 + K) int32: where in that order each row stands
-    counts: list[list[list[int]]]  # [chunk][step][group]: how many rows drew its operators
-    chunk: int
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def to(self, device: torch.device | str) -> "Plan":
-        """The same plan on `device`, copied there in one piece."""
-        parts = [self.index, self.rows, self.places, *(getattr(self.draws, field.name) for field in fields(self.draws))]
-        table = torch.cat([part.reshape(len(part), -1).view(torch.int32) for part in parts], 1)
-        if torch.device(device).type == "cuda":
-            table = table.pin_memory()
-        columns = table.to(device, non_blocking=True).split([part[0].numel() for part in parts], 1)
-        index, rows, places, *draws = (
-            column.contiguous().view(part.dtype).view(part.shape) for column, part in zip(columns, parts, strict=True)
-        )
-        return Plan(index, Draws(*draws), rows, places, self.counts, self.chunk)
-
-
-def plan(order: Tensor, draws: Draws, chunk: int) -> Plan:
-    """Put `draws` into `order` (int64, N) and sort each chunk by operator, on the CPU."""
-    draws = draws[order]
-    groups = torch.cat((draws.jitter_op.long(), RANDAUGMENT_GROUPS[draws.randaugment_op.long()]), 1)
-    chunk_of = torch.arange(len(order)) // chunk
-    num_chunks = -(-len(order) // chunk)
-    key = chunk_of[:, None] * NUM_GROUPS + groups
-    rows = key.argsort(stable=True, dim=0)
-    places = rows.argsort(dim=0)
-    start = (chunk_of * chunk)[:, None]
-    counts = torch.stack([column.bincount(minlength=num_chunks * NUM_GROUPS) for column in key.T])
-    counts = counts.view(key.shape[1], num_chunks, NUM_GROUPS).transpose(0, 1).tolist()
-    return Plan(order.int(), draws, (rows - start).int(), (places - start).int(), counts, chunk)
-
-
-class Augmenter:
-    """The chain RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment, Cutout for square images on one device."""
-
-    def __init__(self, size: int, settings: Augmentation, device: torch.device | str = "cpu"):
-        self.cutout = settings.cutout
-        self.crop_sources = crop_sources(size, settings.crop_padding).to(device)
-        self.geometric_sources = geometric_sources(size, settings.randaugment_magnitude).to(device)
-        # As in torchvision, a jitter of no strength is left out.
-        self.jitter = [
-            operator if getattr(settings, name) > 0 else None for name, operator in zip(JITTER_OPS, JITTER, strict=True)
-        ]
-
-    def __call__(self, images: Tensor, plan: Plan, number: int) -> Tensor:
-        """Augment chunk `number` of a plan.
-
-        `images` is the whole data set, uint8 (N, 3, H, W); the result is uint8 (B, 3, H, W), the chunk's images in the
-        epoch's order.
-        """
-        chunk = slice(number * plan.chunk, (number + 1) * plan.chunk)
-        draws, rows, places = plan.draws[chunk], plan.rows[chunk].unbind(1), plan.places[chunk].unbind(1)
-        counts = plan.counts[number]
-
-        def by_group(batch: Tensor, step: int, operators: list[tuple[Operator | None, Tensor]]) -> Tensor:
-            """Run the operator of each group, with the value that each of its images drew, on that group."""
-            done = []
-            for chosen, (operator, values) in zip(rows[step].split(counts[step]), operators, strict=False):
-                group = batch.index_select(0, chosen)
-                done.append(operator(group, values.index_select(0, chosen)) if operator and len(chosen) else group)
-            return torch.cat(done).index_select(0, places[step])
-
-        batch = images.index_select(0, plan.index[chunk])
-        batch = remap(batch, self.crop_sources.index_select(0, draws.crop))
-        jitter = list(zip(self.jitter, draws.jitter_change.unbind(1), strict=True))
-        for step in range(len(JITTER)):
-            batch = by_group(batch, step, jitter)
-        batch = _choose(draws.flip.to(torch.uint8).mul_(255).view(-1, 1, 1, 1), batch.flip(3), batch)
-        for k in range(draws.randaugment_op.shape[1]):
-            op, magnitude = draws.randaugment_op[:, k], draws.randaugment_magnitude[:, k]
-            others = [(operator, magnitude) for operator in RANDAUGMENT.values()]
-            operators = [(None, op), (self.move, 2 * (op - 1) + (magnitude < 0)), *others]
-            batch = by_group(batch, len(JITTER) + k, operators)
-        return cut_out(batch, draws.cutout, self.cutout) if self.cutout else batch
-
-    def move(self, images: Tensor, variants: Tensor) -> Tensor:
-        """RandAugment's geometric operators; `variants`, int32 (B,), are rows of `geometric_sources`."""
-        return remap(images, self.geometric_sources.index_select(0, variants))

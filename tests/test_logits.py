@@ -1,16 +1,16 @@
 """predictions.py: logits as the network gives them, and as they come back from beside the checkpoint."""
 
+from common import files
+from common.errors import UserError
+
 import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import engine
-import files
-import models.ensemble
-import predictions
-from errors import UserError
-from predictions import member_logits
+from evaluation import logits as logits_cache
+from evaluation import members
+from evaluation.logits import member_logits
+from training import checkpoint, loop
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def contents(tiny, tiny_recipe, tiny_data):
     """Two checkpoints, each with its path."""
     recipes = [tiny_recipe(name=f"tiny{seed}", epochs=1, seed=seed) for seed in range(2)]
     for recipe in recipes:
-        engine.fit(tiny(), tiny_data(), recipe)
+        loop.fit(tiny(), tiny_data(), recipe)
     return [(recipe.checkpoint_path, checkpoint.read(recipe.checkpoint_path)) for recipe in recipes]
 
 
@@ -37,13 +37,13 @@ def never_built(monkeypatch):
         def build(path, content):
             raise AssertionError(f"{path} is built")
 
-        monkeypatch.setattr(models.ensemble, "build_member", build)
+        monkeypatch.setattr(logits_cache, "build_member", build)
 
     return forbid
 
 
 def kept(contents):
-    return sorted((contents[0][0].parent / predictions.CACHE).iterdir())
+    return sorted((contents[0][0].parent / logits_cache.CACHE).iterdir())
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def kept(contents):
 def test_logits_of_the_images_and_of_their_mirror_images(contents, images, batch_size):
     logits = member_logits(contents, images, CPU, mirrored=True, batch_size=batch_size)
     assert (logits.dtype, logits.shape) == (torch.float32, (2, 2, 11, 3))
-    ensemble = models.ensemble.build(contents)
+    ensemble = members.build(contents)
     torch.testing.assert_close(logits[:, 0], ensemble.logits(images), rtol=1e-5, atol=1e-5)
     mirrored = torch.from_numpy(images.numpy()[..., ::-1].copy())
     torch.testing.assert_close(logits[:, 1], ensemble.logits(mirrored), rtol=1e-5, atol=1e-5)
@@ -135,7 +135,7 @@ def test_a_place_that_cannot_be_written_is_only_noted(contents, images, capsys, 
 
 def test_without_the_cache_nothing_is_kept(contents, images):
     member_logits(contents, images, CPU, cached=False)
-    assert not (contents[0][0].parent / predictions.CACHE).exists()
+    assert not (contents[0][0].parent / logits_cache.CACHE).exists()
 
 
 def test_logits_that_are_not_finite_are_refused_and_not_kept(contents, images):
@@ -143,4 +143,4 @@ def test_logits_that_are_not_finite_are_refused_and_not_kept(contents, images):
     content["model"]["classifier.weight"].fill_(3e38)  # finite, but too much for a sum
     with pytest.raises(UserError, match=r"tiny0\.pt: its predictions are not finite"):
         member_logits(contents, images, CPU)
-    assert not (path.parent / predictions.CACHE).exists()
+    assert not (path.parent / logits_cache.CACHE).exists()

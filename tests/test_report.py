@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import analysis
-import metrics
+from evaluation import metrics
+from evaluation import report as report
 from models.ensemble import AVERAGES, average_probs
 
 NAMES = ("a", "b", "c")
@@ -28,7 +28,7 @@ def make_logits(*, views=1, images=400, seed=0):
 @pytest.mark.parametrize("views", [1, 2])
 def test_members_ensemble_and_the_ensemble_without_each(how, views):
     logits, _ = make_logits(views=views)
-    probs = analysis.average(logits.float(), how, 1.5)
+    probs = report.average(logits.float(), how, 1.5)
     flat = logits.float().double().reshape(3, views, -1, 5)
     everything = torch.cat(list(flat))
     torch.testing.assert_close(probs.ensemble, average_probs(everything, how, 1.5))
@@ -37,15 +37,15 @@ def test_members_ensemble_and_the_ensemble_without_each(how, views):
         others = torch.cat([flat[other] for other in range(3) if other != member])
         torch.testing.assert_close(probs.without[member], average_probs(others, how, 1.5))
     if how == "softmax":
-        untempered = analysis.average(logits, how).ensemble
+        untempered = report.average(logits, how).ensemble
         torch.testing.assert_close(untempered, logits.softmax(-1).mean((0, 1)))
 
 
 def test_a_single_member_has_nothing_to_leave_out():
     logits, labels = make_logits()
-    probs = analysis.average(logits[:1], "softmax")
+    probs = report.average(logits[:1], "softmax")
     torch.testing.assert_close(probs.ensemble, probs.members[0])
-    result = analysis.report(probs, labels, NAMES[:1], CLASSES)
+    result = report.report(probs, labels, NAMES[:1], CLASSES)
     assert (result["leave_one_out"], result["disagreement"]) == ([], [[0.0]])
     assert result["versus_members"][0]["intervals"]["accuracy"] == [0, 0]
 
@@ -56,7 +56,7 @@ def test_the_fit_finds_a_known_temperature(how, temperature):
     logits, _ = make_logits(images=40_000)
     true = average_probs(logits.flatten(0, 1), how, temperature)
     labels = torch.multinomial(true, 1, generator=torch.Generator().manual_seed(0))[:, 0]
-    fitted = analysis.fit_temperature(logits, labels, how)
+    fitted = report.fit_temperature(logits, labels, how)
     assert fitted == pytest.approx(temperature, rel=0.03)
     plain, tempered = (average_probs(logits.flatten(0, 1), how, value) for value in (1.0, fitted))
     assert metrics.accuracy(plain, labels) == metrics.accuracy(tempered, labels)
@@ -65,25 +65,25 @@ def test_the_fit_finds_a_known_temperature(how, temperature):
 
 def test_the_fit_is_the_least_loss_of_a_fine_grid():
     logits, labels = make_logits()
-    averaged = analysis.average_logits(logits.flatten(0, 1))
+    averaged = report.average_logits(logits.flatten(0, 1))
     grid = np.exp(np.linspace(-3, 3, 3001))
     best = grid[np.argmin([F.cross_entropy(averaged / value, labels).item() for value in grid])]
-    assert analysis.fit_temperature(logits, labels, "softmax") == pytest.approx(best, rel=2e-3)
+    assert report.fit_temperature(logits, labels, "softmax") == pytest.approx(best, rel=2e-3)
 
 
 @pytest.mark.parametrize("scale", [1, 1000])
 def test_the_fit_stays_in_its_range(scale):
     labels = torch.arange(5).repeat(8)
     right = scale * F.one_hot(labels, 5).double()[None, None]
-    low, high = analysis.TEMPERATURES
-    assert analysis.fit_temperature(right, labels, "softmax") == pytest.approx(low, rel=1e-6)
-    assert analysis.fit_temperature(-right, labels, "softmax") == pytest.approx(high, rel=1e-6)
+    low, high = report.TEMPERATURES
+    assert report.fit_temperature(right, labels, "softmax") == pytest.approx(low, rel=1e-6)
+    assert report.fit_temperature(-right, labels, "softmax") == pytest.approx(high, rel=1e-6)
 
 
 def test_report_against_numpy():
     logits, labels = make_logits()
-    probs = analysis.average(logits, "softmax")
-    result = analysis.report(probs, labels, NAMES, CLASSES)
+    probs = report.average(logits, "softmax")
+    result = report.report(probs, labels, NAMES, CLASSES)
     everyone = [*zip(result["members"], probs.members, strict=True), (result["ensemble"], probs.ensemble)]
     everyone += zip(result["leave_one_out"], probs.without, strict=True)
     for row, own in everyone:
@@ -115,7 +115,7 @@ def test_mean_and_standard_deviation_of_the_members_of_one_network():
     ]
     small, large = {"name": "resnext", "arguments": {"depth": 29}}, {"name": "resnext", "arguments": {"depth": 38}}
     dense = {"name": "densenet", "arguments": {"depth": 121}}
-    groups = analysis.by_network(members, [small, dense, small, large, small])
+    groups = report.by_network(members, [small, dense, small, large, small])
     assert len(groups) == 1, "one of a kind has no spread"
     assert (groups[0]["network"], groups[0]["members"]) == ("resnext", ["0", "2", "4"])
     assert groups[0]["loss"] == {"mean": 1.0, "std": pytest.approx(np.std([0, 1, 2], ddof=1))}

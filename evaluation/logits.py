@@ -1,5 +1,6 @@
-"""What a trained network says of images: asked once, and then kept beside its checkpoint."""
+"""The logits of trained networks for a test set, computed once and then cached beside the checkpoint."""
 
+import functools
 import hashlib
 import json
 import sys
@@ -7,14 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import files
+from common.device import explain_out_of_memory
+from common.errors import UserError
+
 import numpy as np
 import torch
 from torch import Tensor
 
-import files
-import models.ensemble
-from engine import eval_batch_size, memory_that_runs_out, predict
-from errors import UserError
+import models
+from evaluation.members import build_member
+from utils import eval_batch_size, predict
 
 CACHE = ".logits"  # the folder beside the checkpoints
 CACHE_VERSION = 1  # goes up when the same checkpoint and images would give other logits than before
@@ -66,15 +70,17 @@ def view_logits(
     kept = cache_path(path.parent, content["digest"], pixels, device, precision, mirrored)
     if cached and (logits := read_cache(kept, len(images), len(content["data"]["classes"]))) is not None:
         return logits
-    member = models.ensemble.build_member(path, content).to(device, memory_format=torch.channels_last)
+    member = build_member(path, content).to(device, memory_format=torch.channels_last)
     batch_size = batch_size or eval_batch_size(images, device)
-    with memory_that_runs_out(batch_size):
+    with explain_out_of_memory(batch_size):
         network = (lambda batch: member(batch.flip(3))) if mirrored else member
         logits = predict(network, images, device, precision=precision, batch_size=batch_size)
     if not logits.isfinite().all():
         raise UserError(f"{path}: its predictions are not finite; train it again with a lower --base-lr")
     if cached:
         write_cache(kept, logits)
+    else:
+        kept.unlink(missing_ok=True)  # whoever does not trust it will not find it again
     return logits
 
 
@@ -87,10 +93,20 @@ def cache_path(folder: Path, digest: str, pixels: str, device: torch.device, pre
         "mirrored": mirrored,
         "device": device.type,
         "precision": precision,
+        "sources": sources(),
         "torch": str(torch.__version__),
     }
     name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
     return folder / CACHE / f"{name[:32]}.npz"
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of the code that makes logits of a checkpoint and images."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(models.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def read_cache(path: Path, images: int, classes: int) -> Tensor | None:
@@ -104,7 +120,7 @@ def read_cache(path: Path, images: int, classes: int) -> Tensor | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged zip file fails in more ways than numpy and zipfile list
-        print(f"warning: {path} is damaged ({error}) and is made anew", file=sys.stderr)
+        print(f"warning: {path} is damaged ({error}) and is computed again", file=sys.stderr)
         return None
 
 

@@ -11,15 +11,19 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replac
 from pathlib import Path
 from typing import Any, ClassVar
 
-from errors import UserError
+from common import distributed
+from common.device import DEVICES, PRECISIONS
+from common.errors import UserError
+
+import dataset
+from dataset import Dataset
+from dataset.transforms import Augmentation
 
 # The batch size for which --base-lr and --base-min-lr are given.
 REFERENCE_BATCH = 64
-DEVICES = ("auto", "cuda", "mps", "cpu")
 RECIPES = ("ours", "original")
 # How a training step is run: operator by operator, as one CUDA graph, through torch.compile, or the last two together.
 COMPILE = ("auto", "none", "graph", "inductor", "both")
-PRECISIONS = ("auto", "float32", "bfloat16")
 PRECISION_HELP = (
     "bfloat16: convolutions and matrix products in it, the rest in float32 (autocast); auto takes it where it is "
     "faster: on CUDA, and on a CPU with instructions for it"
@@ -30,7 +34,7 @@ ORIGINAL = {
     "epochs": 200, "batch_size": 64, "base_lr": 0.01, "base_min_lr": 0.0001, "warmup": 0.0, "schedule_step": "epoch",
     "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True, "label_smoothing": 0.0,
     "ema_horizon": 0.0, "crop_padding": 4, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2,
-    "flip": 0.5, "alternating_flip": False, "randaugment_ops": 2, "randaugment_magnitude": 9, "cutout": 0,
+    "flip": 0.5, "randaugment_ops": 2, "randaugment_magnitude": 9, "cutout": 0,
     "augment_until": 1.0,
 }  # fmt: skip
 
@@ -115,9 +119,6 @@ class Recipe:
     )
     hue: float = flag("ColorJitter: up to this part of a turn", group="augmentation", at_least=0, at_most=0.5)
     flip: float = flag("RandomHorizontalFlip: probability", group="augmentation", at_least=0, at_most=1)
-    alternating_flip: bool = flag(
-        "flip each image in every other epoch (for --flip 0.5) instead of by chance", group="augmentation"
-    )
     randaugment_ops: int = flag("RandAugment: operations for each image", group="augmentation", at_least=0, at_most=100)
     randaugment_magnitude: int = flag("RandAugment: strength", group="augmentation", at_least=0, at_most=30)
     cutout: int = flag("Cutout: side of a square greyed out, in pixels", group="augmentation", at_least=0)
@@ -151,8 +152,8 @@ class Recipe:
     checkpoint_dir: str = flag("folder of the checkpoint", "checkpoints", group="files", fixed=False)
     plot_dir: str = flag("folder of the picture and its CSV", "plots", group="files", fixed=False)
     reference: str | None = flag("CSV of another run, drawn faintly behind", None, group="files", fixed=False)
-    resume: bool = flag("go on from the checkpoint, if there is one", False, group="files", fixed=False)
-    overwrite: bool = flag("start afresh although there is a checkpoint", False, group="files", fixed=False)
+    resume: bool = flag("continue from the checkpoint, if there is one", False, group="files", fixed=False)
+    overwrite: bool = flag("start a new run although there is a checkpoint", False, group="files", fixed=False)
     tensorboard: bool = flag("also write the curves for TensorBoard", False, group="files", fixed=False)
 
     def __post_init__(self) -> None:
@@ -181,7 +182,7 @@ class Recipe:
         if len(os.fsencode(self.name)) > 200:
             raise UserError(f"--name {self.name!r} is too long to name a file; take 200 bytes or fewer")
         if self.resume and self.overwrite:
-            raise UserError("--resume and --overwrite exclude each other: go on from the checkpoint, or start afresh?")
+            raise UserError("--resume and --overwrite exclude each other: continue from the checkpoint, or replace it?")
 
     @property
     def lr(self) -> float:
@@ -210,6 +211,9 @@ class Recipe:
     def plot_path(self) -> Path:
         return Path(self.plot_dir) / f"{self.name}.png"
 
+    def augmentation(self) -> Augmentation:
+        return Augmentation(**{item.name: getattr(self, item.name) for item in fields(Augmentation)})
+
     def network_arguments(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in flags(self) if item.metadata["group"] == "network"}
 
@@ -229,6 +233,21 @@ class Recipe:
             for name in fixed
             if other.get(name) != getattr(self, name)
         ]
+
+
+def load_data(recipe: Recipe) -> Dataset:
+    """The images that a recipe's flags name, as arrays on the host."""
+    with distributed.first_here():  # what it downloads and decodes, the others find there
+        return dataset.load(
+            recipe.data,
+            image_size=recipe.image_size,
+            train_size=recipe.train_size,
+            test_size=recipe.test_size,
+            val_size=recipe.val_size,
+            test_split=recipe.test_split,
+            split_seed=recipe.split_seed,
+            data_url=recipe.data_url,
+        )
 
 
 RecipeT = typing.TypeVar("RecipeT", bound=Recipe)

@@ -1,0 +1,79 @@
+"""The report of an ensemble, as text for the terminal."""
+
+import math
+from typing import Any
+
+from evaluation.members import TEMPERATURES
+
+
+def method(result: dict[str, Any]) -> str:
+    """How the members became one, as all that is printed and drawn names it."""
+    parts = [f"{result['average']} averaged"]
+    if result["tta"]:
+        parts.append(f"--tta {result['tta']}")
+    if result["temperature"]:
+        parts.append(f"T = {result['temperature']['value']:.3g}")
+    return ", ".join(parts)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Members and ensemble, a row each."""
+    rows = [(row["name"], row) for row in result["members"]]
+    rows.append((f"ensemble ({method(result)})", result["ensemble"]))
+    corner = f"with --tta {result['tta']}" if result["tta"] else ""
+    width = max(len(name) for name in (corner, *dict(rows)))
+    lines = [f"{corner:{width}}  test loss  accuracy [95 % interval]   Brier      ECE"]
+    for name, row in rows:
+        low, high = (f"{100 * end:.2f}" for end in row["intervals"]["accuracy"])
+        lines.append(
+            f"{name:{width}}  {row['loss']:9.4f}  {100 * row['accuracy']:6.2f} % {f'[{low}, {high}]':>15}"
+            f"{row['brier']:8.4f}  {100 * row['calibration_error']:5.2f} %"
+        )
+    lines.append(f"on {result['num_images']:,} test images of {result['data']}, in {result['precision']}")
+    return "\n".join(lines)
+
+
+def comparison(result: dict[str, Any]) -> str:
+    """How the ensemble compares, a line each; what does not apply is left out."""
+    lines = []
+    if calibrated := result["temperature"]:
+        before, after = calibrated["before"], calibrated["after"]
+        fitted = f", fitted on {calibrated['fitted_on']:,} validation images" if calibrated["fitted_on"] else ""
+        if fitted and any(math.isclose(calibrated["value"], limit, rel_tol=1e-5) for limit in TEMPERATURES):
+            fitted += ", an end of its range"
+        lines.append(f"temperature {calibrated['value']:.4g}{fitted}")
+        low, high = calibrated["difference"]["intervals"]["loss"]
+        lines.append(
+            f"with it, test loss from {before['loss']:.4f} to {after['loss']:.4f}, "
+            f"{calibrated['difference']['loss']:+.4f} [{low:+.4f}, {high:+.4f}]{chance(low, high)}; "
+            f"ECE from {100 * before['calibration_error']:.2f} to {100 * after['calibration_error']:.2f} %"
+        )
+    if result["leave_one_out"]:
+        best = next(row for row in result["versus_members"] if row["name"] == result["best_member"])
+        lines.append(f"ensemble against its best member, {best['name']}: {points(best)}")
+    for row in result["leave_one_out"]:
+        lines.append(f"without {row['without']}: {100 * row['accuracy']:.2f} %, {points(row['versus_ensemble'])}")
+    if pairs := [value for number, row in enumerate(result["disagreement"]) for value in row[:number]]:
+        spread = f", {100 * min(pairs):.2f} to {100 * max(pairs):.2f} %" if len(pairs) > 1 else ""
+        lines.append(f"two members disagree on {100 * sum(pairs) / len(pairs):.2f} % of the images{spread}")
+    if worst := result["confusions"][:3]:
+        named = (f"{row['true']} for {row['predicted']} ({row['images']:,})" for row in worst)
+        lines.append(f"most often mistaken: {', '.join(named)}")
+    for group in result["by_network"]:
+        loss, accuracy = group["loss"], group["accuracy"]
+        lines.append(
+            f"{group['network']}, {len(group['members'])} members: test loss {loss['mean']:.4f} ± {loss['std']:.4f}, "
+            f"test accuracy {100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f} %"
+        )
+    return "\n".join(lines)
+
+
+def points(difference: dict[str, Any]) -> str:
+    """A difference of accuracies and its interval, in percentage points."""
+    low, high = difference["intervals"]["accuracy"]
+    return f"{100 * difference['accuracy']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]{chance(low, high)}"
+
+
+def chance(low: float, high: float) -> str:
+    """What to add to a difference whose interval has these ends."""
+    return "" if low > 0 or high < 0 or low == high == 0 else ", which may be chance"

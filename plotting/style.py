@@ -1,0 +1,94 @@
+"""What all pictures share: colours, fonts, shortened names, and the PNG file.
+
+Everything goes through matplotlib's `Figure` object straight to a file: no window, no display, no global state.
+"""
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common import files
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+
+DPI = 125
+# The colours of Okabe and Ito, which stay apart for colour-blind eyes; black is kept for the ensemble.
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+GREY = "#595959"
+PALE = "#D9D9D9"
+
+# The default font has no Chinese, Japanese or Korean; those of these that the machine has stand in for it.
+CJK_FONTS = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "WenQuanYi Zen Hei",
+    "Hiragino Sans",
+    "PingFang SC",
+    "Apple SD Gothic Neo",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+)
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Fonts that can still be read at half size, and names drawn as they are written.
+
+    It has to hold until the picture is saved, because matplotlib makes its tick labels only then.
+    """
+    installed = fontManager.get_font_names()
+    settings = {
+        "font.family": ["DejaVu Sans", *(font for font in CJK_FONTS if font in installed)],
+        "font.size": 13,
+        "legend.fontsize": 12,
+        "xtick.labelsize": 12,
+        "ytick.labelsize": 12,
+        "axes.titlesize": 13,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.parse_math": False,  # a class may be named "$1 coin"
+    }
+    font_log = logging.getLogger("matplotlib.font_manager")
+    level = font_log.level
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # A name in a script that no font here covers is drawn as boxes, and a stand-in font may lack a weight: a line
+        # in the terminal for every character helps nobody.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        font_log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            font_log.setLevel(level)
+
+
+def picture(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Make of a function that returns a figure one that takes a path first, and saves the figure there as a PNG file.
+
+    Raises UserError where the file cannot be written.
+    """
+
+    @functools.wraps(draw)
+    def draw_and_save(path: str | Path, *arguments: Any, **settings: Any) -> Figure:
+        with style():
+            figure = draw(*arguments, **settings)
+            with files.replacing(path, "the picture") as file:
+                figure.savefig(file, format="png")
+        return figure
+
+    return draw_and_save
+
+
+def short(text: str, length: int) -> str:
+    """The text on one line, its middle left out beyond `length` characters: names often differ only at their ends."""
+    text = " ".join(str(text).split())
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 2
+    return f"{text[: length - 1 - tail]}…{text[-tail:]}"

@@ -1,0 +1,301 @@
+"""The checkpoint of a run: one file that describes itself, written whole or not at all, read without trusting it.
+
+The file is what `torch.save` writes, a zip archive, with the SHA-256 of all its bytes as the archive's comment. So
+`torch.load(path, weights_only=True)` reads it too, while `read` also notices a truncated file or a flipped bit.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import platform
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import distributed, files
+from common.errors import UserError, first_line
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset import Dataset
+from training.history import read_csv, write_csv
+from training.recipe import Recipe
+from utils import MEAN, STD
+
+if TYPE_CHECKING:
+    from training.loop import Run
+
+FORMAT = "cifar10-ensemble checkpoint"
+VERSION = 3  # 1 and 2 had other recipes: their weights can be used, but no run can be resumed from them
+MARK = b"sha256:"
+COMMENT_LENGTH = len(MARK) + 64
+# The last two bytes of a zip archive without a comment say that the comment's length is 0.
+NO_COMMENT = b"\0\0"
+PARTS = ("network", "model", "chosen", "finished", "recipe", "data", "history", "training")
+SPLIT_FLAGS = ("split_seed", "train_size", "val_size", "test_size", "test_split")
+
+
+def write(path: str | Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain values to `path`, replacing what was there in one step.
+
+    Raises UserError where the file cannot be written; what was there before is then as it was.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
+    # Not getbuffer(): after an error its view and the buffer are one cycle, and Python 3.12.1 crashes collecting it.
+    archive = memoryview(buffer.getvalue())
+    if archive[-2:] != NO_COMMENT:
+        raise RuntimeError("torch.save no longer ends its file as a zip archive without a comment")
+    body = [archive[:-2], COMMENT_LENGTH.to_bytes(2, "little")]
+    digest = hashlib.sha256()
+    for part in body:
+        digest.update(part)
+    with files.replacing(path, "the checkpoint") as file:
+        for part in body:
+            file.write(part)
+        file.write(MARK + digest.hexdigest().encode())
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU: tensors and plain values only, nothing in the file is executed.
+
+    What it returns has the `PARTS` that `describe` makes, and the SHA-256 of what was read as "digest".
+
+    Raises UserError for a file that is missing, unreadable, truncated, damaged, foreign, or of a later format.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such checkpoint") from None
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from None
+    foreign = f"{path}: not a checkpoint of this project; the training scripts write one"
+    if not raw:
+        raise UserError(f"{path}: the file is empty; train again, or take another copy")
+    body, comment = raw[:-COMMENT_LENGTH], raw[-COMMENT_LENGTH:]
+    if not comment.startswith(MARK):
+        raise UserError(truncated(path, raw) or foreign)
+    if hashlib.sha256(body).hexdigest().encode() != comment.removeprefix(MARK):
+        raise UserError(f"{path}: damaged, its bytes do not match their digest; train again, or take another copy")
+    try:
+        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader trips over a made-up file in many ways
+        raise UserError(f"{foreign} ({first_line(error)})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
+        raise UserError(foreign)
+    if content["version"] > VERSION:
+        raise UserError(
+            f"{path}: written by a later version of this project (format {content['version']}, this one reads up to "
+            f"{VERSION}); update the project"
+        )
+    if missing := [name for name in PARTS if name not in content]:
+        raise UserError(f"{path}: not usable, {missing[0]} is missing; train again, or take another copy")
+    return content | {"digest": comment.removeprefix(MARK).decode()}
+
+
+@contextlib.contextmanager
+def usable(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint's content is used, such as weights of other shapes, into a UserError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+        raise UserError(f"{path}: not usable ({reason}); train again, or take another copy") from None
+
+
+def truncated(path: str | Path, raw: bytes) -> str | None:
+    """A sentence where `raw` begins as a zip archive but does not end as a whole one."""
+    if not raw.startswith(b"PK\3\4"):
+        return None
+    # The archive's last record: its mark, 16 bytes, the length of its comment in two bytes, the comment.
+    end = raw.rfind(b"PK\5\6")
+    if end >= 0 and len(raw) >= end + 22 + int.from_bytes(raw[end + 20 : end + 22], "little"):
+        return None
+    return f"{path}: truncated, the end of the file is missing; train again, or take another copy"
+
+
+# ------------------------------------------------------------------------------------------------ the content, of a run
+
+
+def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """The checkpoint's content: the network, how it came to be, and all that a resumed run needs."""
+    last, average = run.model.state_dict(), run.ema.state_dict() if run.ema else None
+    tested = average if run.ema else last
+    return {
+        "network": {
+            "name": recipe.network,
+            "arguments": {"num_classes": len(data.classes), **recipe.network_arguments()},
+        },
+        "model": run.best["model"] if run.best else tested,
+        "chosen": {"epoch": run.best["epoch"] if run.best else run.epoch, "by": "val_accuracy" if run.best else "last"},
+        "finished": run.epoch == recipe.epochs,
+        "recipe": recipe.as_dict(),
+        "data": {
+            "source": data.source,
+            "digest": data.digest,
+            "classes": list(data.classes),
+            "image_size": recipe.image_size,
+            "mean": list(MEAN),
+            "std": list(STD),
+            "split": {name: getattr(recipe, name) for name in SPLIT_FLAGS},
+        },
+        "history": run.history,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": importlib.metadata.version("torchvision"),  # importing it for this takes a second
+            "numpy": np.__version__,
+        },
+        "training": {
+            # Where they are not the chosen ones already: the last weights, and their moving average.
+            "model": last if run.best or run.ema else None,
+            "average": average if run.best else None,
+            "best": {"epoch": run.best["epoch"], "accuracy": run.best["accuracy"]} if run.best else None,
+            "optimizer": run.optimizer.state_dict()["state"],  # the rest follows from the recipe
+            "epoch": run.epoch,
+            "step": run.step,
+            "totals": run.sums,
+            "seconds": run.seconds,
+        },
+    }
+
+
+def restore(run: "Run", content: dict[str, Any], path: Path) -> None:
+    """Put a new run where the checkpoint's was. Raises UserError where the content does not fit it."""
+    training = content["training"]
+    with usable(path):
+        run.model.load_state_dict(dict(training["model"] or content["model"]))
+        if run.ema:
+            run.ema.model.load_state_dict(dict(training["average"] or content["model"]))
+        for number, own in run.optimizer.state_dict()["state"].items():
+            for name, tensor in own.items():
+                tensor.copy_(training["optimizer"][number][name])
+        run.history = content["history"]
+        run.epoch, run.step = training["epoch"], training["step"]
+        run.sums, run.seconds = training["totals"], training["seconds"]
+        if best := training["best"]:
+            run.best = {"epoch": best["epoch"], "accuracy": best["accuracy"], "model": content["model"]}
+
+
+def copied_to_host(value: Any) -> Any:
+    """The same dicts and lists with a copy of every tensor, on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copied_to_host(part) for key, part in value.items()}
+    return [copied_to_host(part) for part in value] if isinstance(value, list) else value
+
+
+# --------------------------------------------------------------------------------------------- a run and its checkpoint
+
+
+@contextlib.contextmanager
+def previous_run(recipe: Recipe) -> Iterator[dict[str, Any] | None]:
+    """The checkpoint to resume from, or None for a new run; within the block no other process writes it.
+
+    Raises UserError where a checkpoint would be overwritten unasked, is one of another recipe or of an earlier format,
+    and where another process is writing it.
+    """
+    with contextlib.ExitStack() as locks:
+
+        def lock_and_read() -> dict[str, Any] | None:
+            locks.enter_context(files.locked(recipe.checkpoint_path, "the checkpoint", wait=False))
+            return read_previous_run(recipe)
+
+        yield distributed.from_main_process(lock_and_read)
+
+
+def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
+    path = recipe.checkpoint_path
+    if recipe.overwrite or not path.exists():
+        return None
+    if not recipe.resume:
+        raise UserError(f"{path} exists already; --resume continues from it, --overwrite starts afresh, --name renames")
+    content = read(path)
+    if content["version"] < VERSION:
+        raise UserError(
+            f"--resume: {path} is by an earlier version of this project (format {content['version']}), whose runs this "
+            f"one (format {VERSION}) cannot resume; train again with --name or --overwrite"
+        )
+    if content["network"]["name"] != recipe.network:
+        raise UserError(f"{path} holds a {content['network']['name']}, not a {recipe.network}; --name another file")
+    if differences := recipe.differences(content["recipe"]):
+        raise UserError(
+            f"--resume: {path} was trained by another recipe:\n  " + "\n  ".join(differences) + "\nGive the "
+            "checkpoint's values, or start another run with --name or --overwrite"
+        )
+    return content
+
+
+def check_files(recipe: Recipe) -> None:
+    """See now, and not at the end of the first epoch or of the last, that all can be read and written."""
+    files.check_writable(recipe.checkpoint_dir, "the checkpoint")
+    files.check_writable(recipe.plot_dir, "the plots")
+    if recipe.reference:
+        read_csv(recipe.reference)
+
+
+class Saver:
+    """Writes the checkpoint and the CSV; `in_background` does so in a thread, while the next epoch is trained.
+
+    What is saved is then a copy, made at once. An error comes out of the next `save` or `wait`, or of the block's end;
+    it says what was saved before. With several processes the main one saves.
+    """
+
+    def __init__(self, recipe: Recipe, *, in_background: bool):
+        self.recipe = recipe
+        self.thread = ThreadPoolExecutor(1, "save") if in_background else None
+        self.pending: Future | None = None
+        self.saved = "nothing of this run is saved"
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.thread:
+            self.thread.shutdown()
+        if kind is None:
+            self.wait()
+
+    def restore(self, run: "Run", content: dict[str, Any]) -> None:
+        restore(run, content, self.recipe.checkpoint_path)
+        self.saved = self.describe(content["training"])
+        if run.history and distributed.is_main_process():  # a kill may have come between the checkpoint and the CSV
+            write_csv(run.history, self.recipe.csv_path)
+
+    def save(self, run: "Run", data: Dataset, recipe: Recipe) -> None:
+        self.wait()
+        if not distributed.is_main_process():
+            return
+        content, history = describe(run, data, recipe), list(run.history)
+
+        def write_both() -> None:
+            try:
+                for folder in (recipe.checkpoint_dir, recipe.plot_dir):  # both were there when the run began
+                    if not Path(folder).is_dir():
+                        raise UserError(f"{folder}: this folder has vanished; bring it back")
+                write(recipe.checkpoint_path, content)
+                self.saved = self.describe(content["training"])
+                if history:
+                    write_csv(history, recipe.csv_path)
+            except UserError as error:
+                raise UserError(f"{error}; {self.saved}") from None
+
+        if self.thread:
+            content = copied_to_host(content)
+            self.pending = self.thread.submit(write_both)
+        else:
+            write_both()
+
+    def wait(self) -> None:
+        if self.pending:
+            self.pending.result()
+            self.pending = None
+
+    def describe(self, training: dict[str, Any]) -> str:
+        step = f" and step {training['step']} of the next" if training["step"] else ""
+        return f"{self.recipe.checkpoint_path} holds epoch {training['epoch']}{step}; --resume continues from there"

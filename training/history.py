@@ -1,0 +1,110 @@
+"""The history of a run: one row for each epoch, kept as a CSV file, printed, and written for TensorBoard."""
+
+import contextlib
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import distributed, files
+from common.errors import UserError
+
+from training.recipe import Recipe
+
+COLUMNS = (
+    "epoch",
+    "learning_rate",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "seconds",
+    "images_per_second",
+)
+OPTIONAL_COLUMNS = ("val_loss", "val_accuracy")
+
+
+def write_csv(history: list[dict], path: str | Path) -> None:
+    """Write a run's history, one row an epoch; an older file at `path` is replaced whole or left as it was.
+
+    The columns are `COLUMNS`, the validation's only where the history has them. Accuracies are fractions; `seconds` is
+    the epoch's duration, evaluation included; `images_per_second` is the rate of its training alone. Numbers are
+    written so that `read_csv` gives back exactly the same ones. Raises `UserError` if the file cannot be written.
+    """
+    columns = [name for name in COLUMNS if name not in OPTIONAL_COLUMNS or any(name in row for row in history)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in history:
+        writer.writerow(int(row[name]) if name == "epoch" else repr(float(row[name])) for name in columns)
+    with files.replacing(path, "the history") as file:
+        file.write(text.getvalue().encode())
+
+
+def read_csv(path: str | Path) -> list[dict]:
+    """Read a history that `write_csv` wrote: one dict an epoch, `epoch` an int and everything else a float.
+
+    Columns that are not in `COLUMNS` are ignored. Raises `UserError` for a file that is missing or unreadable, has
+    no epochs or lacks a column, and for a cell that is not a number.
+    """
+    try:
+        # utf-8-sig: a spreadsheet may have put a byte order mark before the first column's name.
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            missing = [name for name in COLUMNS if name not in columns and name not in OPTIONAL_COLUMNS]
+            if missing:
+                raise UserError(
+                    f"{path}: no column {', '.join(missing)} in its first line; "
+                    "expected a history as the training scripts write it"
+                )
+            wanted = [name for name in COLUMNS if name in columns]
+            history = [parse_row(row, wanted, where=f"{path}, line {reader.line_num}") for row in reader]
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); expected the CSV file of a run"
+        ) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV file ({error})") from error
+    if not history:
+        raise UserError(f"{path}: has no epochs; expected one line for each below the first")
+    return history
+
+
+def parse_row(row: dict, columns: list[str], *, where: str) -> dict:
+    """One line of a history as numbers."""
+    if None in row:
+        raise UserError(f"{where}: more cells than the first line has columns")
+    numbers = {}
+    for name in columns:
+        try:
+            numbers[name] = int(row[name]) if name == "epoch" else float(row[name])
+        except (TypeError, ValueError):
+            kind = "a whole number" if name == "epoch" else "a number"
+            raise UserError(f"{where}, column {name}: found {row[name]!r}, expected {kind}") from None
+    return numbers
+
+
+@contextlib.contextmanager
+def tensorboard(recipe: Recipe, epochs_done: int) -> Iterator:
+    """A function that takes an epoch's row and, with --tensorboard, writes its scalars; without, does nothing."""
+    if not recipe.tensorboard or not distributed.is_main_process():
+        yield lambda row: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    folder = Path(recipe.plot_dir) / "tensorboard" / recipe.name
+    with SummaryWriter(str(folder), purge_step=epochs_done + 1) as writer:
+
+        def write(row: dict[str, Any]) -> None:
+            for name, value in row.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, row["epoch"])
+            writer.flush()
+
+        yield write

@@ -1,0 +1,106 @@
+"""What a training run prints."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from common import distributed
+
+import torch
+from tqdm import tqdm
+
+from dataset import Dataset
+from training.recipe import REFERENCE_BATCH, Recipe
+from utils import TrainLoader
+
+if TYPE_CHECKING:
+    from training.loop import Run
+
+
+def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) -> None:
+    """What is trained, on what and how, before the first step."""
+    say = distributed.print_rank0
+    sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.network_arguments().items())
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    threads = torch.get_num_threads()
+    where = f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    if distributed.world_size() > 1:
+        where += f", in {distributed.world_size()} processes"
+    say(f"{recipe.network} ({sizes}), {parameters:,} parameters, on {where}, in {recipe.precision}")
+    val = f" + {len(data.val):,} for validation" if data.val is not None else ""
+    say(
+        f"{data.source}: {len(data.train):,} training{val} + {len(data.test):,} test images of {recipe.image_size}×"
+        f"{recipe.image_size}, {len(data.classes)} classes"
+    )
+    if data.test_split is not None:
+        say(
+            f"{100 * data.test_split:.0f} % of each class are the test images, since {data.source} has none of its own "
+            f"(--test-split {data.test_split:g}, --split-seed {recipe.split_seed})"
+        )
+    if recipe.recipe == "original":
+        say("the original's recipe")
+    if distributed.world_size() > 1:
+        say(
+            f"batches of {recipe.batch_size} in all processes together, learning rates {recipe.lr:g} and "
+            f"{recipe.min_lr:g}"
+        )
+    if recipe.batch_size != REFERENCE_BATCH:
+        say(
+            f"learning rates {recipe.base_lr:g} and {recipe.base_min_lr:g} for a batch of {REFERENCE_BATCH} become "
+            f"{recipe.lr:g} and {recipe.min_lr:g} for a batch of {recipe.batch_size} (in proportion, Goyal et al. 2017)"
+        )
+    if run.epoch == recipe.epochs:
+        say(f"{recipe.checkpoint_path} is finished: all {recipe.epochs} epochs are done, nothing is left to train")
+    elif run.epoch or run.step:
+        say(f"resuming from {recipe.checkpoint_path}: epoch {run.epoch + 1}, step {run.step + 1}")
+
+
+def announce_stop(run: "Run", recipe: Recipe, num_steps: int) -> None:
+    instead = " in place of --overwrite" if recipe.overwrite else ""
+    distributed.print_rank0(
+        f"stopped in epoch {run.epoch + 1} after step {run.step} of {num_steps}, saved to {recipe.checkpoint_path}; "
+        f"the same command with --resume{instead} continues from there"
+    )
+
+
+def print_row(row: dict[str, Any], epochs: int) -> None:
+    """An epoch as one line."""
+    val = f"   val {row['val_loss']:.4f} {row['val_accuracy']:7.2%}" if "val_loss" in row else ""
+    print(
+        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}   lr {row['learning_rate']:.6f}   "
+        f"train {row['train_loss']:.4f} {row['train_accuracy']:7.2%}   "
+        f"test {row['test_loss']:.4f} {row['test_accuracy']:7.2%}{val}   "
+        f"{row['seconds']:.1f} s   {row['images_per_second']:,.0f} images/s",
+        flush=True,
+    )
+
+
+class ProgressBar:
+    """The bar of an epoch; once a second it shows loss and accuracy, for which the host waits for the device."""
+
+    def __init__(self, loader: TrainLoader, epoch: int, step: int):
+        self.loader, num_images = loader, len(loader.images)
+        self.bar = tqdm(
+            total=num_images, initial=min(step * loader.batch_size, num_images), desc=f"epoch {epoch + 1}",
+            unit=" images", unit_scale=True, leave=False, disable=None if distributed.is_main_process() else True,
+        )  # fmt: skip
+        self.last_read = time.monotonic()
+
+    def __enter__(self) -> "ProgressBar":
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.__exit__(*error)
+
+    def update(self, steps: int, sums: Callable[[], list[float]]) -> None:
+        if time.monotonic() - self.last_read < 1:
+            return
+        loss_sum, num_correct = sums()  # of this process's part
+        seen = min(steps * self.loader.batch_size, len(self.loader.images))
+        own = seen / distributed.world_size()
+        self.bar.set_postfix_str(f"loss {loss_sum / own:.4f}, accuracy {num_correct / own:.2%}", False)
+        self.bar.update(seen - self.bar.n)
+        self.last_read = time.monotonic()
