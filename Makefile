@@ -1,5 +1,5 @@
 # make demo: train three small networks on handwritten digits and test their ensemble, in a few minutes on two cores.
-# make test: ruff and pytest. make test-faults: 200 kills and 100 other signals in place of a few.
+# make test: ruff and pytest. make test-slow: what takes minutes. make test-faults: 200 kills and 100 other signals.
 # All make .venv first; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ PIP := $(VENV) -m pip install --disable-pip-version-check -c constraints.txt
 DEMO := --data digits --image-size 16 --flip 0 --crop-padding 2 --recipe original --base-lr 0.02 --overwrite
 DIRS := --checkpoint-dir checkpoints/demo --plot-dir plots/demo
 
-.PHONY: demo test test-faults format clean
+.PHONY: demo test test-slow test-faults format clean
 demo: .venv/core
 	@echo "Three small networks on 1,797 handwritten digits, enlarged to 16×16 pixels"
 	$(VENV) dense.py $(DEMO) $(DIRS) --depth 37 --growth-rate 12 --epochs 12
@@ -24,8 +24,11 @@ test: .venv/dev
 	$(VENV) -m ruff format --check .
 	$(VENV) -m pytest
 
+test-slow: .venv/dev
+	$(VENV) -m pytest -m slow
+
 test-faults: .venv/dev
-	FAULTS=200 $(VENV) -m pytest -v tests/test_faults.py
+	FAULTS=200 $(VENV) -m pytest -v -m slow tests/test_faults.py
 
 format: .venv/dev
 	$(VENV) -m ruff check --fix .

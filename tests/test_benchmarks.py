@@ -23,6 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import ensemble, harness, train
 from models import NETWORKS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -376,6 +376,7 @@ def pickled(content, **options):
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_a_broken_file_ends_the_process_with_a_line(digits_run, start, tmp_path):
     raw, content, flags = digits_run
     path, marker = tmp_path / "checkpoints" / "mobilenetv2.pt", tmp_path / "made by the file"

@@ -148,6 +148,7 @@ def test_auto_says_nothing_of_a_flag_that_nobody_passed(train, capsys):
     assert "--compile" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_inductor_itself_trains_a_network(train, capsys):
     plain, run = train(epochs=1), train(epochs=1, compile="inductor")
     if "fails here" in capsys.readouterr().out:

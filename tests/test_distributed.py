@@ -190,6 +190,7 @@ def test_the_average_of_the_weights_is_the_first_processs(run, tmp_path):
     assert not torch.equal(content["model"]["conv.weight"], content["training"]["model"]["conv.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
     settings = {**ALL_ON, "ema_horizon": 0.0, "epochs": 6, "batch_size": 8, "resume": True}
     for world_size, fault in ((2, "1:5"), (3, "1:6")):
@@ -246,6 +247,7 @@ def test_mps_is_for_one_process(run):
 # ------------------------------------------------------------------------------------------------------ torchrun itself
 
 
+@pytest.mark.slow
 def test_torchrun_names_the_process_that_dies_and_goes_on_from_the_checkpoint(run, tmp_path):
     started = time.monotonic()
     arguments = [str(tmp_path), json.dumps({"batch_size": 6, "resume": True}), "1:6"]
@@ -272,6 +274,7 @@ def test_one_of_several_processes_ends_without_taking_python_down(world_size, sa
     assert (ended.stdout, ended.returncode) == (said, 3)
 
 
+@pytest.mark.slow
 def test_two_agents_train_as_two_nodes(tmp_path):
     arguments = [str(tmp_path), json.dumps({"batch_size": 6})]
     agents = [
@@ -290,6 +293,7 @@ def test_two_agents_train_as_two_nodes(tmp_path):
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_torchrun_saves_the_step(tmp_path, number):
     process = torchrun(2, tmp_path, [str(tmp_path), json.dumps({"batch_size": 6, "epochs": 30_000})])
@@ -327,6 +331,7 @@ def test_data_that_is_not_there_ends_two_processes_without_a_traceback(tmp_path)
     assert "Traceback" not in first + second
 
 
+@pytest.mark.slow
 def test_a_script_itself_trains_in_two_processes(tmp_path):
     flags = "--data digits --image-size 16 --train-size 60 --test-size 20 --width 0.25 --epochs 1 --batch-size 20"
     out, err, status = finish(torchrun(2, tmp_path, [*flags.split(), "--device", "cpu"], script="mobilenetv2.py"))

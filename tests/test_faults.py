@@ -19,7 +19,10 @@ from conftest import assert_same, without_times
 from training import checkpoint
 from training.history import read_csv
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes"),
+]
 
 FAULTS = int(os.environ.get("FAULTS", "8"))
 FAULTS_IN_A_RUN = 40

@@ -1,4 +1,7 @@
-"""predictions.py: logits as the network gives them, and as they come back from beside the checkpoint."""
+"""Logits as the network gives them, and as they come back from the cache beside the checkpoint."""
+
+import shutil
+from pathlib import Path
 
 from common import files
 from common.errors import UserError
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import models
 from evaluation import logits as logits_cache
 from evaluation import members
 from evaluation.logits import member_logits
@@ -88,6 +92,27 @@ def test_whatever_decides_the_logits_makes_another_file(contents, images, never_
     contents[1] = path, checkpoint.read(path)
     with pytest.raises(AssertionError, match=r"tiny1\.pt is built"):
         member_logits(contents, images, CPU)
+
+
+def test_an_edited_network_is_asked_again(contents, images, never_built, monkeypatch, tmp_path):
+    member_logits(contents, images, CPU)
+    never_built()
+    shutil.copytree(Path(models.__file__).parent, tmp_path / "models")
+    with (tmp_path / "models" / "mobilenetv2.py").open("a") as file:
+        file.write("\n# edited\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "__file__", str(tmp_path / "models" / "__init__.py"))
+        logits_cache.sources.cache_clear()
+        with pytest.raises(AssertionError, match="is built"):
+            member_logits(contents, images, CPU)
+    logits_cache.sources.cache_clear()
+
+
+def test_without_the_cache_its_entry_is_removed(contents, images):
+    member_logits(contents, images, CPU)
+    assert len(kept(contents)) == 2
+    member_logits(contents, images, CPU, cached=False)
+    assert kept(contents) == []
 
 
 def test_a_checkpoint_that_is_replaced_meanwhile_keeps_its_own_logits(contents, images):

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common import errors, files
-from common.device import cpu_has_bfloat16, pick_precision, set_up_device
+from common.device import cpu_has_bfloat16, free_memory, pick_precision, set_up_device
 from common.errors import UserError
 
 import numpy as np
@@ -552,6 +552,25 @@ def test_explain_out_of_memory_for_two_images_asks_for_smaller_ones(train, tiny_
         train(batch_size=2, on_forward=at_call(0, run_out))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the files of Linux")
+@pytest.mark.parametrize("version", [None, 1, 2])
+def test_memory_that_is_free_is_what_the_container_allows(tmp_path, version):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  8000 kB\n")
+    folder = tmp_path / "sys" / "fs" / "cgroup" / ("memory" if version == 1 else "")
+    folder.mkdir(parents=True)
+    limit, used = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    )
+    if version:
+        (folder / limit).write_text("3000000\n")
+        (folder / used).write_text("2000000\n")
+        (folder / "memory.stat").write_text("inactive_file 500000\n")
+    assert free_memory(tmp_path) == (1_500_000 if version else 8_192_000)
+    (folder / limit).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n")
+    assert free_memory(tmp_path) == 8_192_000
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(train):
     def fail(_):
         raise RuntimeError("shapes do not match")
@@ -808,6 +827,23 @@ def test_another_recipe_is_refused_flag_by_flag(train, path):
     ]
     assert str(path) in lines[0]
     assert path.read_bytes() == whole
+
+
+def test_a_checkpoint_is_not_read_while_another_process_writes_it(train, tiny_recipe, path, monkeypatch):
+    train()
+    monkeypatch.setattr(checkpoint, "read", lambda path: pytest.fail("read without the lock"))
+    with (
+        files.locked(path, "the checkpoint"),
+        pytest.raises(UserError, match="another process is writing"),
+        checkpoint.previous_run(tiny_recipe(resume=True)),
+    ):
+        pass
+
+
+def test_another_network_than_the_recipes_is_refused(tiny, tiny_recipe, tiny_data, tmp_path):
+    with pytest.raises(UserError, match="the model is not the tiny of the recipe"):
+        loop.fit(tiny(channels=5), tiny_data(), tiny_recipe())
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_other_images_are_refused(train, tiny_data, path):

@@ -14,6 +14,8 @@ from PIL import Image
 
 from dataset.image_folder import decode
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 # Unbalanced, and named as people name things.
 CLASSES = {"café crème": (24, 6), "Äpfel": (15, 5), "猫": (9, 4)}

@@ -11,7 +11,10 @@ from conftest import assert_same, without_times
 from training import checkpoint
 from training.history import read_csv
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes"),
+]
 
 FLAGS = [
     "--data", "digits", "--image-size", "16", "--train-size", "200", "--test-size", "100", "--width", "0.25",
