@@ -1,10 +1,9 @@
 """Write the ensemble, or one network of it, as one file that is used without this project.
 
-Images go in, uint8 (batch, 3, S, S) with any batch from 1 up, red first; probabilities come out, float32 (batch,
-classes). The normalisation is inside, and so are the weights. Images of another size are turned upright, scaled to S
-with their aspect kept and cut to the centre, as Pillow's exif_transpose and ImageOps.fit do, bilinear. Metadata, all of
-it text, under the same names in both formats: classes and members (lists in JSON), image_size (S), input (the above in
-short), average, temperature, format, version.
+Input: RGB images, uint8 (batch, 3, S, S), any batch size. Output: probabilities, float32 (batch, classes). Weights and
+normalisation are included. The caller must resize images of other sizes, as predict.py does: Pillow's exif_transpose,
+then ImageOps.fit to S×S, bilinear. Metadata, all strings, with the same keys in both formats: classes and members (JSON
+lists), image_size (S), input (this paragraph in short), average, temperature, format, version.
 
     python export.py --output ensemble.onnx                     # for onnxruntime
     session = onnxruntime.InferenceSession("ensemble.onnx")
@@ -58,7 +57,7 @@ Predict = Callable[[Tensor], Tensor]  # images to probabilities, as Ensemble
 
 @dataclass(frozen=True)
 class Format:
-    packages: tuple[str, ...]  # needed beside PyTorch
+    packages: tuple[str, ...]  # needed besides PyTorch
     write: Callable[[Ensemble, dict[str, str]], bytes]  # an ensemble and its metadata, as a file's content
     read: Callable[[bytes], Predict]
 
@@ -82,7 +81,9 @@ def main() -> int:
     ensemble = members.build(contents, average=options.average, temperature=options.temperature)
     files.check_writable(options.output.parent, "the file")
     images, source = pick_images(contents[0][1]["data"], options)
-    check_finite(ensemble, paths, images)
+    with torch.inference_mode():
+        for path, logits in zip(paths, ensemble.logits(images[:BATCH_SIZE]), strict=True):
+            members.check_finite(path, logits)
 
     written = file_format.write(ensemble, metadata(ensemble, members.names(paths)))
     with files.replacing(options.output, "the file") as file:
@@ -119,7 +120,7 @@ def parse_flags() -> argparse.Namespace:
         "--temperature",
         type=float,
         default=1.0,
-        help="above 1 the probabilities are less sure, below surer (default: 1)",
+        help="above 1: less confident probabilities, below 1: more confident (default: 1)",
     )
     tested = parser.add_mutually_exclusive_group()
     tested.add_argument(
@@ -159,8 +160,7 @@ def require(name: str) -> None:
 def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tensor, str]:
     """Images to compare on, uint8 (N, 3, S, S), and what they are; `data` is that of a checkpoint.
 
-    Where the images that a member was trained with cannot be had, random ones take their place. Raises UserError where
-    those that --data names cannot.
+    Random images are used where the first member's data is not available. Raises UserError where that of --data is not.
     """
     size = data["image_size"]
     if not options.random:
@@ -183,14 +183,6 @@ def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tens
     return torch.randint(
         0, 256, (options.images, 3, size, size), dtype=torch.uint8, generator=generator
     ), "random images"
-
-
-@torch.inference_mode()
-def check_finite(ensemble: Ensemble, paths: list[Path], images: Tensor) -> None:
-    """Raise UserError, naming the checkpoint, where a member's logits for `images` are not finite."""
-    for path, logits in zip(paths, ensemble.logits(images[:BATCH_SIZE]), strict=True):
-        if not logits.isfinite().all():
-            raise UserError(f"{path}: its predictions are not finite; train it again with a lower --base-lr")
 
 
 def metadata(ensemble: Ensemble, names: list[str]) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Test an ensemble of trained networks: average their softmax outputs, and compare it with its members.
 
 Without arguments it takes the three checkpoints that dense.py, mobilenetv2.py and resnext.py write; otherwise any
-number of checkpoints of any kind. All it needs to know, the data included, stands in the checkpoints. What they say of
-the test images is kept beside them, so that looking again takes a moment.
+number of checkpoints of any kind. The checkpoints also say which data to test on. The logits for the test images are
+cached next to the checkpoints, so that a second run is fast.
 """
 
 import argparse
@@ -108,14 +108,14 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--temperature",
         type=temperature_flag,
-        help="soften (above 1) or sharpen (below) the average; fit: by the validation images (default: neither)",
+        help="above 1: less confident ensemble, below 1: more; fit: fit it on the validation images (default: none)",
     )
     parser.add_argument("--tta", choices=("flip",), help="average over the mirror image of each image, too")
     parser.add_argument("--data", help="test on this instead of the data that the members were trained with")
     parser.add_argument("--data-url", help="where to look first for the CIFAR archive")
-    parser.add_argument("--test-size", type=int, help="test on so many images, equal shares of the classes")
+    parser.add_argument("--test-size", type=int, help="number of test images, balanced over the classes")
     parser.add_argument("--batch-size", type=int, help="images in one go (default: 512 of 32×32, more on a GPU)")
-    parser.add_argument("--no-cache", action="store_true", help="compute the logits again, and keep nothing")
+    parser.add_argument("--no-cache", action="store_true", help="compute the logits again and do not cache them")
     parser.add_argument("--plot-dir", default="plots", help="for the pictures and ensemble.json (default: plots)")
     options = parser.parse_args()
     for flag, value in (("--batch-size", options.batch_size), ("--test-size", options.test_size)):

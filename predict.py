@@ -1,8 +1,8 @@
-"""Name what images show, by an ensemble of trained networks: python predict.py cat.jpg photos/
+"""Classify images with an ensemble of trained networks: python predict.py cat.jpg photos/
 
-Without --checkpoints it takes the three that dense.py, mobilenetv2.py and resnext.py write. Folders are walked. Images
-of any size are decoded and resized as the training images were; one that cannot be is reported and skipped, and the
-exit status is then 1.
+Without --checkpoints it takes the three that dense.py, mobilenetv2.py and resnext.py write. Folders are
+searched recursively. Images of any size are resized as the training images were. An image that cannot be decoded is
+reported and skipped, and the exit status is then 1.
 """
 
 import argparse
@@ -52,8 +52,8 @@ class Prediction:
 
 
 @dataclass
-class Tally:
-    """What the last lines on stderr tell."""
+class Stats:
+    """Counts and times for the summary on stderr."""
 
     images: int = 0
     skipped: int = 0
@@ -76,7 +76,7 @@ def main() -> int:
     precision = pick_precision(options.precision, device)
     batch_size = options.batch_size or max(1, BATCH_PIXELS[device.type] // ensemble.image_size**2)
 
-    tally = Tally()
+    stats = Stats()
     try:
         with contextlib.ExitStack() as stack:
             writers = []
@@ -86,17 +86,17 @@ def main() -> int:
                 writers.append(stack.enter_context(csv_writer(options.csv, top)))
             if "-" not in (options.json, options.csv):
                 writers.append(text_writer(paths, ensemble, members.names(checkpoints), options.verbose))
-            for prediction in predict(paths, ensemble, checkpoints, top, batch_size, precision, tally):
+            for prediction in predict(paths, ensemble, checkpoints, top, batch_size, precision, stats):
                 if prediction.error:
                     print(f"skipped: {printable(prediction.error)}", file=sys.stderr)
                 for write in writers:
                     write(prediction)
-    except OutputEnded as error:
+    except StdoutError as error:
         if isinstance(error.cause, BrokenPipeError):  # nobody reads any more: `head` has what it wants
             return 128 + 13  # as a shell shows SIGPIPE, which Windows does not have
         raise UserError(f"standard output could not be written ({error.cause.strerror}); free that place") from None
-    report(tally, ensemble.image_size)
-    return 1 if tally.skipped else 0
+    report(stats, ensemble.image_size)
+    return 1 if stats.skipped else 0
 
 
 def parse_flags() -> argparse.Namespace:
@@ -111,12 +111,12 @@ def parse_flags() -> argparse.Namespace:
     members.add_flags(parser)
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T",
-        help="above 1 the ensemble is less sure of itself, below 1 surer (default: 1)",
+        help="above 1: less confident probabilities, below 1: more confident (default: 1)",
     )  # fmt: skip
     parser.add_argument("--top", type=int, metavar="K", help=f"classes named for each image (default: {TOP})")
     parser.add_argument("--json", metavar="FILE", help="write the predictions there as JSON; - is standard output")
     parser.add_argument("--csv", metavar="FILE", help="write the predictions there as CSV; - is standard output")
-    parser.add_argument("--verbose", action="store_true", help="tell each member's vote, and which images are far off")
+    parser.add_argument("--verbose", action="store_true", help="also print each member's vote, and mark unusual sizes")
     parser.add_argument("--batch-size", type=int, help="images in one go (default: 32 of 32×32, on a GPU 512)")
     options = parser.parse_intermixed_args()
     for flag, value in (("--batch-size", options.batch_size), ("--top", options.top)):
@@ -151,7 +151,7 @@ def predict(
     top: int,
     batch_size: int,
     precision: str,
-    tally: Tally,
+    stats: Stats,
 ) -> Iterator[Prediction]:
     """One prediction after the other, in the paths' order, from one batch of images in memory at a time.
 
@@ -162,29 +162,28 @@ def predict(
         batch = paths[start : start + batch_size]
         started = time.perf_counter()
         decoded = list(decode_all(batch, ensemble.image_size))
-        tally.decoding += time.perf_counter() - started
+        stats.decoding += time.perf_counter() - started
         pixels = [image[0] for image in decoded if not isinstance(image, UserError)]
         if pixels:
             started = time.perf_counter()
             with explain_out_of_memory(batch_size):
                 logits = member_logits(ensemble, np.stack(pixels), precision)
-            tally.networks += time.perf_counter() - started
+            stats.networks += time.perf_counter() - started
             for checkpoint, own in zip(checkpoints, logits, strict=True):
-                if not own.isfinite().all():
-                    raise UserError(f"{checkpoint}: its predictions are not finite; train it again")
+                members.check_finite(checkpoint, own)
             probs = average_probs(logits, ensemble.average, ensemble.temperature)
             tops = iter(votes(probs, ensemble.classes, top))
-            # By member, then by image; turned round.
+            # Transposed from [member][image] to [image][member].
             ballots = zip(*(votes(own, ensemble.classes, 1) for own in logits.softmax(2)), strict=True)
         for path, image in zip(batch, decoded, strict=True):
             if isinstance(image, UserError):
-                tally.skipped += 1
+                stats.skipped += 1
                 yield Prediction(path, error=str(image))
                 continue
             _, size = image
-            tally.images += 1
-            if is_far(size, ensemble.image_size):
-                tally.far.append(f"{path} ({size[0]}×{size[1]})")
+            stats.images += 1
+            if is_unusual(size, ensemble.image_size):
+                stats.far.append(f"{path} ({size[0]}×{size[1]})")
             ballot = {name: vote for name, (vote,) in zip(names, next(ballots), strict=True)}
             yield Prediction(path, size, next(tops), ballot)
 
@@ -208,27 +207,27 @@ def votes(probs: torch.Tensor, classes: Sequence[str], top: int) -> list[list[Vo
     ]
 
 
-def is_far(size: tuple[int, int], image_size: int) -> bool:
-    """Whether resizing leaves little of an image, makes up much of it or cuts off half."""
+def is_unusual(size: tuple[int, int], image_size: int) -> bool:
+    """Whether an image is much larger or smaller than the networks' input, or so elongated that half is cropped."""
     shorter, longer = sorted(size)
     return shorter > 4 * image_size or 2 * longer < image_size or longer > 2 * shorter
 
 
-def report(tally: Tally, image_size: int) -> None:
+def report(stats: Stats, image_size: int) -> None:
     """The note on sizes and the rates, on stderr."""
-    if tally.far:
-        named, more = ", ".join(tally.far[:NAMED]), len(tally.far) - NAMED
+    if stats.far:
+        named, more = ", ".join(stats.far[:NAMED]), len(stats.far) - NAMED
         print(
-            f"note: {count(len(tally.far))} far from {image_size}×{image_size}, which is all that the networks see, in "
-            f"size or shape: {printable(named)}{f' and {more:,} more' if more > 0 else ''}. Trust these predictions "
-            "less where the training images were not so",
+            f"note: {count(len(stats.far))} far from {image_size}×{image_size}, the networks' input, in "
+            f"size or shape: {printable(named)}{f' and {more:,} more' if more > 0 else ''}. These predictions "
+            "are less reliable unless the training images were similar",
             file=sys.stderr,
         )
     rates = ""
-    if tally.images:
-        decoding = (tally.images + tally.skipped) / tally.decoding
-        rates = f"; decoding {decoding:,.0f} images/s, networks {tally.images / tally.networks:,.0f} images/s"
-    print(f"{count(tally.images)}, {tally.skipped:,} skipped{rates}", file=sys.stderr)
+    if stats.images:
+        decoding = (stats.images + stats.skipped) / stats.decoding
+        rates = f"; decoding {decoding:,.0f} images/s, networks {stats.images / stats.networks:,.0f} images/s"
+    print(f"{count(stats.images)}, {stats.skipped:,} skipped{rates}", file=sys.stderr)
 
 
 def count(images: int) -> str:
@@ -238,7 +237,7 @@ def count(images: int) -> str:
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-class OutputEnded(Exception):
+class StdoutError(Exception):
     """Standard output takes no more. Not an OSError, which would be taken for one of a file that is written as well."""
 
     def __init__(self, cause: OSError):
@@ -252,7 +251,7 @@ class StandardOutput:
             sys.stdout.flush()
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-            raise OutputEnded(error) from None
+            raise StdoutError(error) from None
 
 
 @contextlib.contextmanager
@@ -319,7 +318,7 @@ def text_writer(paths: Sequence[str], ensemble: Ensemble, names: Sequence[str], 
         lines = [line(prediction.path, prediction.top)]
         if verbose:
             lines += [line(f"  {member}", [vote]) for member, vote in prediction.members.items()]
-            if is_far(prediction.size, ensemble.image_size):
+            if is_unusual(prediction.size, ensemble.image_size):
                 shape = "×".join(map(str, prediction.size))
                 lines.append(f"  {shape} pixels, far from {ensemble.image_size}×{ensemble.image_size}")
         output.write("".join(printable(text) + "\n" for text in lines))

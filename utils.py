@@ -51,11 +51,10 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 class TrainLoader:
     """Augmented and normalised batches of a split, made on the device.
 
-    The order of the images and all their draws follow from (seed, epoch) alone: neither the batch size nor the chunk
-    changes what becomes of an image. The last batch may be smaller. Of several processes each gets its share of every
-    batch.
+    The order of the images and their random augmentation depend on (seed, epoch) only, not on the batch or chunk size.
+    The last batch may be smaller. With several processes, each gets its share of every batch.
 
-    From epoch `crop_and_flip_from` on, crop and flip alone are left of the augmentation.
+    From epoch `crop_and_flip_from` on, only crop and flip are applied.
 
     `ahead` (by default on CUDA) keeps the work off the critical path: a thread draws for the next epoch while this one
     is trained, and the device augments the next chunk beside the training steps on this one.
@@ -137,8 +136,8 @@ class TrainLoader:
         training = torch.cuda.current_stream(self.device)
 
         def augment_beside(number: int) -> tuple[Tensor, Tensor]:
-            # Behind what was given to the training stream until now: the plan's copy, and the last use of the memory of
-            # the chunk before, which the next one may get.
+            # Wait for the work queued on the training stream so far: the plan's copy, and the last use of the previous
+            # chunk, whose memory the next one may reuse.
             self.stream.wait_stream(training)
             with torch.cuda.stream(self.stream):
                 return self.chunk(plan, number, augmenter)
@@ -189,7 +188,7 @@ def eval_batch_size(images: Tensor, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """The learning rate of every step: a linear climb, then half a cosine down.
+    """The learning rate of every step: a linear warm-up, then cosine annealing.
 
     From `lr` to `min_lr`, Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts; the climb over the first part
     of the run, `warmup`, is that of Goyal et al. 2017, arXiv:1706.02677. `each` says when the rate changes: "epoch" or

@@ -70,15 +70,15 @@ def decoding_rate(paths: list[str], image_size: int) -> float:
 
 def network_rates(paths: list[str], ensemble: Ensemble, device: torch.device) -> tuple[float, float]:
     """Images a second of the networks alone, and from file to prediction."""
-    tally = predict.Tally()
+    stats = predict.Stats()
     batch_size = max(1, predict.BATCH_PIXELS[device.type] // ensemble.image_size**2)
     precision = pick_precision("auto", device)
     started = time.perf_counter()
     for _ in predict.predict(
-        paths, ensemble, [Path(name) for name in NETWORKS], predict.TOP, batch_size, precision, tally
+        paths, ensemble, [Path(name) for name in NETWORKS], predict.TOP, batch_size, precision, stats
     ):
         pass
-    return tally.images / tally.networks, tally.images / (time.perf_counter() - started)
+    return stats.images / stats.networks, stats.images / (time.perf_counter() - started)
 
 
 def parse_flags() -> argparse.Namespace:

@@ -19,8 +19,8 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 def set_up_device(name: str, *, deterministic: bool = False) -> torch.device:
     """The device that --device names, and the settings of this process that make it fast.
 
-    `auto` takes CUDA, then MPS, then the CPU. `deterministic`: CUDA gives the same bits in every run, at a price; the
-    CPU always does. On the CPU, freed memory is kept, and memory that is not there is refused.
+    `auto` takes CUDA, then MPS, then the CPU. `deterministic`: runs on CUDA are bit-identical, but slower; on the
+    CPU they always are. On the CPU, freed memory is kept for reuse, and allocating more than is free is an error.
 
     Raises UserError where there is no such device.
     """

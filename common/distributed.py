@@ -1,6 +1,6 @@
 """Several processes that train one network together, as torchrun starts them: one for each GPU, or some on a CPU.
 
-A process that torchrun did not start is the first of one; nothing here does anything then.
+Without torchrun there is one process, of rank 0, and nothing here has any effect.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from torch import nn
 
 # One process decodes the images while the others wait for it.
 TIMEOUT = timedelta(minutes=30)
-# Seconds that a process outlives one that it found dead: torchrun, which looks ten times a second, reports whom it sees
-# end first.
-SEEN_DEAD = 1
+# Seconds to wait before exiting after another process died: torchrun polls ten times a second and reports the process
+# that exits first, which should be the one at fault.
+EXIT_DELAY = 1
 
 
 def under_torchrun() -> bool:
@@ -48,37 +48,37 @@ def print_rank0(*text: object) -> None:
 
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[None]:
-    """Within the block the processes that torchrun started know each other; `device` is what --device names.
+    """Initialize torch.distributed within the block, under torchrun; `device` is the value of --device.
 
     Raises UserError where there are more processes on a machine than GPUs, on MPS, and where another process is gone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    place, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if device == "mps":
-        raise UserError(f"--device mps has one GPU, for one process; torchrun has started {here}")
+        raise UserError(f"--device mps has one GPU, for one process; torchrun has started {local_world_size}")
     if on_cuda:
-        if here > torch.cuda.device_count():
+        if local_world_size > torch.cuda.device_count():
             raise UserError(
-                f"torchrun --nproc_per_node={here}: there are {torch.cuda.device_count()} GPUs here, and each process "
-                "needs its own; start as many, or give --device cpu"
+                f"torchrun --nproc_per_node={local_world_size}: there are {torch.cuda.device_count()} GPUs here, and "
+                "each process needs its own; start as many, or give --device cpu"
             )
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(local_rank)
     store, rank, world_size = next(dist.rendezvous("env://"))
-    if here == world_size:  # torchrun keeps the store when it starts them again, with the dead ones' addresses in it
+    if local_world_size == world_size:  # after a restart, torchrun's store still has the dead processes' addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     with explain_lost_processes():
         yield
-    dist.destroy_process_group()  # after an error it would wait for the others' part in exchanges that never come
+    dist.destroy_process_group()  # not after an error: it would wait for collectives that never complete
 
 
 @contextlib.contextmanager
-def first_here() -> Iterator[None]:
-    """The first process of each machine goes through the block before the machine's others do."""
+def local_rank_zero_first() -> Iterator[None]:
+    """Run the block in local rank 0 of each machine first, then in the machine's other processes."""
     waits = world_size() > 1 and int(os.environ["LOCAL_RANK"]) > 0
     if waits:
         dist.barrier()
@@ -88,7 +88,7 @@ def first_here() -> Iterator[None]:
 
 
 def from_main_process(function: Callable[[], Any]) -> Any:
-    """What `function` gives in the first process, in all of them; its UserError too, which the first one prints."""
+    """Call `function` in rank 0 only; return its result, or raise its UserError, in all processes."""
     if world_size() == 1:
         return function()
     found: list[Any] = [None, None]
@@ -99,7 +99,7 @@ def from_main_process(function: Callable[[], Any]) -> Any:
             found[1] = str(error)
     dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     if found[1] is not None:
-        raise UserError(found[1], silent=not is_main_process())
+        raise error_in_all(found[1])
     return found[0]
 
 
@@ -145,5 +145,5 @@ def explain_lost_processes() -> Iterator[None]:
     except RuntimeError as error:
         if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        time.sleep(SEEN_DEAD)
+        time.sleep(EXIT_DELAY)
         raise UserError("another process of this run is gone; torchrun's report below names it") from None

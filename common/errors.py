@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", and how a script ends on it."""
+"""UserError, the exception for problems that the user can fix, and how a script exits on it."""
 
 import io
 import os

@@ -1,6 +1,6 @@
 """Where images come from: CIFAR-10 or CIFAR-100, a folder of one's own, or the digits that scikit-learn carries.
 
-`load` turns any of them into uint8 arrays, labels and class names. Nothing here imports torch.
+`load` turns any of them into uint8 arrays, labels and class names. Importing this package does not import torch.
 """
 
 from pathlib import Path

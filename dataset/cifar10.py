@@ -101,7 +101,7 @@ def download_archive(name: str, archive: Path, data_url: str | None) -> None:
                 download_url(url, str(archive.parent), partial.name, kind.tgz_md5)
             os.replace(partial, archive)
             return
-        except Exception as error:  # an address that is none trips torchvision up in many ways
+        except Exception as error:  # torchvision raises many kinds of exception for an invalid URL
             causes.append(f"{url}: {first_line(error)}")
             print(f"skipped {causes[-1]}", file=sys.stderr)
         finally:
@@ -129,7 +129,7 @@ def naming_failure(archive: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{archive}: could not be unpacked ({error}); free that place or name another") from None
+        raise UserError(f"{archive}: could not be unpacked ({error}); free space, or give another folder") from None
 
 
 def is_official(folder: Path) -> bool:

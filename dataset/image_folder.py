@@ -1,6 +1,6 @@
 """Pictures in class folders, in the layouts that people have, decoded once and then kept as one uint8 array.
 
-    photos/train/<class>/…  photos/test/<class>/…      or val/, valid/ in the place of test/, in any case
+    photos/train/<class>/…  photos/test/<class>/…      or val/, valid/ instead of test/, upper or lower case
     photos/train/…  photos/val/…  photos/test/…        the validation images choose the checkpoint
     photos/<class>/…                                   a part of each class is for the test
 
@@ -37,7 +37,7 @@ CHUNK = 8  # pictures that a thread decodes in one go; handing small ones over s
 CHUNKS_AHEAD = 512  # what threads may decode before it is used, so that it is not all in memory twice
 SMALL_FILE = 16_384  # bytes: a photo of some 200×200 pixels, as JPEG
 
-# Pillow refuses an image of more pixels than twice its limit of 90 million, and warns from once on: of a large photo.
+# Pillow warns above 90 million pixels, which a large photo can have, and refuses an image above twice that.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
@@ -144,7 +144,7 @@ def pictures_in(folder: Path) -> Iterator[Path]:
 
 
 def unreadable(error: OSError) -> UserError:
-    return UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); open it up, or leave it out")
+    return UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); make it readable, or move it")
 
 
 def refuse(error: OSError) -> None:
@@ -185,7 +185,7 @@ def through_cache(folder: Path, paths: Sequence[Path], image_size: int, cache_di
 
 
 def stat_of(path: Path) -> os.stat_result:
-    """Of a link to nothing, the link's own: decoding then names it."""
+    """The file's stat; for a broken link the link's own, so that decoding reports it."""
     return os.stat(path) if path.exists() else os.lstat(path)
 
 

@@ -250,7 +250,7 @@ def _affine_sources(size: int, name: str, strength: float) -> Tensor:
         slope = math.tan(math.radians(math.degrees(math.atan(strength))))
         corner = -size * 0.5
         if name == "ShearX":
-            b, c = slope, corner - corner - slope * corner
+            b, c = slope, -slope * corner
         else:
             d, f = slope, corner - slope * corner - corner
     theta = torch.tensor([[a, b, c], [d, e, f]]).T / (0.5 * size)

@@ -58,7 +58,7 @@ def digest(classes: Sequence[str], *splits: Split) -> str:
 
 
 def hold_out(split: Split, share: float, stream: tuple[int, int]) -> tuple[Split, Split]:
-    """What stays and what is held out: `share` of each class, to the nearest image. Of two or more, one is in each."""
+    """The rest, and the held-out `share` of each class, rounded; of 2 or more images each gets at least 1."""
     rng = np.random.default_rng(stream)
     held_out = []
     for label in np.unique(split.labels):

@@ -1,6 +1,6 @@
 """RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and Cutout on a whole batch, each image with its own draw.
 
-The semantics are torchvision's, the shape of the work is not. torchvision takes one image and one draw at a time; here
+The results are torchvision's, the implementation is not. torchvision takes one image and one draw at a time; here
 all draws of an epoch are made first, on the CPU, and an operator then runs once over every image that drew it.
 """
 

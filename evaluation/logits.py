@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import models
-from evaluation.members import build_member
+from evaluation.members import build_member, check_finite
 from utils import eval_batch_size, predict
 
 CACHE = ".logits"  # the folder beside the checkpoints
@@ -40,34 +40,33 @@ def member_logits(
     mirror image. With `cached`, logits come from the cache where it has them, and that network is not even built.
     Raises UserError where they are not finite.
     """
-    pixels = hashlib.sha256(repr(tuple(images.shape)).encode())
-    pixels.update(images.numpy())
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    view_logits(path, content, images, pixels.hexdigest(), device, precision, view, batch_size, cached)
-                    for view in ((False, True) if mirrored else (False,))
-                ]
-            )
-            for path, content in contents
+    images_digest = hashlib.sha256(repr(tuple(images.shape)).encode())
+    images_digest.update(images.numpy())
+    asked = images_digest.hexdigest(), device, precision
+    members = []
+    for path, content in contents:
+        views = [
+            view_logits(path, content, images, *asked, mirrored=view, batch_size=batch_size, cached=cached)
+            for view in ((False, True) if mirrored else (False,))
         ]
-    )
+        members.append(torch.stack(views))
+    return torch.stack(members)
 
 
 def view_logits(
     path: Path,
     content: dict[str, Any],
     images: Tensor,
-    pixels: str,
+    images_digest: str,
     device: torch.device,
     precision: str,
+    *,
     mirrored: bool,
     batch_size: int | None,
     cached: bool,
 ) -> Tensor:
-    """Logits, float32 (N, C), of one checkpoint for one view of images whose digest is `pixels`."""
-    kept = cache_path(path.parent, content["digest"], pixels, device, precision, mirrored)
+    """Logits, float32 (N, C), of one checkpoint for one view of images whose digest is `images_digest`."""
+    kept = cache_path(path.parent, content["digest"], images_digest, device, precision, mirrored)
     if cached and (logits := read_cache(kept, len(images), len(content["data"]["classes"]))) is not None:
         return logits
     member = build_member(path, content).to(device, memory_format=torch.channels_last)
@@ -75,21 +74,22 @@ def view_logits(
     with explain_out_of_memory(batch_size):
         network = (lambda batch: member(batch.flip(3))) if mirrored else member
         logits = predict(network, images, device, precision=precision, batch_size=batch_size)
-    if not logits.isfinite().all():
-        raise UserError(f"{path}: its predictions are not finite; train it again with a lower --base-lr")
+    check_finite(path, logits)
     if cached:
         write_cache(kept, logits)
     else:
-        kept.unlink(missing_ok=True)  # whoever does not trust it will not find it again
+        kept.unlink(missing_ok=True)  # --no-cache also removes the entry it distrusts
     return logits
 
 
-def cache_path(folder: Path, digest: str, pixels: str, device: torch.device, precision: str, mirrored: bool) -> Path:
-    """A file named by all that decides the logits."""
+def cache_path(
+    folder: Path, digest: str, images_digest: str, device: torch.device, precision: str, mirrored: bool
+) -> Path:
+    """The cache file, named by a hash of everything that determines the logits."""
     decisive = {
         "version": CACHE_VERSION,
         "checkpoint": digest,
-        "images": pixels,
+        "images": images_digest,
         "mirrored": mirrored,
         "device": device.type,
         "precision": precision,
@@ -102,7 +102,7 @@ def cache_path(folder: Path, digest: str, pixels: str, device: torch.device, pre
 
 @functools.cache
 def sources() -> str:
-    """A digest of the code that makes logits of a checkpoint and images."""
+    """A digest of models/*.py, the code that turns a checkpoint and images into logits."""
     digest = hashlib.sha256()
     for path in sorted(Path(models.__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

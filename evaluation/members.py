@@ -17,14 +17,14 @@ from common.device import DEVICES, PRECISIONS
 from common.errors import UserError
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import NETWORKS
 from models.ensemble import AVERAGES, Ensemble, Member
 from training import checkpoint
 from training.recipe import PRECISION_HELP
 
-TEMPERATURES = (0.05, 20.0)  # beyond, an average is sure of one class, or of none
+TEMPERATURES = (0.05, 20.0)  # outside, the softmax is practically one-hot or uniform
 # The default members, and the scripts that make them.
 SCRIPTS = {"densenet.pt": "dense.py", "mobilenetv2.pt": "mobilenetv2.py", "resnext.pt": "resnext.py"}
 
@@ -63,16 +63,13 @@ def read_all(paths: Sequence[str | Path]) -> Contents:
                 f"warning: {path} is not finished, {done} of {epochs} epochs; it is used as it stands", file=sys.stderr
             )
         contents.append((path, content))
-    check_same(contents, [("classes", lambda own: own["data"]["classes"]), ("image size", image_size)])
+    data = {"classes": "classes", "image size": "image_size"}
+    check_same(contents, [(name, lambda own, key=key: own["data"][key]) for name, key in data.items()])
     return contents
 
 
-def image_size(content: dict[str, Any]) -> int:
-    return content["data"]["image_size"]
-
-
 def check_same(contents: Contents, properties: Sequence[tuple[str, Any]]) -> None:
-    """Raise UserError where a property, a name and a function of a checkpoint's content, is not that of the first."""
+    """Raise UserError if a checkpoint differs from the first in a property, given as (name, function of content)."""
     (first_path, first), *others = contents
     for path, content in others:
         if differences := [
@@ -80,7 +77,7 @@ def check_same(contents: Contents, properties: Sequence[tuple[str, Any]]) -> Non
             for name, of in properties
             if of(first) != of(content)
         ]:
-            raise UserError("these members do not go together:\n  " + "\n  ".join(differences))
+            raise UserError("these checkpoints cannot be averaged:\n  " + "\n  ".join(differences))
 
 
 def shown(value: Any) -> str:
@@ -126,6 +123,12 @@ def add_flags(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
 def paths_of(options: argparse.Namespace) -> list[Path]:
     """The checkpoints that are given, or the three networks' in --checkpoint-dir."""
     return options.checkpoints or [Path(options.checkpoint_dir) / name for name in SCRIPTS]
+
+
+def check_finite(path: Path, logits: Tensor) -> None:
+    """Raise UserError, naming the checkpoint, where its logits are not finite."""
+    if not logits.isfinite().all():
+        raise UserError(f"{path}: its predictions are not finite; train it again with a lower --base-lr")
 
 
 def check_temperature(value: float) -> None:

@@ -1,4 +1,4 @@
-"""What predicted probabilities are worth: loss, accuracy, Brier score, calibration, and how sure one can be of each.
+"""Metrics of predicted probabilities: loss, accuracy, Brier score, calibration error, and bootstrap intervals.
 
 In float64: a test loss summed over ten thousand images should not depend on the order of the sum.
 """
@@ -6,18 +6,11 @@ In float64: a test loss summed over ten thousand images should not depend on the
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-PER_IMAGE = ("loss", "accuracy", "brier")  # the means of what `per_image` gives
+PER_IMAGE = ("loss", "accuracy", "brier")  # the columns that `per_image` returns
 BINS = 15
 RESAMPLES = 10_000
 RESAMPLED_AT_ONCE = 2**20  # images drawn in one go: 8 MB of them, and as much of their counts
-
-
-def sums(logits: Tensor, labels: Tensor) -> list[float]:
-    """The cross-entropies of all rows added up, and how many rows are right: parts of which make up the whole."""
-    loss = F.cross_entropy(logits.double(), labels, reduction="sum").item()
-    return [loss, float((logits.argmax(1) == labels).sum())]
 
 
 def negative_log_likelihood(probs: Tensor, labels: Tensor) -> float:
@@ -33,11 +26,6 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     return (scores.argmax(1) == labels).double().mean().item()
 
 
-def brier_score(probs: Tensor, labels: Tensor) -> float:
-    """Mean squared distance, 0 to 2, of `probs`, (N, C), from the certainty of `labels`, int64 (N,) (Brier 1950)."""
-    return per_image(probs, labels)[:, 2].mean().item()
-
-
 def per_image(probs: Tensor, labels: Tensor) -> Tensor:
     """What each image adds to the means of `PER_IMAGE`, float64 (N, 3), from `probs`, (N, C), and int64 (N,)."""
     probs = probs.double()
@@ -49,7 +37,7 @@ def per_image(probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def reliability(probs: Tensor, labels: Tensor, bins: int = BINS) -> tuple[Tensor, Tensor, Tensor]:
-    """How many images, how confident and how accurate, in each of `bins` equal parts of the confidence's 0 to 1.
+    """How many images, how confident and how accurate, in each of `bins` equally wide confidence bins.
 
     An image's confidence is the probability of its most probable class. Returns int64, float64 and float64 (bins,),
     the last two being fractions, and 0 where a bin is empty. (Guo et al. 2017, arXiv:1706.04599, section 2)

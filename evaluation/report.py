@@ -22,7 +22,6 @@ from evaluation.members import TEMPERATURES
 from evaluation.metrics import PER_IMAGE
 from models.ensemble import average_logits, average_probs
 
-GOLDEN = (math.sqrt(5) - 1) / 2
 CONFUSIONS = 10
 
 
@@ -68,19 +67,11 @@ def fit_temperature(logits: Tensor, labels: Tensor, how: str) -> float:
     def loss(log_temperature: float) -> float:
         return F.cross_entropy(averaged / math.exp(log_temperature), labels).item()
 
-    # The loss is convex in 1 / temperature, so it has one valley, and the golden section cannot miss it.
+    # The loss is convex in 1 / temperature, so it has one valley, and a ternary search cannot miss it.
     low, high = (math.log(limit) for limit in TEMPERATURES)
-    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    left_loss, right_loss = loss(left), loss(right)
     while high - low > 1e-7:
-        if left_loss <= right_loss:
-            high, right, right_loss = right, left, left_loss
-            left = high - GOLDEN * (high - low)
-            left_loss = loss(left)
-        else:
-            low, left, left_loss = left, right, right_loss
-            right = low + GOLDEN * (high - low)
-            right_loss = loss(right)
+        left, right = (2 * low + high) / 3, (low + 2 * high) / 3
+        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
     return math.exp((low + high) / 2)
 
 
@@ -90,11 +81,11 @@ def report(probs: Probs, labels: Tensor, names: Sequence[str], classes: Sequence
     Losses are in nats; accuracies, calibration errors and disagreements are fractions; a difference is the ensemble
     minus the member, or the ensemble without one minus the whole.
     """
-    everyone = [*probs.members, probs.ensemble, *probs.without]
-    per_image = torch.stack([metrics.per_image(own, labels) for own in everyone], 1)  # (N, everyone, PER_IMAGE)
+    all_probs = [*probs.members, probs.ensemble, *probs.without]
+    per_image = torch.stack([metrics.per_image(own, labels) for own in all_probs], 1)  # (N, all_probs, PER_IMAGE)
     resampled = metrics.bootstrap(per_image.flatten(1).numpy()).reshape(-1, *per_image.shape[1:])
     rows = [
-        figures(own, labels) | {"intervals": intervals(resampled[:, number])} for number, own in enumerate(everyone)
+        figures(own, labels) | {"intervals": intervals(resampled[:, number])} for number, own in enumerate(all_probs)
     ]
     at = len(names)  # the ensemble's place
     members, ensemble, without = rows[:at], rows[at], rows[at + 1 :]
@@ -132,12 +123,8 @@ def paired(one: Tensor, other: Tensor, labels: Tensor) -> dict[str, Any]:
 
 def figures(probs: Tensor, labels: Tensor) -> dict[str, float]:
     """Loss, accuracy, Brier score and calibration error of probabilities (N, C)."""
-    return {
-        "loss": metrics.negative_log_likelihood(probs, labels),
-        "accuracy": metrics.accuracy(probs, labels),
-        "brier": metrics.brier_score(probs, labels),
-        "calibration_error": metrics.calibration_error(probs, labels),
-    }
+    means = metrics.per_image(probs, labels).mean(0).tolist()
+    return dict(zip(PER_IMAGE, means, strict=True)) | {"calibration_error": metrics.calibration_error(probs, labels)}
 
 
 def intervals(resampled: np.ndarray) -> dict[str, list[float]]:

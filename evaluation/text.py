@@ -7,7 +7,7 @@ from evaluation.members import TEMPERATURES
 
 
 def method(result: dict[str, Any]) -> str:
-    """How the members became one, as all that is printed and drawn names it."""
+    """The averaging method, as printed and as written into the plots."""
     parts = [f"{result['average']} averaged"]
     if result["tta"]:
         parts.append(f"--tta {result['tta']}")

@@ -1,8 +1,8 @@
 """The networks, by the name under which a checkpoint stores them.
 
 All three start from PyTorch's own random weights, where the papers of DenseNet and ResNeXt take those of He et al. 2015
-(arXiv:1502.01852). Behind every convolution comes a norm, so a weight's scale changes no output, only how fast it turns
-(van Laarhoven 2017, arXiv:1706.05350), and PyTorch's, being smaller, turn faster. The last norm of a residual block
+(arXiv:1502.01852). A norm follows every convolution, so a weight's scale changes only its effective learning rate
+(van Laarhoven 2017, arXiv:1706.05350), which is higher for PyTorch's smaller weights. The last norm of a residual block
 starts at zero.
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 AVERAGES = ("softmax", "logits")
 
 
-def average_probs(logits: Tensor, average: str = "softmax", temperature: float | Tensor = 1.0) -> Tensor:
+def average_probs(logits: Tensor, average: str = "softmax", temperature: float = 1.0) -> Tensor:
     """Probabilities (N, C) of an ensemble from its members' logits (M, N, C), in their precision.
 
     "softmax" is the mean of the members' probabilities. "logits" is the softmax of their mean logits: the normalised
@@ -19,7 +19,7 @@ def average_probs(logits: Tensor, average: str = "softmax", temperature: float |
 
     A temperature above 1 makes the average less confident, below 1 more (Rahaman and Thiery 2021, arXiv:2007.08792).
     """
-    if average == "softmax" and isinstance(temperature, float) and temperature == 1.0:
+    if average == "softmax" and temperature == 1.0:
         return logits.softmax(2).mean(0)
     return (average_logits(logits, average) / temperature).softmax(1)
 
@@ -27,7 +27,7 @@ def average_probs(logits: Tensor, average: str = "softmax", temperature: float |
 def average_logits(logits: Tensor, average: str = "softmax") -> Tensor:
     """Logits (N, C) whose softmax is the average of members' logits (M, N, C).
 
-    In logarithms: the mean of probabilities that underflow to 0 would have no logarithm for a temperature to divide.
+    Computed in log space: a probability that underflows to 0 would have the logarithm −inf.
     """
     if average == "softmax":
         return torch.logsumexp(logits.log_softmax(2), 0)
@@ -42,7 +42,7 @@ class Member(nn.Module):
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.network = network
-        # In grey levels, so that the images need not be divided first.
+        # On the scale of uint8, 0 to 255, so that the images need not be divided by 255 first.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1))
 

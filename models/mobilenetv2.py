@@ -59,11 +59,11 @@ class DepthwiseInBFloat16(torch.autograd.Function):
         return F.conv2d(x, weight, None, stride, 1, groups=len(weight))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        of_x = nn.grad.conv2d_input(x.shape, weight.float(), gradient.float(), ctx.stride, 1, groups=len(weight))
-        of_weight = nn.grad.conv2d_weight(x, weight.shape, gradient, ctx.stride, 1, groups=len(weight))
-        return of_x.to(x.dtype), of_weight, None
+        grad_x = nn.grad.conv2d_input(x.shape, weight.float(), grad_output.float(), ctx.stride, 1, groups=len(weight))
+        grad_weight = nn.grad.conv2d_weight(x, weight.shape, grad_output, ctx.stride, 1, groups=len(weight))
+        return grad_x.to(x.dtype), grad_weight, None
 
 
 def conv_norm(in_channels: int, out_channels: int, kernel: int = 1) -> list[nn.Module]:
@@ -84,7 +84,7 @@ class InvertedResidual(nn.Module):
         layers += conv_norm(hidden, out_channels)
         self.layers = nn.Sequential(*layers)
         self.shortcut = stride == 1 and in_channels == out_channels
-        if self.shortcut:  # at first the block is its shortcut (Goyal et al. 2017, arXiv:1706.02677)
+        if self.shortcut:  # the residual branch starts at zero (Goyal et al. 2017, arXiv:1706.02677)
             nn.init.zeros_(layers[-1].weight)
 
     def forward(self, x: Tensor) -> Tensor:

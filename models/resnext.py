@@ -20,7 +20,7 @@ class Bottleneck(nn.Module):
         self.norm2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(out_channels)
-        nn.init.zeros_(self.norm3.weight)  # at first a block is its shortcut (Goyal et al. 2017, arXiv:1706.02677)
+        nn.init.zeros_(self.norm3.weight)  # the residual branch starts at zero (Goyal et al. 2017, arXiv:1706.02677)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(

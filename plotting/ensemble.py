@@ -104,7 +104,7 @@ def plot_mistakes(
     classes: Sequence[str],
     title: str,
 ) -> Figure:
-    """Draw the images that the ensemble is surest of and wrong about, with what each member said.
+    """Draw the images that the ensemble is surest of and wrong about, with each member's prediction.
 
     `images` are uint8 (N, 3, H, W), `labels` (N,) their true classes as integers. `members` (M, N, C) and `ensemble`
     (N, C) are probabilities, `names` the members' and `classes` the classes'.
@@ -151,7 +151,7 @@ def _draw_mistake(
     axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.spines[:].set(visible=True, color=PALE)  # or a white sky would have no end
+    axes.spines[:].set(visible=True, color=PALE)  # a frame shows where a white background ends
     said = ensemble.argmax()
     axes.set_title(
         f"{short(classes[label], 12)} → {short(classes[said], 12)}, {100 * ensemble[said]:.1f} %",

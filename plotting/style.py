@@ -69,7 +69,7 @@ def style() -> Iterator[None]:
 
 
 def picture(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Make of a function that returns a figure one that takes a path first, and saves the figure there as a PNG file.
+    """Decorator: a function that returns a figure gets a path as its first argument, and saves the figure there as PNG.
 
     Raises UserError where the file cannot be written.
     """

@@ -83,7 +83,7 @@ def _draw_reference(
     """The reference's line, dashed, over the epochs of the run.
 
     A reference of more epochs is cut where the run ends, or a short run would be squeezed to the left edge. Where it
-    arrived in the end is what a short run wants to be measured by, so that is a dotted line across.
+    ended is what a short run is compared with: a dotted horizontal line.
     """
     last = history[-1]["epoch"]
     shown = [row for row in reference if row["epoch"] <= last]

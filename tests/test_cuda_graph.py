@@ -74,7 +74,7 @@ def test_a_compiler_that_fails_is_named_in_one_line_and_left(train, compiler, ca
     assert_same_run(train(compile="inductor"), plain)
     assert made[0].sizes == [4]
     said = [line for line in capsys.readouterr().out.splitlines() if "--compile" in line]
-    assert said == [f"--compile inductor fails here ({reason}); the operators run one by one"]
+    assert said == [f"--compile inductor fails here ({reason}); the step runs in eager mode"]
 
 
 def test_an_operator_that_cannot_be_recorded_is_named_beside_the_end_of_the_recording(

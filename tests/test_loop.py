@@ -458,7 +458,7 @@ def test_a_folder_that_vanishes_ends_the_run_and_is_not_made_anew(train, tmp_pat
 
     with pytest.raises(UserError) as error:
         train(on_forward=at_call(STEPS + 2, vanish))
-    assert f"{tmp_path / folder}: this folder has vanished" in str(error.value)
+    assert f"{tmp_path / folder}: this folder was deleted during the run" in str(error.value)
     assert "tiny.pt holds epoch 1; --resume continues from there" in str(error.value)
     assert not (tmp_path / folder).exists()
     moved = tmp_path / ("elsewhere" if folder == "checkpoints" else "checkpoints") / "tiny.pt"

@@ -307,7 +307,7 @@ def test_a_run_that_fails_leaves_the_files_as_they_were(folder):
     ],
 )  # fmt: skip
 def test_which_sizes_are_far_from_eight(size, far):
-    assert predict.is_far(size, 8) == far
+    assert predict.is_unusual(size, 8) == far
 
 
 def test_sizes_far_from_training_are_noted(folder):

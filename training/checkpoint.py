@@ -242,8 +242,8 @@ def check_files(recipe: Recipe) -> None:
 class Saver:
     """Writes the checkpoint and the CSV; `in_background` does so in a thread, while the next epoch is trained.
 
-    What is saved is then a copy, made at once. An error comes out of the next `save` or `wait`, or of the block's end;
-    it says what was saved before. With several processes the main one saves.
+    It then saves a copy, taken when `save` is called. An error is raised by the next `save` or `wait`, or at the end of
+    the block, and says what was saved before. With several processes the main one saves.
     """
 
     def __init__(self, recipe: Recipe, *, in_background: bool):
@@ -263,23 +263,24 @@ class Saver:
 
     def restore(self, run: "Run", content: dict[str, Any]) -> None:
         restore(run, content, self.recipe.checkpoint_path)
-        self.saved = self.describe(content["training"])
+        self.saved = self.resume_hint(content["training"])
         if run.history and distributed.is_main_process():  # a kill may have come between the checkpoint and the CSV
             write_csv(run.history, self.recipe.csv_path)
 
-    def save(self, run: "Run", data: Dataset, recipe: Recipe) -> None:
+    def save(self, run: "Run", data: Dataset) -> None:
         self.wait()
         if not distributed.is_main_process():
             return
+        recipe = self.recipe
         content, history = describe(run, data, recipe), list(run.history)
 
         def write_both() -> None:
             try:
                 for folder in (recipe.checkpoint_dir, recipe.plot_dir):  # both were there when the run began
                     if not Path(folder).is_dir():
-                        raise UserError(f"{folder}: this folder has vanished; bring it back")
+                        raise UserError(f"{folder}: this folder was deleted during the run; create it again")
                 write(recipe.checkpoint_path, content)
-                self.saved = self.describe(content["training"])
+                self.saved = self.resume_hint(content["training"])
                 if history:
                     write_csv(history, recipe.csv_path)
             except UserError as error:
@@ -296,6 +297,6 @@ class Saver:
             self.pending.result()
             self.pending = None
 
-    def describe(self, training: dict[str, Any]) -> str:
+    def resume_hint(self, training: dict[str, Any]) -> str:
         step = f" and step {training['step']} of the next" if training["step"] else ""
         return f"{self.recipe.checkpoint_path} holds epoch {training['epoch']}{step}; --resume continues from there"

@@ -1,7 +1,7 @@
-"""Run a training step faster than operator by operator: recorded as one CUDA graph, its network compiled, or both.
+"""Run a training step faster than in eager mode: captured as one CUDA graph, with its network compiled, or both.
 
-Where a network is made of hundreds of small operators, Python needs longer to start them than a GPU to run them. A CUDA
-graph starts all of a step's at once; torch.compile makes fewer of them, each with less to read and write.
+With hundreds of small operators, launching the kernels from Python takes longer than running them on a GPU. A CUDA
+graph launches all kernels of a step at once; torch.compile fuses them, so that they read and write less memory.
 """
 
 import functools
@@ -29,11 +29,11 @@ def pick_compile(choice: str, device: torch.device) -> str:
 
 
 class FastStep:
-    """A training step in the way that --compile names: "none", "graph", "inductor" or "both".
+    """A training step in the mode that --compile selects: "none", "graph", "inductor" or "both".
 
-    `step` may change nothing but the tensors that `state` lists, always the same ones. The way is prepared when a batch
-    of a new size comes, by running the step on it; the state is then put back, so that the preparation trains nothing.
-    What fails there is said in one line, and the operators run one by one from then on.
+    `step` may only change the tensors that `state` returns, always the same ones. At the first batch of each size the
+    step is compiled or captured by running it; then the state is restored, so that this trains nothing. If that fails,
+    one line is printed with the reason, and eager mode is used instead.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class FastStep:
         self.prepared: dict[int, Callable[[Tensor, Tensor], None]] = {}  # by the batch's size
         self.pool = None
         if choice in ("graph", "both") and device.type != "cuda":
-            distributed.print_rank0(f"--compile {choice} is for CUDA; on this device the operators run one by one")
+            distributed.print_rank0(f"--compile {choice} is for CUDA; on this device the step runs in eager mode")
             self.choice = "none"
         elif choice in ("graph", "both"):
             self.pool = torch.cuda.graph_pool_handle()  # the graphs never run at once: they share their memory
@@ -62,7 +62,7 @@ class FastStep:
         self.prepared[len(images)](images, labels)
 
     def prepare(self, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], None]:
-        """The way for batches of this size; it has not been taken when this returns."""
+        """Return the step for batches of this size. The state is unchanged when this returns."""
         plain = functools.partial(self.step, network=self.model)
         if self.choice == "none":
             return plain
@@ -79,11 +79,11 @@ class FastStep:
         except Exception as error:  # compilers and drivers fail in more ways than can be listed
             if is_out_of_memory(error):
                 raise
-            # What a recording breaks off on is told by the error behind that of its end.
+            # When a capture fails, the original error is the __context__ of the one raised at its end.
             reason = "; ".join(first_line(cause) for cause in (error.__context__, error) if cause)
             if distributed.world_size() > 1:  # the others may have done that step already
                 raise UserError(f"--compile {self.choice} fails here ({reason}); take --compile none") from None
-            distributed.print_rank0(f"--compile {self.choice} fails here ({reason}); the operators run one by one")
+            distributed.print_rank0(f"--compile {self.choice} fails here ({reason}); the step runs in eager mode")
             self.choice = "none"
             return plain
         finally:
@@ -93,7 +93,7 @@ class FastStep:
             self.model.zero_grad(set_to_none=True)
 
     def record(self, images: Tensor, labels: Tensor, network: nn.Module) -> Callable[[Tensor, Tensor], None]:
-        """Record a step that reads its batch from `images` and `labels`; returns what fills them and replays it."""
+        """Capture a step on the buffers `images` and `labels`; return a function that fills them and replays it."""
         current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         with torch.cuda.stream(current):  # a recording that fails leaves its own stream in force
             side.wait_stream(current)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class ModelEma:
     """A moving average of the weights and of the batch-norms' statistics, which belong to them.
 
-    After t steps it keeps min(decay, (1 + t) / (10 + t)) of itself at a step, so that it forgets the random weights it
-    started from: the warm-up of TensorFlow's ExponentialMovingAverage. Averaging: Polyak and Juditsky 1992.
+    After t steps the decay is min(decay, (1 + t) / (10 + t)), so that the random initial weights are soon forgotten:
+    the warm-up of TensorFlow's ExponentialMovingAverage. Averaging: Polyak and Juditsky 1992.
 
     Not torch.optim.swa_utils.AveragedModel: the decay must be a tensor, or a CUDA graph would repeat the first one.
     """
@@ -40,5 +40,5 @@ class ModelEma:
 
 
 def ema_decay(horizon: float, total_steps: int) -> float:
-    """How much of itself the average keeps at a step, so that it reaches back over `horizon`, a part of the run."""
+    """The decay with which the average covers about the last `horizon`, a fraction of the run."""
     return 1 - 1 / max(1.0, horizon * total_steps)

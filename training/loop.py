@@ -71,7 +71,7 @@ class Trainer:
         self.batch_images = 0  # in the parts of the batch of all processes together
         network, choice = self.model, pick_compile(recipe.compile, device)
         if distributed.world_size() > 1:
-            network, choice = across_processes(self.model), without_graph(choice, device)
+            network, choice = wrap_ddp(self.model), without_graph(choice, device)
         self.fast_step = FastStep(
             self.step, network, self.state, choice=choice, batch_size=self.loader.own_size, device=device
         )
@@ -140,7 +140,7 @@ def evaluate(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]
             precision=trainer.precision,
             # A smaller --batch-size is to take less memory here as well.
             batch_size=min(eval_batch_size(images, trainer.device), 4 * trainer.loader.batch_size),
-            # Several processes could not agree in between.
+            # With several processes no stop: they would have to stop at the same batch.
             stop=lambda: world_size == 1 and stop,
         )
         if logits is None:
@@ -186,6 +186,7 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any
     check(model, data, recipe, previous)
     distributed.from_main_process(lambda: checkpoint.check_files(recipe))
     device = set_up_device(recipe.device, deterministic=recipe.deterministic)
+    recipe = replace(recipe, precision=precision_of(recipe, previous, device))
     if recipe.sync_bn:
         model = synchronized(model, device)
     with (
@@ -194,7 +195,6 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any
         history.tensorboard(recipe, previous["training"]["epoch"] if previous else 0) as log,
         checkpoint.Saver(recipe, in_background=device.type == "cuda") as saver,
     ):
-        recipe = replace(recipe, precision=precision_of(recipe, previous, device))
         model.to(device, memory_format=torch.channels_last)
         ema = (
             ModelEma(model, ema_decay(recipe.ema_horizon, total_steps(recipe, data.train)))
@@ -214,7 +214,7 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any
             row = one_epoch(run, trainer, splits, stop)
             if row is not None:
                 finish_epoch(run, row)
-            saver.save(run, data, recipe)
+            saver.save(run, data)
             if row is not None and distributed.is_main_process():
                 messages.print_row(row, recipe.epochs)
                 log(row)
@@ -285,9 +285,9 @@ def precision_of(recipe: Recipe, previous: dict[str, Any] | None, device: torch.
 
 
 class RunningSums:
-    """Loss, correct predictions and the steps before the first loss that is not finite, summed on the device.
+    """Summed loss, correct predictions, and number of steps before the first non-finite loss, on the device.
 
-    To read them, the host waits for the device; to add to them, it does not.
+    Reading them synchronizes the host with the device; adding does not.
     """
 
     def __init__(self, device: torch.device):
@@ -327,8 +327,8 @@ def not_finite(what: str, epoch: int, step: int, lr: float) -> UserError:
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
-def across_processes(model: nn.Module) -> nn.Module:
-    """The model as torch.distributed trains it: gradients are averaged, the batch-norms go by each process's images."""
+def wrap_ddp(model: nn.Module) -> nn.Module:
+    """The model wrapped in DDP: gradients are averaged; batch-norm uses each process's own images."""
     with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PyTorch 2.11 has no newer name
         # The first process's statistics are kept: no need to copy them at every step.
         return DistributedDataParallel(model, broadcast_buffers=False)
@@ -339,7 +339,7 @@ def without_graph(choice: str, device: torch.device) -> str:
     if device.type != "cuda" or choice not in ("graph", "both"):
         return choice
     instead = {"graph": "none", "both": "inductor"}[choice]
-    distributed.print_rank0(f"--compile {choice} records the step of one process; with several it is {instead}")
+    distributed.print_rank0(f"--compile {choice} works with one process only; using {instead}")
     return instead
 
 
@@ -351,7 +351,7 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-# -------------------------------------------------------------------------------------------------- checks and messages
+# -------------------------------------------------------------------------------------------------------------- checks
 
 
 def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any] | None) -> None:

@@ -22,7 +22,7 @@ from dataset.transforms import Augmentation
 # The batch size for which --base-lr and --base-min-lr are given.
 REFERENCE_BATCH = 64
 RECIPES = ("ours", "original")
-# How a training step is run: operator by operator, as one CUDA graph, through torch.compile, or the last two together.
+# How a training step runs: in eager mode, as one CUDA graph, through torch.compile, or the last two together.
 COMPILE = ("auto", "none", "graph", "inductor", "both")
 PRECISION_HELP = (
     "bfloat16: convolutions and matrix products in it, the rest in float32 (autocast); auto takes it where it is "
@@ -72,35 +72,35 @@ class Recipe:
 
     network: ClassVar[str] = ""  # key of models.NETWORKS
 
-    recipe: str = flag("ours, or original: the original's values for all that no flag changes", "ours", choices=RECIPES)
+    recipe: str = flag("ours, or original: the original's values, except for flags given", "ours", choices=RECIPES)
     epochs: int = flag("passes over the training images", at_least=1, at_most=10**6)
     batch_size: int = flag("images in a step", at_least=2, at_most=10**6)
     base_lr: float = flag(
-        f"highest learning rate, for a batch of {REFERENCE_BATCH}; used in proportion to --batch-size",
+        f"peak learning rate for a batch size of {REFERENCE_BATCH}; scaled linearly with --batch-size",
         above=0,
         at_most=1e30,
     )
     base_min_lr: float = flag(f"learning rate at the end of the cosine, for a batch of {REFERENCE_BATCH}", at_least=0)
     warmup: float = flag(
-        "part of the run in which the learning rate climbs to its highest, before the cosine", at_least=0, at_most=0.9
+        "fraction of the run for the linear warm-up of the learning rate, before the cosine", at_least=0, at_most=0.9
     )
     schedule_step: str = flag("the learning rate changes with each epoch or each batch", choices=SCHEDULE_STEPS)
     momentum: float = flag("momentum of SGD", at_least=0, at_most=1)
     nesterov: bool = flag("Nesterov's momentum")
     weight_decay: float = flag("weight decay of SGD", at_least=0)
-    decay_norms: bool = flag("weight decay on the norms' parameters and on biases too")
-    label_smoothing: float = flag("part of each label that is spread over all classes", at_least=0, at_most=1)
+    decay_norms: bool = flag("also apply weight decay to norm layers and biases")
+    label_smoothing: float = flag("fraction of each target spread evenly over all classes", at_least=0, at_most=1)
     ema_horizon: float = flag(
-        "test and keep a moving average of the weights, over about this part of the run; 0: none",
+        "test and save an EMA of the weights over about this fraction of the run; 0: no EMA",
         at_least=0,
         at_most=1,
     )
     seed: int = flag("seed of the weights, the images' order and their augmentation", 0, at_least=0, at_most=2**63 - 1)
     device: str = flag("auto takes CUDA, else MPS, else the CPU", "auto", choices=DEVICES, fixed=False)
-    deterministic: bool = flag("the same bits in every run on CUDA too, where it costs time", False, fixed=False)
-    sync_bn: bool = flag("with several processes: batch-norm over all their images, on CUDA", False)
+    deterministic: bool = flag("bit-identical runs on CUDA too, which is slower", False, fixed=False)
+    sync_bn: bool = flag("with several processes on CUDA: SyncBatchNorm, over the images of all of them", False)
     compile: str = flag(
-        "a step as one CUDA graph, through torch.compile (inductor), or both; none: operator by operator; auto: graph "
+        "a step as one CUDA graph, through torch.compile (inductor), or both; none: eager mode; auto: graph "
         "on CUDA, none elsewhere",
         choices=COMPILE,
         fixed=False,
@@ -117,13 +117,13 @@ class Recipe:
     saturation: float = flag(
         "ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0, at_most=100
     )
-    hue: float = flag("ColorJitter: up to this part of a turn", group="augmentation", at_least=0, at_most=0.5)
+    hue: float = flag("ColorJitter: hue shift from −this to +this", group="augmentation", at_least=0, at_most=0.5)
     flip: float = flag("RandomHorizontalFlip: probability", group="augmentation", at_least=0, at_most=1)
     randaugment_ops: int = flag("RandAugment: operations for each image", group="augmentation", at_least=0, at_most=100)
     randaugment_magnitude: int = flag("RandAugment: strength", group="augmentation", at_least=0, at_most=30)
     cutout: int = flag("Cutout: side of a square greyed out, in pixels", group="augmentation", at_least=0)
     augment_until: float = flag(
-        "part of the run after which crop and flip alone are left of the augmentation, by whole epochs",
+        "fraction of the run, rounded up to whole epochs, after which only crop and flip are applied",
         group="augmentation",
         at_least=0,
         at_most=1,
@@ -135,12 +135,12 @@ class Recipe:
     data_url: str | None = flag("where to look first for the CIFAR archive", None, group="data", fixed=False)
     image_size: int = flag("side of the images, in pixels", 32, group="data", at_least=8, at_most=4096)
     train_size: int | None = flag(
-        "train on so many images, equal shares of the classes", None, group="data", at_least=1
+        "number of training images, balanced over the classes", None, group="data", at_least=1
     )
-    test_size: int | None = flag("test on so many images, equal shares of the classes", None, group="data", at_least=1)
-    val_size: int = flag("hold out so many training images to choose the checkpoint by", 0, group="data", at_least=0)
+    test_size: int | None = flag("number of test images, balanced over the classes", None, group="data", at_least=1)
+    val_size: int = flag("number of training images to hold out to choose the best epoch", 0, group="data", at_least=0)
     test_split: float = flag(
-        "part of each class to test on, for class folders without a test folder, and digits",
+        "fraction of each class for testing, for digits and for class folders without a test folder",
         0.2,
         group="data",
         above=0,
@@ -153,7 +153,7 @@ class Recipe:
     plot_dir: str = flag("folder of the picture and its CSV", "plots", group="files", fixed=False)
     reference: str | None = flag("CSV of another run, drawn faintly behind", None, group="files", fixed=False)
     resume: bool = flag("continue from the checkpoint, if there is one", False, group="files", fixed=False)
-    overwrite: bool = flag("start a new run although there is a checkpoint", False, group="files", fixed=False)
+    overwrite: bool = flag("start a new run and replace the existing checkpoint", False, group="files", fixed=False)
     tensorboard: bool = flag("also write the curves for TensorBoard", False, group="files", fixed=False)
 
     def __post_init__(self) -> None:
@@ -221,7 +221,7 @@ class Recipe:
         return asdict(self)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """What in `other`, another recipe's `as_dict()`, would train something else: a line for each flag.
+        """The flags whose value in `other`, another recipe's `as_dict()`, would change the training, one line each.
 
         A precision of "auto" is whichever the other has.
         """
@@ -237,7 +237,7 @@ class Recipe:
 
 def load_data(recipe: Recipe) -> Dataset:
     """The images that a recipe's flags name, as arrays on the host."""
-    with distributed.first_here():  # what it downloads and decodes, the others find there
+    with distributed.local_rank_zero_first():  # what it downloads and decodes, the others find there
         return dataset.load(
             recipe.data,
             image_size=recipe.image_size,
