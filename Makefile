@@ -15,7 +15,7 @@ demo: .venv/core
 	@echo "Three small networks on 1,797 handwritten digits, enlarged to 16×16 pixels"
 	$(VENV) dense.py $(DEMO) $(DIRS) --depth 37 --growth-rate 12 --epochs 12
 	$(VENV) mobilenetv2.py $(DEMO) $(DIRS) --width 0.5 --epochs 25
-	$(VENV) resnext.py $(DEMO) $(DIRS) --base-width 8 --base-lr 0.01 --epochs 15
+	$(VENV) resnext.py $(DEMO) $(DIRS) --base-width 8 --base-lr 0.1 --warmup 0.15 --schedule-step batch --epochs 15
 	$(VENV) main_ens.py $(DIRS)
 	@echo "the members' curves: plots/demo/densenet.png plots/demo/mobilenetv2.png plots/demo/resnext.png"
 
