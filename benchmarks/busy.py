@@ -1,4 +1,4 @@
-"""Measure what training loses where another program keeps a core busy, by how long OpenMP's threads spin (openmp.py).
+"""Measure what training loses where another program keeps a core busy, by how long OpenMP threads spin.
 
 A MobileNetV2 trains in a process of its own, on quiet cores and beside another that trains on one core, at the lowest
 priority: started from the same session, where the priority counts, and from another, as from another terminal, where

@@ -1,4 +1,4 @@
-"""fast.py: whatever way a step takes, it trains the same; and a way that fails is left for the plain one."""
+"""A step as CUDA graph or compiled: it trains the same; a way that fails is left for eager mode."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""parallel.py and what the engine makes of it: N processes train as one does that takes their shares in turn."""
+"""Several processes: N of them train as one does that takes their shares in turn."""
 
 import itertools
 import json

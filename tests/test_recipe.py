@@ -1,4 +1,4 @@
-"""recipe.py: every hyperparameter is a flag, and whatever cannot be trained is refused in words."""
+"""The recipe: every hyperparameter is a flag, and whatever cannot be trained is refused in words."""
 
 from dataclasses import fields, replace
 

@@ -1,4 +1,4 @@
-"""analysis.py: averages, the fitted temperature, comparisons and their intervals, on made-up members."""
+"""The report: averages, the fitted temperature, comparisons and their intervals, on made-up members."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""common is imported before torch by every script, or it would do nothing."""
+"""What importing does: common comes before torch, or it would do nothing; and imports run one way."""
 
 import os
 import subprocess
@@ -32,3 +32,21 @@ def test_the_threads_wait_is_set_before_torch_is_loaded(script, own, expected):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stderr.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("models", ("common", "dataset", "training", "evaluation", "plotting", "utils")),
+        ("utils", ("training", "evaluation", "plotting")),
+        ("training.loop", ("evaluation", "plotting", "matplotlib")),
+        ("predict", ("plotting", "matplotlib")),
+        ("dense", ("evaluation", "plotting", "matplotlib")),  # the main process alone draws, and imports it then
+    ],
+)
+def test_imports_run_one_way(module, absent):
+    code = f"import sys, {module}; print(sorted({{name.split('.')[0] for name in sys.modules}} & set({absent})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
