@@ -26,13 +26,15 @@ class ResNeXtRecipe(Recipe):
     )
 
 
+# Batch, rates, average and augmentation are those that a search found for MobileNetV2 (benchmarks/README.md); for this
+# network they are not tried yet.
 RECIPE = ResNeXtRecipe(
     name="resnext",  # checkpoints/resnext.pt, plots/resnext.png and .csv
     cardinality=2,  # 2×64d as the original, 9.13 M parameters; the paper has 8×64d and 16×64d
     base_width=64,
-    epochs=50,  # a quarter of the original's; any number from 8 on does, the rest of the recipe follows it
+    epochs=50,  # a quarter of the original's, not tried yet
     batch_size=128,  # small batches learn most from an image, and are no slower on a CPU
-    base_lr=0.05,  # for a batch of 64. Half of it and twice it did worse in the search (benchmarks/README.md)
+    base_lr=0.05,  # for a batch of 64. half of it and twice it did worse
     base_min_lr=0.0,  # the last steps are the smallest
     warmup=0.15,  # a fraction, so that runs of any length have a warm-up: the peak rate is high
     schedule_step="batch",  # with few epochs, steps of a whole epoch would be coarse
