@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from common import errors, files
+from common.command_line import Parser
 from common.device import set_up_device
 from common.errors import UserError
 
@@ -109,9 +110,7 @@ def main() -> int:
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="*", type=Path, help="default: the three networks' in --checkpoint-dir")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--format", choices=FORMATS, help="(default: by the ending of --output)")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common import errors, files
+from common.command_line import Parser
 from common.device import pick_precision, set_up_device
 from common.errors import UserError
 
@@ -100,9 +101,7 @@ def main() -> int:
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="*", type=Path, help="default: the three networks' in --checkpoint-dir")
     members.add_flags(parser)
     parser.add_argument(

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors
+from common.command_line import Parser
 from common.device import set_up_device
 from common.errors import UserError
 
@@ -113,9 +114,7 @@ def train(seconds: float, batch_size: int) -> float:
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--spins", nargs="+", default=["default", "0", "1000", "4000", "16000"], help="GOMP_SPINCOUNT")
     parser.add_argument("--rounds", type=positive, default=3, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement (default: %(default)g)")

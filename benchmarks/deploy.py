@@ -26,6 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors
+from common.command_line import Parser
 from common.device import set_up_device
 
 import export
@@ -117,9 +118,7 @@ def time_calls(run: Callable[[Tensor], Tensor], images: Tensor, calls: int) -> l
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--output", default=f"{harness.RESULTS}/deploy.json", help="JSON file (default: %(default)s)")
     known = [ENSEMBLE, *NETWORKS]
     parser.add_argument("--networks", nargs="+", choices=known, default=known, help="(default: all)")

@@ -40,6 +40,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
 
 from common import errors, files
+from common.command_line import Parser
 from common.device import pick_precision, set_up_device
 from common.errors import UserError
 
@@ -386,9 +387,7 @@ def differences_table(against: dict[str, Any]) -> str:
 
 
 def read_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder of images")
     parser.add_argument("--output", default=f"{harness.RESULTS}/ensemble", help="folder (default: %(default)s)")
     parser.add_argument(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import device, errors
+from common.command_line import Parser
 
 from benchmarks import harness
 from models import NETWORKS
@@ -24,7 +25,7 @@ BATCH_SIZE = 64
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", default=f"{harness.RESULTS}/memory.json", help="(default: %(default)s)")
     parser.add_argument(
         "--rounds", type=harness.positive, default=3, help="processes of each kind and network (default: 3)"

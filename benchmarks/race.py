@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors, files
+from common.command_line import Parser
 
 import torch
 from matplotlib.figure import Figure
@@ -30,8 +31,7 @@ import dataset
 import mobilenetv2
 from benchmarks import harness
 from benchmarks.harness import positive
-from benchmarks.plain import torchvision_loader
-from benchmarks.train import ORIGINAL_BATCH_SIZE, PLAIN_WORKERS, plain_optimizer
+from benchmarks.plain import ORIGINAL_BATCH_SIZE, WORKERS, plain_optimizer, torchvision_loader
 from dataset.transforms import Augmentation
 from models import NETWORKS
 from plotting import style
@@ -90,8 +90,7 @@ def train_baseline(options: argparse.Namespace) -> list[Point]:
     torch.manual_seed(recipe.seed)
     data = dataset.load(options.data, image_size=options.image_size, train_size=options.train_size)
     settings = Augmentation(**{item.name: ORIGINAL[item.name] for item in fields(Augmentation)})
-    workers = PLAIN_WORKERS["original"]
-    loader = torchvision_loader(data.train, settings, batch_size=ORIGINAL_BATCH_SIZE, workers=workers)
+    loader = torchvision_loader(data.train, settings, batch_size=ORIGINAL_BATCH_SIZE, workers=WORKERS["original"])
     model = NETWORKS[recipe.network](len(data.classes), **recipe.network_arguments()).train()
     optimizer = plain_optimizer(model)
     schedule = CosineSchedule(ORIGINAL["base_lr"], ORIGINAL["base_min_lr"], ORIGINAL["epochs"])
@@ -151,9 +150,7 @@ def draw(results: dict[str, Any], path: str) -> None:
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--epochs", type=positive, default=8, help="of ours (default: %(default)s)")
     parser.add_argument("--data", default="cifar10", help="(default: %(default)s)")
     parser.add_argument("--image-size", type=positive, default=32, help="side of the images (default: %(default)s)")

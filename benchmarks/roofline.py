@@ -16,7 +16,6 @@ The floors follow from the two rates given; the defaults are what an H100 of 80 
 bfloat16 (989 on the data sheet) and 3.0 TB/s (3.35 on the data sheet).
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors
+from common.command_line import Parser
 
 from benchmarks import harness
 from models import NETWORKS
@@ -35,9 +35,7 @@ BYTES = 2  # of a number in bfloat16
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--flops", type=float, default=790e12, help="operations a second (default: %(default)g)")
     parser.add_argument("--bandwidth", type=float, default=3.0e12, help="bytes a second (default: %(default)g)")
     parser.add_argument("--output", default=f"{harness.RESULTS}/roofline.json", help="JSON file (default: %(default)s)")

@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors
+from common.command_line import Parser
 from common.errors import UserError
 
 import torch
@@ -110,9 +111,7 @@ def named_flags(text: str) -> tuple[str, list[str]]:
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--script", choices=list(SCRIPTS.values()), required=True)
     parser.add_argument("--run", type=named_flags, action="append", required=True, metavar="'LABEL: FLAGS'")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")

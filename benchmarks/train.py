@@ -15,9 +15,6 @@ steps, each ended by waiting for the device. A figure is the median of all round
 start-up     seconds from the start of the process to the end of its first step: imports, images, preparation
 peak memory  on CUDA what PyTorch held at most, on a Linux CPU the process's peak size, without the DataLoader's own
 data's share of ours: 1 − images/s / images/s on one chunk augmented beforehand, by the same trainer, in alternation
-utilisation  of ours: images/s × operations of an image (two for a multiply-add, forward and backward) / the rate of
-             square matrix products that the same device reaches, in the precision that --precision auto takes there
-             (No ceiling on a CPU whose convolutions come from another library than its products, and can be faster.)
 """
 
 import argparse
@@ -29,20 +26,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
 
 import common
 from common import errors, files
-from common.device import DEVICES, autocast, cpu_has_bfloat16, pick_precision, set_up_device
+from common.command_line import Parser
+from common.device import DEVICES, cpu_has_bfloat16, set_up_device
 from common.errors import UserError
 
 import dataset
@@ -51,7 +48,7 @@ import mobilenetv2
 import resnext
 from benchmarks import harness
 from benchmarks.harness import positive
-from benchmarks.plain import torchvision_loader
+from benchmarks.plain import ORIGINAL_BATCH_SIZE, WORKERS, Step, original_step, torchvision_loader, tuned_step
 from dataset import Split
 from models import NETWORKS
 from training.cuda_graph import pick_compile
@@ -62,25 +59,17 @@ from utils import TrainLoader, normalize
 
 RECIPES = {module.RECIPE.network: module.RECIPE for module in (dense, mobilenetv2, resnext)}
 OURS = ("ours", "ours_float32")
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-ORIGINAL_BATCH_SIZE = 64
-PLAIN_WORKERS = {"original": 2, "tuned": CORES, "tuned_bfloat16": CORES}
-RIVALS = ("ours_float32", *PLAIN_WORKERS)
+RIVALS = ("ours_float32", *WORKERS)
 KINDS = ("ours", *RIVALS)
-MATRIX_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 2048}
-MATRIX_WINDOWS, MATRIX_SECONDS = 5, 0.1  # of products, in each round
-MATRIX_WARM_UP = 2  # products
+SMALLER = "if memory ran out, give smaller batches, or leave it out by --kinds or --networks"
 # Of ours, for each way to run a step, and again for the network as a whole.
 FIGURES = ("images_per_second", "precision", "batch_size", "start_up_seconds", "peak_memory_bytes", "data_share")
 
-Step = Callable[[Tensor, Tensor], None]  # trains on images and labels
 Batches = Iterator[tuple[Tensor, Tensor]]  # of them, without end
 
 
 def main() -> int:
     options = parse_flags()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     if options.measure:
         print(json.dumps(measure(options)))
         return 0
@@ -88,7 +77,6 @@ def main() -> int:
     options.kinds = options.kinds or kinds_for(device)
     recipes = {name: replace(RECIPES[name], compile=pick_compile(RECIPES[name].compile, device)) for name in RECIPES}
     files.check_writable(Path(options.output).parent, "the results")  # better now than after all measurements
-    products: list[float] = []
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in options.networks}
     for round_number in range(1, options.rounds + 1):
         for name in options.networks:
@@ -96,17 +84,7 @@ def main() -> int:
                 result = in_a_process(name, kind, choice, device)
                 measured[name].append(result)
                 print(f"round {round_number}, {name}, {line(result)}", flush=True)
-        products += product_rates(device)
-
-    matrix_product = {
-        "size": MATRIX_SIZE[device.type],
-        "dtype": str(matrix_dtype(device)).removeprefix("torch."),
-        "flops_per_second": statistics.median(products),
-    }
-    networks = {
-        name: summary(recipes[name], results, options.image_size, matrix_product["flops_per_second"])
-        for name, results in measured.items()
-    }
+    networks = {name: summary(recipes[name], results) for name, results in measured.items()}
     results = harness.provenance(device) | {
         "data": options.data,
         "image_size": options.image_size,
@@ -114,7 +92,6 @@ def main() -> int:
         "rounds": options.rounds,
         "windows": options.windows,
         "seconds": options.seconds,
-        "matrix_product": matrix_product,
         "networks": networks,
         "geometric_mean_ratios": geometric_means(networks),
     }
@@ -154,25 +131,10 @@ def in_a_process(name: str, kind: str, choice: str | None, device: torch.device)
     for text in lines:
         print(text, flush=True)
     if done.returncode < 0:
-        raise UserError(
-            f"{name}, {kind}: the process was killed by signal {-done.returncode}; if the memory ran out, "
-            f"{remedy(kind)}"
-        )
+        raise UserError(f"{name}, {kind}: the process was killed by signal {-done.returncode}; {SMALLER}")
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
     return json.loads(result)
-
-
-def remedy(kind: str) -> str:
-    """What to do where the memory is too small for one kind."""
-    flag = {
-        "ours": "take a smaller --batch-size, or ",
-        "ours_float32": "take a smaller --batch-size, or ",
-        "tuned": "take a smaller --tuned-batch-size, or ",
-        "tuned_bfloat16": "take a smaller --tuned-batch-size, or ",
-        "original": "",
-    }
-    return f"{flag[kind]}leave it out by --kinds or --networks"
 
 
 # -------------------------------------------------------------------------------------- one measurement, in its process
@@ -230,9 +192,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if kind in OURS:
                 result["windows_on_chunk"].append(rate(on_chunk, in_window, device))
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"{name}, {kind}: the device memory is too small for batches of {batch_size}; {remedy(kind)}"
-        ) from None
+        raise UserError(f"{name}, {kind}: no device memory for batches of {batch_size}; {SMALLER}") from None
     if kind in OURS:
         result |= {"asked": recipe.compile, "choice": trainer.fast_step.choice, "precision": recipe.precision}
     return result
@@ -266,7 +226,7 @@ def plain(
         split,
         recipe.augmentation(),
         batch_size=batch_size,
-        workers=PLAIN_WORKERS[kind],
+        workers=WORKERS[kind],
         pin_memory=kind != "original" and device.type == "cuda",
     )
     model.train()
@@ -276,49 +236,6 @@ def plain(
         bfloat16 = kind == "tuned_bfloat16" or device.type == "cuda"
         step = tuned_step(model, device, "bfloat16" if bfloat16 else "float32")
     return step, itertools.chain.from_iterable(itertools.repeat(loader))
-
-
-def original_step(model: nn.Module, device: torch.device) -> Step:
-    model.to(device)
-    optimizer = plain_optimizer(model)
-    loss_sum = hits = 0
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        nonlocal loss_sum, hits
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.item()
-        hits += (logits.argmax(1) == labels).sum().item()
-
-    return step
-
-
-def tuned_step(model: nn.Module, device: torch.device, precision: str) -> Step:
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = plain_optimizer(model)
-    loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
-        optimizer.zero_grad()
-        with autocast(device, precision):
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        optimizer.step()
-        loss_sum.add_(loss.detach())
-        hits.add_((logits.argmax(1) == labels).sum())
-
-    return step
-
-
-def plain_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
 # ------------------------------------------------------------------------------------------------ clocks and counters
@@ -364,72 +281,33 @@ def peak_memory(device: torch.device) -> int | None:
     return None
 
 
-def matrix_dtype(device: torch.device) -> torch.dtype:
-    return getattr(torch, pick_precision("auto", device))
-
-
-def product_rates(device: torch.device) -> list[float]:
-    """Floating-point operations a second of square matrix products, for each of some windows."""
-    size = MATRIX_SIZE[device.type]
-    a, b = (torch.randn(size, size, device=device).to(matrix_dtype(device)) for _ in range(2))
-    product = torch.empty_like(a)
-
-    def multiply() -> Iterator[int]:
-        while True:
-            torch.mm(a, b, out=product)
-            yield 2 * size**3
-
-    products = multiply()
-    rate(products, MATRIX_WARM_UP, device)
-    in_window = steps_in(MATRIX_SECONDS, products, device)
-    return [rate(products, in_window, device) for _ in range(MATRIX_WINDOWS)]
-
-
 # ------------------------------------------------------------------------------------------------------- the results
 
 
-def summary(recipe: Recipe, results: list[dict[str, Any]], image_size: int, device_flops: float) -> dict[str, Any]:
+def summary(recipe: Recipe, results: list[dict[str, Any]]) -> dict[str, Any]:
     """A network's part of the JSON, out of what its processes measured.
 
-    Of ours, `compile` has the figures of every way of running a step, under the name of the way that was taken in the
-    end, and the network itself those of the recipe's own or, where that was not measured, of the fastest.
+    Of ours, `compile` has the figures of every way of running a step that was asked for, and the network itself those
+    of the recipe's own or, where that was not measured, of the fastest.
     """
-    flops = harness.flops_per_image(recipe.network, results[0]["num_classes"], image_size, **recipe.network_arguments())
-    network: dict[str, Any] = {"flops_per_image": flops}
+    network: dict[str, Any] = {}
     by_kind = {kind: [result for result in results if result["kind"] == kind] for kind in KINDS}
-    if by_kind["ours"]:
-        ways = by_choice(by_kind["ours"])
-        measured = {choice: way for choice, way in ways.items() if "images_per_second" in way}
-        choice = max(measured, key=lambda name: (name == recipe.compile, measured[name]["images_per_second"]))
-        network |= {"compile_choice": choice, **{name: measured[choice][name] for name in FIGURES}, "compile": ways}
-        flops_per_second = network["images_per_second"] * network["flops_per_image"]
-        network["model_flop_utilisation"] = flops_per_second / device_flops
+    if ours := by_kind["ours"]:
+        ways = {}
+        for asked in dict.fromkeys(result["asked"] for result in ours):
+            group = [result for result in ours if result["asked"] == asked]
+            fell_back = any(result["choice"] != asked for result in group)  # to eager mode, whose figures these are
+            ways[asked] = pooled(group) | {"fell_back": fell_back}
+        choice = max(ways, key=lambda name: (name == recipe.compile, ways[name]["images_per_second"]))
+        network |= {"compile_choice": choice, **{name: ways[choice][name] for name in FIGURES}, "compile": ways}
     for kind in RIVALS:
         if by_kind[kind]:
-            workers = {"workers": PLAIN_WORKERS[kind]} if kind in PLAIN_WORKERS else {}
+            workers = {"workers": WORKERS[kind]} if kind in WORKERS else {}
             network[kind] = pooled(by_kind[kind]) | workers
-    if by_kind["ours"]:
-        network["ratios"] = {
-            kind: network["images_per_second"] / network[kind]["images_per_second"]
-            for kind in RIVALS
-            if kind in network
-        }
+    if ours:
+        rate = network["images_per_second"]
+        network["ratios"] = {kind: rate / network[kind]["images_per_second"] for kind in RIVALS if kind in network}
     return network
-
-
-def by_choice(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of ours: the figures of each way of running a step. A way that could not be taken has none, but `fell_back`."""
-    asked = {result["asked"] for result in results}
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        # What fell back counts for the way it took, unless there are measurements of that for its own sake.
-        if result["choice"] == result["asked"] or result["choice"] not in asked:
-            groups.setdefault(result["choice"], []).append(result)
-    ways = {choice: pooled(group) | {"fell_back": False} for choice, group in groups.items()}
-    for result in results:
-        if result["choice"] != result["asked"]:
-            ways.setdefault(result["asked"], {})["fell_back"] = True
-    return ways
 
 
 def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -481,11 +359,7 @@ def report(results: dict[str, Any], path: str) -> None:
     print(f"| | {' | '.join(networks)} | geometric mean |\n|---|{'--:|' * len(columns)}")
     for label in dict.fromkeys(itertools.chain(*columns)):
         print(f"| {' | '.join([label, *(column.get(label, '') for column in columns)])} |")
-    product = results["matrix_product"]
-    print(
-        f"\n{product['dtype']} products of {product['size']}×{product['size']} matrices: "
-        f"{product['flops_per_second'] / 1e12:,.2f} TFLOP/s. Results: {path}"
-    )
+    print(f"\nResults: {path}")
 
 
 def cells(network: dict[str, Any]) -> dict[str, str]:
@@ -501,11 +375,10 @@ def cells(network: dict[str, Any]) -> dict[str, str]:
     column |= {f"{kind}, start-up": f"{figures['start_up_seconds']:.1f} s" for kind, figures in kinds.items()}
     if "compile" in network:
         column["ours, data's share"] = f"{network['data_share']:.1%}"
-        column["ours, utilisation"] = f"{network['model_flop_utilisation']:.1%}"
         column["ours, --compile"] = network["compile_choice"]
         for choice, way in network["compile"].items():
             if choice != network["compile_choice"]:
-                text = spelled(way["images_per_second"]) if "images_per_second" in way else "fell back"
+                text = "fell back" if way["fell_back"] else spelled(way["images_per_second"])
                 column[f"ours, --compile {choice}, images/s"] = text
     return column
 
@@ -519,9 +392,7 @@ def seconds(text: str) -> float:
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", default="cifar10", help="cifar10, digits, or a folder of images")
     add("--output", default=f"{harness.RESULTS}/train.json", help="JSON file (default: %(default)s)")
@@ -536,7 +407,6 @@ def parse_flags() -> argparse.Namespace:
     add("--windows", type=positive, default=5, help="measurements in a process (default: %(default)s)")
     add("--seconds", type=seconds, default=3.0, help="about how long a window lasts (default: %(default)g)")
     add("--warm-up", type=positive, help="steps before the first window (default: 10 on CUDA, 1 elsewhere)")
-    add("--threads", type=positive, help="threads of PyTorch on the CPU (default: its own choice)")
     add("--device", choices=DEVICES, default="auto", help="auto: CUDA, else MPS, else the CPU")
     add("--measure", nargs=2, metavar=("NETWORK", "KIND"), help=argparse.SUPPRESS)
     add("--started", type=float, help=argparse.SUPPRESS)  # when --measure's process was, in seconds of the epoch

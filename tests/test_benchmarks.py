@@ -48,7 +48,6 @@ def test_augment(tmp_path):
     assert {"device", "versions", "commit", "command", "images_per_second", "ratio"} <= result.keys()
     rates = result["images_per_second"]
     assert result["ratio"] == rates["ours"] / rates["torchvision"]
-    assert 0 < result["mobilenetv2_share"] < 1
     assert f"{rates['ours']:,.0f}" in done.stdout
 
 
@@ -76,16 +75,14 @@ def test_train(tmp_path):
     done = run(tmp_path, "train.py", *small, *short, "--output", "t.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "t.json").read_text())
-    assert {"device", "versions", "commit", "command", "num_images", "matrix_product", "networks"} <= result.keys()
+    assert {"device", "versions", "commit", "command", "num_images", "networks"} <= result.keys()
     network = result["networks"]["mobilenetv2"]
     rate = network["images_per_second"]
     assert network["batch_size"] == 24
-    assert network["compile"]["graph"] == {"fell_back": True}  # on the CPU this way is not to be had
+    assert network["compile"]["graph"]["fell_back"]  # on the CPU this way is not to be had
     assert network["compile_choice"] == "none"
     assert network["compile"]["none"]["images_per_second"] == rate
     assert network["data_share"] == 1 - rate / network["compile"]["none"]["windows_on_chunk"][0]
-    utilisation = rate * network["flops_per_image"] / result["matrix_product"]["flops_per_second"]
-    assert network["model_flop_utilisation"] == utilisation
     for kind, batch_size in (("ours_float32", 24), ("original", 64), ("tuned_bfloat16", 16)):
         assert network[kind]["batch_size"] == batch_size
         assert network["ratios"][kind] == rate / network[kind]["images_per_second"]
@@ -93,7 +90,6 @@ def test_train(tmp_path):
         assert f"| {network['ratios'][kind]:.2f} |" in done.stdout
         assert f"| {network[kind]['start_up_seconds']:.1f} s |" in done.stdout
     assert f"| ours, images/s | {train.spelled(rate)} |" in done.stdout
-    assert f"| {utilisation:.1%} |" in done.stdout
 
 
 def test_bfloat16_is_measured_where_a_processor_is_fast_in_it(monkeypatch):
@@ -174,18 +170,13 @@ def measurement(asked, choice, rate):
     }  # fmt: skip
 
 
-def test_a_way_that_fell_back_has_no_figures_and_spoils_no_others():
-    ways = train.by_choice(
-        [measurement("none", "none", 10), measurement("both", "none", 20), measurement("graph", "graph", 30)]
-    )
-    assert ways["both"] == {"fell_back": True}
-    assert ways["none"]["windows"] == [10, 11, 15]
-    assert ways["graph"]["fell_back"] is False
-    assert ways["graph"]["images_per_second"] == 31
-
-
-def test_rounds_are_pooled():
-    figures = train.by_choice([measurement("none", "none", 10), measurement("none", "none", 12)])["none"]
+def test_rounds_are_pooled_by_what_was_asked_for():
+    rounds = [measurement("none", "none", 10), measurement("graph", "none", 90), measurement("none", "none", 12)]
+    network = train.summary(train.RECIPES["densenet"], rounds)
+    assert network["compile_choice"] == "graph", "the fastest, where the recipe's own was not measured"
+    assert network["compile"]["graph"]["fell_back"]
+    figures = network["compile"]["none"]
+    assert not figures["fell_back"]
     assert figures["windows"] == [10, 11, 15, 12, 13, 17]
     assert figures["images_per_second"] == 12.5
     assert figures["start_up_seconds"] == 11
@@ -410,32 +401,3 @@ def test_deploy(tmp_path):
         assert row["latency_ratio"] == pytest.approx(torchs["latency_ms"] / row["latency_ms"])
         assert row["throughput_ratio"] == pytest.approx(row["images_per_second"] / torchs["images_per_second"])
         assert f"{row['images_per_second']:,.1f}" in done.stdout
-
-
-def test_predict(tmp_path):
-    small = ["--data", "digits", "--image-size", 16, "--images", 40, "--network-images", 4, "--rounds", 1]
-    done = run(tmp_path, "predict.py", *small, "--device", "cpu", "--output", "p.json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "p.json").read_text())
-    assert result["num_images"] == {"decoding": 40, "networks": 4}
-    rates = result["images_per_second"]
-    assert 0 < rates["end_to_end"] < rates["networks"]
-    assert f"| decoding | {rates['decoding']:,.0f} |" in done.stdout
-
-
-def test_again(tmp_path):
-    flags = "--data digits --image-size 16 --train-size 20 --test-size 20 --width 0.25 --epochs 1 --batch-size 10"
-    trained = subprocess.run(
-        [sys.executable, str(ROOT / "mobilenetv2.py"), *flags.split(), "--device", "cpu"], cwd=tmp_path, check=False
-    )
-    assert trained.returncode == 0
-    done = run(
-        tmp_path, "again.py", "checkpoints/mobilenetv2.pt", "--device", "cpu", "--rounds", 3, "--output", "a.json"
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "a.json").read_text())
-    assert {"device", "versions", "commit", "command"} <= result.keys()
-    assert sorted(result["seconds"]["all"])[1] == result["seconds"]["again"] > 0
-    assert f"again {result['seconds']['again']:.2f} s" in done.stdout
-    assert len(list((tmp_path / "checkpoints" / ".logits").iterdir())) == 1
-    assert "there is no such checkpoint" in run(tmp_path, "again.py", "nowhere.pt").stderr

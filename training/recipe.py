@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common import distributed
+from common.command_line import Parser
 from common.device import DEVICES, PRECISIONS
 from common.errors import UserError
 
@@ -287,9 +288,7 @@ def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = 
     Ends the process with status 2, after a line that names the flag, where a flag is unknown or not of its type.
     Raises UserError for a value out of range.
     """
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description)
     argv = sys.argv[1:] if argv is None else argv
     if named_recipe(argv) == "original":
         recipe = replace(recipe, recipe="original", **ORIGINAL)

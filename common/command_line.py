@@ -1,0 +1,29 @@
+"""The parser of every script's flags."""
+
+import argparse
+import difflib
+import sys
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with the description as it is written and errors in one line.
+
+    A flag that is unknown is answered with those that are spelled most like it.
+    """
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        _, unknown, flags = message.partition("unrecognized arguments: ")
+        if unknown:
+            flag = flags.split()[0].partition("=")[0]
+            known = list(self._option_string_actions)
+            near = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, 2, 0.7)
+            message = f"there is no flag {flag}" if flag.startswith("-") else f"unexpected argument {flag}"
+            message += f"; did you mean {' or '.join(near)}?" if near else ""
+        print(f"error: {message} (--help lists all flags)", file=sys.stderr)
+        sys.exit(2)
