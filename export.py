@@ -111,7 +111,6 @@ def main() -> int:
 
 def parse_flags() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="*", type=Path, help="default: the three networks' in --checkpoint-dir")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--format", choices=FORMATS, help="(default: by the ending of --output)")
     members.add_flags(parser, device=False)

@@ -24,7 +24,6 @@ from evaluation import members, metrics, report, text
 from evaluation.logits import member_logits
 from models.ensemble import average_probs
 from plotting.ensemble import plot_ensemble, plot_mistakes, plot_reliability
-from training.checkpoint import SPLIT_FLAGS
 from training.recipe import spelled
 
 FIT = "fit"  # what --temperature takes beside numbers
@@ -34,8 +33,8 @@ PLOTS = ("ensemble.png", "reliability.png", "mistakes.png")
 
 def main() -> int:
     options = parse_flags()
+    contents = members.read_all(members.paths_of(options))
     files.check_writable(options.plot_dir, "the results")
-    contents = read_members(options)
     if options.temperature == FIT and options.data is not None:
         raise UserError(
             f"--temperature {FIT} needs the validation images of the members' own data, and --data {options.data} "
@@ -46,7 +45,7 @@ def main() -> int:
             f"warning: --tta flip shows {unmirrored[0]} mirrored images, and it was trained without (--flip 0)",
             file=sys.stderr,
         )
-    data = load_data(contents[0], options)
+    data = load_data(contents, options)
     if options.temperature == FIT and data.val is None:
         raise UserError(
             f"--temperature {FIT} needs validation images, and {contents[0][0]} was trained without; train all members "
@@ -102,7 +101,6 @@ def main() -> int:
 
 def parse_flags() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="*", type=Path, help="default: the three networks' in --checkpoint-dir")
     members.add_flags(parser)
     parser.add_argument(
         "--temperature",
@@ -136,24 +134,31 @@ def temperature_flag(text: str) -> str | float:
         raise argparse.ArgumentTypeError(f"found {text}, expected {FIT} or a number") from None
 
 
-def read_members(options: argparse.Namespace) -> members.Contents:
-    """Read the checkpoints. Raises UserError where they cannot be averaged, or were trained on other data or splits.
+def load_data(contents: members.Contents, options: argparse.Namespace) -> Dataset:
+    """The data that the members were trained with, or what the flags put in its place.
 
-    What a flag overrides need not be the same.
+    Raises UserError where the members were trained on other images, or have other test images.
     """
-    contents = members.read_all(members.paths_of(options))
-    if options.data is None:
-        splits = [name for name in SPLIT_FLAGS if name != "test_size" or options.test_size is None]
-        members.check_same(
-            contents,
-            [("images of the data set (digest)", lambda own: own["data"]["digest"])]
-            + [(spelled(name), lambda own, name=name: own["data"]["split"].get(name)) for name in splits],
-        )
-    return contents
+    if options.data is not None:
+        return load_first(contents[0], options)
+    members.check_same(contents, [("images of the data set (digest)", lambda own: own["data"]["digest"])])
+    data = load_first(contents[0], options)
+    # Only what decides the images that are used here has to be the same.
+    flags = [] if options.test_size is not None else ["test_size"]
+    if data.test_split is not None:
+        flags.append("test_split")
+    if options.temperature == FIT:
+        flags.append("val_size")
+    if any(content["data"]["split"].get(name) for _, content in contents for name in flags):
+        flags.append("split_seed")
+    members.check_same(
+        contents, [(spelled(name), lambda own, name=name: own["data"]["split"].get(name)) for name in flags]
+    )
+    return data
 
 
-def load_data(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) -> Dataset:
-    """The data that the first member, and so all, were trained with, or what the flags put in its place."""
+def load_first(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) -> Dataset:
+    """The data of one member."""
     path, trained = first[0], first[1]["data"]
     # The members' subsets and hold-outs are of their own images.
     split = dict(trained["split"]) if options.data is None else {"split_seed": trained["split"]["split_seed"]}

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from common.errors import UserError
 import numpy as np
 import torch
 
+import dataset
 from dataset.image_folder import decode_all, pictures_in
 from evaluation import members
 from models.ensemble import Ensemble, average_probs
@@ -52,22 +52,12 @@ class Prediction:
     error: str | None = None
 
 
-@dataclass
-class Stats:
-    """Counts and times for the summary on stderr."""
-
-    images: int = 0
-    skipped: int = 0
-    far: list[str] = field(default_factory=list)
-    decoding: float = 0.0  # seconds
-    networks: float = 0.0  # seconds
-
-
 def main() -> int:
     options = parse_flags()
     paths = find_images(options.images)
     checkpoints = members.paths_of(options)
-    ensemble = members.load(checkpoints, average=options.average, temperature=options.temperature)
+    contents = members.read_all(checkpoints)
+    ensemble = members.build(contents, average=options.average, temperature=options.temperature)
     num_classes = len(ensemble.classes)
     top = min(TOP, num_classes) if options.top is None else options.top
     if top > num_classes:
@@ -77,7 +67,7 @@ def main() -> int:
     precision = pick_precision(options.precision, device)
     batch_size = options.batch_size or max(1, BATCH_PIXELS[device.type] // ensemble.image_size**2)
 
-    stats = Stats()
+    count, skipped, unusual = 0, 0, []
     try:
         with contextlib.ExitStack() as stack:
             writers = []
@@ -87,27 +77,31 @@ def main() -> int:
                 writers.append(stack.enter_context(csv_writer(options.csv, top)))
             if "-" not in (options.json, options.csv):
                 writers.append(text_writer(paths, ensemble, members.names(checkpoints), options.verbose))
-            for prediction in predict(paths, ensemble, checkpoints, top, batch_size, precision, stats):
+            for prediction in predict(paths, ensemble, checkpoints, top, batch_size, precision):
                 if prediction.error:
+                    skipped += 1
                     print(f"skipped: {printable(prediction.error)}", file=sys.stderr)
+                else:
+                    count += 1
+                    if is_unusual(prediction.size, ensemble.image_size):
+                        unusual.append(f"{prediction.path} ({'×'.join(map(str, prediction.size))})")
                 for write in writers:
                     write(prediction)
     except StdoutError as error:
         if isinstance(error.cause, BrokenPipeError):  # nobody reads any more: `head` has what it wants
             return 128 + 13  # as a shell shows SIGPIPE, which Windows does not have
         raise UserError(f"standard output could not be written ({error.cause.strerror}); free that place") from None
-    report(stats, ensemble.image_size)
-    return 1 if stats.skipped else 0
+    # Networks that learned from a folder of pictures saw those scaled in the same way.
+    if unusual and str(contents[0][1]["data"]["source"]).lower() in dataset.NAMES:
+        print(unusual_note(unusual, ensemble.image_size), file=sys.stderr)
+    print(f"{counted(count)}, {skipped:,} skipped", file=sys.stderr)
+    return 1 if skipped else 0
 
 
 def parse_flags() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, and folders of them")
-    parser.add_argument(
-        "--checkpoints", nargs="+", type=Path, metavar="PATH",
-        help="the ensemble's members (default: the three networks' in --checkpoint-dir); images come before this flag",
-    )  # fmt: skip
-    members.add_flags(parser)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, and folders of them")
+    members.add_flags(parser, checkpoints="--checkpoints")
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T",
         help="above 1: less confident probabilities, below 1: more confident (default: 1)",
@@ -115,16 +109,25 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--top", type=int, metavar="K", help=f"classes named for each image (default: {TOP})")
     parser.add_argument("--json", metavar="FILE", help="write the predictions there as JSON; - is standard output")
     parser.add_argument("--csv", metavar="FILE", help="write the predictions there as CSV; - is standard output")
-    parser.add_argument("--verbose", action="store_true", help="also print each member's vote, and mark unusual sizes")
+    parser.add_argument("--verbose", action="store_true", help="also print each member's vote")
     parser.add_argument("--batch-size", type=int, help="images in one go (default: 32 of 32×32, on a GPU 512)")
     options = parser.parse_intermixed_args()
     for flag, value in (("--batch-size", options.batch_size), ("--top", options.top)):
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}; it must be 1 or more")
+    # Images that follow --checkpoints.
+    options.images += [str(path) for path in options.checkpoints if not is_checkpoint(path)]
+    options.checkpoints = [path for path in options.checkpoints if is_checkpoint(path)]
+    if not options.images:
+        raise UserError("no images are given; name image files, or folders of them")
     members.check_temperature(options.temperature)
     if options.json and options.json == options.csv:
         raise UserError(f"--json and --csv both name {options.json}; give each its own file")
     return options
+
+
+def is_checkpoint(path: Path) -> bool:
+    return path.suffix == ".pt" or (path.is_dir() and any(path.glob("*.pt")))
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
@@ -150,7 +153,6 @@ def predict(
     top: int,
     batch_size: int,
     precision: str,
-    stats: Stats,
 ) -> Iterator[Prediction]:
     """One prediction after the other, in the paths' order, from one batch of images in memory at a time.
 
@@ -159,15 +161,11 @@ def predict(
     names = members.names(checkpoints)
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
-        started = time.perf_counter()
         decoded = list(decode_all(batch, ensemble.image_size))
-        stats.decoding += time.perf_counter() - started
         pixels = [image[0] for image in decoded if not isinstance(image, UserError)]
         if pixels:
-            started = time.perf_counter()
             with explain_out_of_memory(batch_size):
                 logits = member_logits(ensemble, np.stack(pixels), precision)
-            stats.networks += time.perf_counter() - started
             for checkpoint, own in zip(checkpoints, logits, strict=True):
                 members.check_finite(checkpoint, own)
             probs = average_probs(logits, ensemble.average, ensemble.temperature)
@@ -176,15 +174,10 @@ def predict(
             ballots = zip(*(votes(own, ensemble.classes, 1) for own in logits.softmax(2)), strict=True)
         for path, image in zip(batch, decoded, strict=True):
             if isinstance(image, UserError):
-                stats.skipped += 1
                 yield Prediction(path, error=str(image))
                 continue
-            _, size = image
-            stats.images += 1
-            if is_unusual(size, ensemble.image_size):
-                stats.far.append(f"{path} ({size[0]}×{size[1]})")
             ballot = {name: vote for name, (vote,) in zip(names, next(ballots), strict=True)}
-            yield Prediction(path, size, next(tops), ballot)
+            yield Prediction(path, image[1], next(tops), ballot)
 
 
 @torch.inference_mode()
@@ -212,25 +205,16 @@ def is_unusual(size: tuple[int, int], image_size: int) -> bool:
     return shorter > 4 * image_size or 2 * longer < image_size or longer > 2 * shorter
 
 
-def report(stats: Stats, image_size: int) -> None:
-    """The note on sizes and the rates, on stderr."""
-    if stats.far:
-        named, more = ", ".join(stats.far[:NAMED]), len(stats.far) - NAMED
-        print(
-            f"note: {count(len(stats.far))} far from {image_size}×{image_size}, the networks' input, in "
-            f"size or shape: {printable(named)}{f' and {more:,} more' if more > 0 else ''}. These predictions "
-            "are less reliable unless the training images were similar",
-            file=sys.stderr,
-        )
-    rates = ""
-    if stats.images:
-        decoding = (stats.images + stats.skipped) / stats.decoding
-        rates = f"; decoding {decoding:,.0f} images/s, networks {stats.images / stats.networks:,.0f} images/s"
-    print(f"{count(stats.images)}, {stats.skipped:,} skipped{rates}", file=sys.stderr)
+def unusual_note(unusual: Sequence[str], image_size: int) -> str:
+    named, more = ", ".join(unusual[:NAMED]), len(unusual) - NAMED
+    return (
+        f"note: {counted(len(unusual))} far from {image_size}×{image_size}, the networks' input, in size or shape: "
+        f"{printable(named)}{f' and {more:,} more' if more > 0 else ''}; these predictions are less reliable"
+    )
 
 
-def count(images: int) -> str:
-    return f"{images:,} image{'s' if images != 1 else ''}"
+def counted(count: int) -> str:
+    return f"{count:,} image{'s' if count != 1 else ''}"
 
 
 # -------------------------------------------------------------------------------------------------------------- output
@@ -317,9 +301,6 @@ def text_writer(paths: Sequence[str], ensemble: Ensemble, names: Sequence[str], 
         lines = [line(prediction.path, prediction.top)]
         if verbose:
             lines += [line(f"  {member}", [vote]) for member, vote in prediction.members.items()]
-            if is_unusual(prediction.size, ensemble.image_size):
-                shape = "×".join(map(str, prediction.size))
-                lines.append(f"  {shape} pixels, far from {ensemble.image_size}×{ensemble.image_size}")
         output.write("".join(printable(text) + "\n" for text in lines))
 
     return write

@@ -112,7 +112,11 @@ def build_member(path: Path, content: dict[str, Any]) -> Member:
 # ----------------------------------------------------------------------- the flags that main_ens, predict, export share
 
 
-def add_flags(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
+def add_flags(parser: argparse.ArgumentParser, *, checkpoints: str = "checkpoints", device: bool = True) -> None:
+    parser.add_argument(
+        checkpoints, nargs="*", type=Path, metavar="CHECKPOINT", default=[],
+        help="the ensemble's members, or a folder of them (default: those of the three scripts in --checkpoint-dir)",
+    )  # fmt: skip
     parser.add_argument("--checkpoint-dir", default="checkpoints", help="(default: checkpoints)")
     parser.add_argument("--average", choices=AVERAGES, default="softmax", help="what is averaged (default: softmax)")
     if device:
@@ -121,8 +125,32 @@ def add_flags(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
 
 
 def paths_of(options: argparse.Namespace) -> list[Path]:
-    """The checkpoints that are given, or the three networks' in --checkpoint-dir."""
-    return options.checkpoints or [Path(options.checkpoint_dir) / name for name in SCRIPTS]
+    """The checkpoints that are given, or those of the three scripts that --checkpoint-dir holds.
+
+    A folder that is given stands for the checkpoints in it. Raises UserError where there is no checkpoint.
+    """
+    if options.checkpoints:
+        return [path for given in options.checkpoints for path in in_folder(given)]
+    folder = Path(options.checkpoint_dir)
+    there = [folder / name for name in SCRIPTS if (folder / name).exists()]
+    if not there:
+        raise UserError(
+            f"{folder.absolute()} has none of {', '.join(SCRIPTS)}; train one, for instance by python dense.py, or "
+            "name checkpoints or another --checkpoint-dir"
+        )
+    for name, script in SCRIPTS.items():
+        if folder / name not in there:
+            print(f"note: without {folder / name}, which python {script} makes", file=sys.stderr)
+    return there
+
+
+def in_folder(path: Path) -> list[Path]:
+    """The checkpoints in a folder; what is no folder stays as it is."""
+    if not path.is_dir():
+        return [path]
+    if found := sorted(path.glob("*.pt")):
+        return found
+    raise UserError(f"{path}: this folder has no checkpoints (*.pt)")
 
 
 def check_finite(path: Path, logits: Tensor) -> None:

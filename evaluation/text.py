@@ -54,8 +54,9 @@ def comparison(result: dict[str, Any]) -> str:
     for row in result["leave_one_out"]:
         lines.append(f"without {row['without']}: {100 * row['accuracy']:.2f} %, {points(row['versus_ensemble'])}")
     if pairs := [value for number, row in enumerate(result["disagreement"]) for value in row[:number]]:
-        spread = f", {100 * min(pairs):.2f} to {100 * max(pairs):.2f} %" if len(pairs) > 1 else ""
-        lines.append(f"two members disagree on {100 * sum(pairs) / len(pairs):.2f} % of the images{spread}")
+        low, mean, high = (f"{100 * value:.2f}" for value in (min(pairs), sum(pairs) / len(pairs), max(pairs)))
+        spread = f" ({low} to {high} %)" if low != high else ""
+        lines.append(f"two members disagree on {mean} % of the images{spread}")
     if worst := result["confusions"][:3]:
         named = (f"{row['true']} for {row['predicted']} ({row['images']:,})" for row in worst)
         lines.append(f"most often mistaken: {', '.join(named)}")
