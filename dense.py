@@ -59,6 +59,7 @@ RECIPE = DenseNetRecipe(
 def main() -> int:
     recipe = parse_flags(RECIPE, __doc__)
     with distributed.processes(recipe.device), checkpoint.previous_run(recipe) as previous:
+        recipe = recipe.resumed(previous)
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
         model = densenet(len(data.classes), depth=recipe.depth, growth_rate=recipe.growth_rate)

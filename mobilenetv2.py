@@ -55,6 +55,7 @@ RECIPE = MobileNetV2Recipe(
 def main() -> int:
     recipe = parse_flags(RECIPE, __doc__)
     with distributed.processes(recipe.device), checkpoint.previous_run(recipe) as previous:
+        recipe = recipe.resumed(previous)
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
         model = mobilenetv2(len(data.classes), width=recipe.width)

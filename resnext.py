@@ -61,6 +61,7 @@ RECIPE = ResNeXtRecipe(
 def main() -> int:
     recipe = parse_flags(RECIPE, __doc__)
     with distributed.processes(recipe.device), checkpoint.previous_run(recipe) as previous:
+        recipe = recipe.resumed(previous)
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
         model = resnext29(len(data.classes), cardinality=recipe.cardinality, base_width=recipe.base_width)

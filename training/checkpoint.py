@@ -223,10 +223,19 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
         )
     if content["network"]["name"] != recipe.network:
         raise UserError(f"{path} holds a {content['network']['name']}, not a {recipe.network}; --name another file")
+    trained, epochs = content["training"]["epoch"] + bool(content["training"]["step"]), content["recipe"]["epochs"]
+    if recipe.is_given("epochs") and recipe.epochs != epochs:
+        if recipe.epochs < trained:
+            raise UserError(
+                f"--resume --epochs {recipe.epochs}: {path} is in epoch {trained} already; give as many or more"
+            )
+        print(
+            f"{recipe.epochs} epochs in place of {epochs}: the learning rate goes on by the schedule of {recipe.epochs}"
+        )
     if differences := recipe.differences(content["recipe"]):
         raise UserError(
-            f"--resume: {path} was trained by another recipe:\n  " + "\n  ".join(differences) + "\nGive the "
-            "checkpoint's values, or start another run with --name or --overwrite"
+            f"--resume: {path} was trained by another recipe:\n  " + "\n  ".join(differences) + "\nLeave "
+            "these flags out, or start another run with --name or --overwrite"
         )
     return content
 

@@ -53,13 +53,16 @@ def flag(
 ) -> Any:
     """A field that becomes `--its-name`.
 
-    `fixed` says that the value decides what is trained: a resumed run must have it as the checkpoint has it.
+    `fixed` says that the value decides what is trained: a resumed run has it as the checkpoint has it.
     """
     metadata = {
         "help": help, "group": group, "at_least": at_least, "at_most": at_most, "above": above, "choices": choices,
         "fixed": fixed,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
+
+
+RecipeT = typing.TypeVar("RecipeT", bound="Recipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,9 @@ class Recipe:
     network: ClassVar[str] = ""  # key of models.NETWORKS
 
     recipe: str = flag("ours, or original: the original's values, except for flags given", "ours", choices=RECIPES)
-    epochs: int = flag("passes over the training images", at_least=1, at_most=10**6)
+    epochs: int = flag(
+        "passes over the training images; a resumed run can be given more", at_least=1, at_most=10**6, fixed=False
+    )
     batch_size: int = flag("images in a step", at_least=2, at_most=10**6)
     base_lr: float = flag(
         f"peak learning rate for a batch size of {REFERENCE_BATCH}; scaled linearly with --batch-size",
@@ -157,6 +162,8 @@ class Recipe:
     overwrite: bool = flag("start a new run and replace the existing checkpoint", False, group="files", fixed=False)
     tensorboard: bool = flag("also write the curves for TensorBoard", False, group="files", fixed=False)
 
+    given: frozenset[str] | None = field(default=None, repr=False)  # by flags, the fields of these names; None: all
+
     def __post_init__(self) -> None:
         for item in fields(self):
             check(item, getattr(self, item.name))
@@ -219,21 +226,30 @@ class Recipe:
         return {item.name: getattr(self, item.name) for item in flags(self) if item.metadata["group"] == "network"}
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "given"}
+
+    def is_given(self, name: str) -> bool:
+        return self.given is None or name in self.given
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """The flags whose value in `other`, another recipe's `as_dict()`, would change the training, one line each.
+        """The values given that would train otherwise than `other`, another recipe's `as_dict()`, one line each.
 
         A precision of "auto" is whichever the other has.
         """
-        fixed = [item.name for item in flags(self) if item.metadata["fixed"]]
-        if self.precision == "auto":
-            fixed.remove("precision")
         return [
-            f"{spelled(name)}: {other.get(name)} in the checkpoint, {getattr(self, name)} now"
-            for name in fixed
-            if other.get(name) != getattr(self, name)
+            f"{spelled(item.name)}: {other.get(item.name)} in the checkpoint, {getattr(self, item.name)} now"
+            for item in flags(self)
+            if item.metadata["fixed"] and self.is_given(item.name)
+            if getattr(self, item.name) != other.get(item.name) and (item.name, self.precision) != ("precision", "auto")
         ]
+
+    def resumed(self: "RecipeT", previous: dict[str, Any] | None) -> "RecipeT":
+        """This recipe, with the values of the checkpoint `previous` wherever no flag gives another."""
+        if previous is None:
+            return self
+        kept = [item.name for item in flags(self) if item.metadata["fixed"] or item.name in ("epochs", "data")]
+        stored = previous["recipe"]
+        return replace(self, **{name: stored[name] for name in kept if name in stored and not self.is_given(name)})
 
 
 def load_data(recipe: Recipe) -> Dataset:
@@ -249,9 +265,6 @@ def load_data(recipe: Recipe) -> Dataset:
             split_seed=recipe.split_seed,
             data_url=recipe.data_url,
         )
-
-
-RecipeT = typing.TypeVar("RecipeT", bound=Recipe)
 
 
 def spelled(name: str) -> str:
@@ -299,7 +312,7 @@ def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = 
         rules, default = item.metadata, getattr(recipe, item.name)
         if rules["group"] not in groups:
             groups[rules["group"]] = parser.add_argument_group(rules["group"])
-        options: dict[str, Any] = {"help": rules["help"], "default": default}
+        options: dict[str, Any] = {"help": rules["help"], "default": argparse.SUPPRESS}
         if types_of[item.name] is bool:
             # A flag whose value each script chooses can be turned off as well as on.
             options["action"] = argparse.BooleanOptionalAction if item.default is MISSING else "store_true"
@@ -315,7 +328,8 @@ def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = 
     for name, value in values.items():
         if isinstance(value, list):  # what argparse of Python 3.11 makes of --name=--
             parser.error(f"argument {spelled(name)}: expected one argument")
-    return replace(recipe, **values)
+    given = frozenset(values) | (frozenset(ORIGINAL) if recipe.recipe == "original" else frozenset())
+    return replace(recipe, **values, given=given)
 
 
 def named_recipe(argv: Sequence[str]) -> str | None:
