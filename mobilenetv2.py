@@ -12,7 +12,7 @@ import torch
 
 from models.mobilenetv2 import mobilenetv2
 from training import checkpoint
-from training.history import read_csv
+from training.history import plotter
 from training.loop import fit
 from training.recipe import Recipe, flag, load_data, parse_flags
 
@@ -59,15 +59,7 @@ def main() -> int:
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
         model = mobilenetv2(len(data.classes), width=recipe.width)
-        run = fit(model, data, recipe, previous)
-        if run.history and distributed.is_main_process():
-            from plotting.training import plot_training  # matplotlib, for this process alone
-
-            reference = read_csv(recipe.reference) if recipe.reference else None
-            plot_training(
-                recipe.plot_path, run.history, title=recipe.name, reference=reference, reference_name=recipe.reference
-            )
-            print(f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}")
+        run = fit(model, data, recipe, previous, plotter(recipe))
     return run.exit_status
 
 

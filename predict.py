@@ -68,29 +68,25 @@ def main() -> int:
     batch_size = options.batch_size or max(1, BATCH_PIXELS[device.type] // ensemble.image_size**2)
 
     count, skipped, unusual = 0, 0, []
-    try:
-        with contextlib.ExitStack() as stack:
-            writers = []
-            if options.json:
-                writers.append(stack.enter_context(json_writer(options.json)))
-            if options.csv:
-                writers.append(stack.enter_context(csv_writer(options.csv, top)))
-            if "-" not in (options.json, options.csv):
-                writers.append(text_writer(paths, ensemble, members.names(checkpoints), options.verbose))
-            for prediction in predict(paths, ensemble, checkpoints, top, batch_size, precision):
-                if prediction.error:
-                    skipped += 1
-                    print(f"skipped: {printable(prediction.error)}", file=sys.stderr)
-                else:
-                    count += 1
-                    if is_unusual(prediction.size, ensemble.image_size):
-                        unusual.append(f"{prediction.path} ({'×'.join(map(str, prediction.size))})")
-                for write in writers:
-                    write(prediction)
-    except StdoutError as error:
-        if isinstance(error.cause, BrokenPipeError):  # nobody reads any more: `head` has what it wants
-            return 128 + 13  # as a shell shows SIGPIPE, which Windows does not have
-        raise UserError(f"standard output could not be written ({error.cause.strerror}); free that place") from None
+    with contextlib.ExitStack() as stack:
+        writers = []
+        if options.json:
+            writers.append(stack.enter_context(json_writer(options.json)))
+        if options.csv:
+            writers.append(stack.enter_context(csv_writer(options.csv, top)))
+        if "-" not in (options.json, options.csv):
+            writers.append(text_writer(paths, ensemble, members.names(checkpoints), options.verbose))
+        for prediction in predict(paths, ensemble, checkpoints, top, batch_size, precision):
+            if prediction.error:
+                skipped += 1
+                print(f"skipped: {printable(prediction.error)}", file=sys.stderr)
+            else:
+                count += 1
+                if is_unusual(prediction.size, ensemble.image_size):
+                    unusual.append(f"{prediction.path} ({'×'.join(map(str, prediction.size))})")
+            for write in writers:
+                write(prediction)
+            sys.stdout.flush()
     # Networks that learned from a folder of pictures saw those scaled in the same way.
     if unusual and str(contents[0][1]["data"]["source"]).lower() in dataset.NAMES:
         print(unusual_note(unusual, ensemble.image_size), file=sys.stderr)
@@ -220,28 +216,11 @@ def counted(count: int) -> str:
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-class StdoutError(Exception):
-    """Standard output takes no more. Not an OSError, which would be taken for one of a file that is written as well."""
-
-    def __init__(self, cause: OSError):
-        self.cause = cause
-
-
-class StandardOutput:
-    def write(self, text: str) -> None:
-        try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-            raise StdoutError(error) from None
-
-
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[TextIO | StandardOutput]:
+def opened(path: str) -> Iterator[TextIO]:
     """A file, which is replaced whole or not at all, or standard output."""
     if path == "-":
-        yield StandardOutput()
+        yield sys.stdout
     else:
         with files.replacing(path, "the predictions") as file:
             # A file's name need not be Unicode: its odd bytes become escapes.
@@ -287,7 +266,6 @@ def csv_writer(path: str, top: int) -> Iterator[Writer]:
 
 def text_writer(paths: Sequence[str], ensemble: Ensemble, names: Sequence[str], verbose: bool) -> Writer:
     """Prints a line for each image, with `verbose` each member's vote below."""
-    output = StandardOutput()
     leads = [*paths, *(f"  {name}" for name in names if verbose)]
     width = max((len(lead) for lead in leads if len(lead) <= MAX_COLUMN), default=0)
     class_width = max(map(len, ensemble.classes))
@@ -301,7 +279,7 @@ def text_writer(paths: Sequence[str], ensemble: Ensemble, names: Sequence[str], 
         lines = [line(prediction.path, prediction.top)]
         if verbose:
             lines += [line(f"  {member}", [vote]) for member, vote in prediction.members.items()]
-        output.write("".join(printable(text) + "\n" for text in lines))
+        sys.stdout.write("".join(printable(text) + "\n" for text in lines))
 
     return write
 

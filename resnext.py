@@ -12,7 +12,7 @@ import torch
 
 from models.resnext import resnext29
 from training import checkpoint
-from training.history import read_csv
+from training.history import plotter
 from training.loop import fit
 from training.recipe import Recipe, flag, load_data, parse_flags
 
@@ -65,15 +65,7 @@ def main() -> int:
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
         model = resnext29(len(data.classes), cardinality=recipe.cardinality, base_width=recipe.base_width)
-        run = fit(model, data, recipe, previous)
-        if run.history and distributed.is_main_process():
-            from plotting.training import plot_training  # matplotlib, for this process alone
-
-            reference = read_csv(recipe.reference) if recipe.reference else None
-            plot_training(
-                recipe.plot_path, run.history, title=recipe.name, reference=reference, reference_name=recipe.reference
-            )
-            print(f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}")
+        run = fit(model, data, recipe, previous, plotter(recipe))
     return run.exit_status
 
 

@@ -4,6 +4,7 @@ The way of a batch: `dataset.load` gives uint8 arrays; `TrainLoader` keeps them 
 some thousand images at a time (dataset/transforms.py), cuts the result into batches and normalises each.
 """
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from common.device import autocast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from dataset import Split, transforms
 
@@ -48,11 +51,20 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """How many batches an epoch has.
+
+    A last one with fewer than two images for each process, which batch norm cannot train on, is dropped.
+    """
+    whole, rest = divmod(num_images, batch_size)
+    return whole + (rest >= 2 * distributed.world_size() or not whole)
+
+
 class TrainLoader:
     """Augmented and normalised batches of a split, made on the device.
 
     The order of the images and their random augmentation depend on (seed, epoch) only, not on the batch or chunk size.
-    The last batch may be smaller. With several processes, each gets its share of every batch.
+    The last batch may be smaller (see `steps_per_epoch`). With several processes, each gets its share of every batch.
 
     From epoch `crop_and_flip_from` on, only crop and flip are applied.
 
@@ -92,7 +104,12 @@ class TrainLoader:
         self.stream = torch.cuda.Stream(self.device) if ahead and self.device.type == "cuda" else None
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+        return steps_per_epoch(len(self.images), self.batch_size)
+
+    @property
+    def num_images(self) -> int:
+        """How many images an epoch has."""
+        return min(len(self.images), len(self) * self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches `start` and after of an epoch (both from 0): images, float32 (B, 3, H, W), and labels, int64 (B,)."""
@@ -117,13 +134,13 @@ class TrainLoader:
 
     def images_in(self, step: int) -> int:
         """How many images a step's batch has, in all processes together."""
-        return min(self.batch_size, len(self.images) - step * self.batch_size)
+        return min(self.batch_size, self.num_images - step * self.batch_size)
 
     def plan(self, epoch: int, start: int = 0) -> transforms.Plan:
         generator = epoch_generator(self.seed, epoch)
         settings = self.settings(epoch)
         draws = transforms.draw(len(self.images), self.size, settings, generator)
-        order = torch.randperm(len(self.images), generator=generator)[start * self.batch_size :]
+        order = torch.randperm(len(self.images), generator=generator)[start * self.batch_size : self.num_images]
         order = torch.cat([batch[self.share(len(batch))] for batch in order.split(self.batch_size)])
         return transforms.plan(order, draws, self.chunk_size)
 
@@ -167,14 +184,16 @@ def predict(
     precision: str = "float32",
     batch_size: int | None = None,
     stop: Callable[[], object] = lambda: False,
+    label: str | None = None,
 ) -> Tensor | None:
     """Logits of `network`, which takes uint8 (B, 3, H, W), for `images` of that kind: float32 (N, classes) on the CPU.
 
-    None where `stop()` became true first.
+    None where `stop()` became true first. `label` is that of a progress bar; without one there is none.
     """
     parts = max(1, -(-len(images) // (batch_size or eval_batch_size(images, device))))
     logits = []
-    for batch in images.tensor_split(parts):  # of equal size: cuDNN tries its algorithms out on each size
+    batches = images.tensor_split(parts)  # of equal size: cuDNN tries its algorithms out on each size
+    for batch in tqdm(batches, desc=label, unit=" batches", leave=False, disable=None if label else True):
         if stop():
             return None
         with autocast(device, precision):
@@ -184,6 +203,14 @@ def predict(
 
 def eval_batch_size(images: Tensor, device: torch.device) -> int:
     return max(1, EVAL_PIXELS[device.type] // (images.shape[2] * images.shape[3]))
+
+
+def multiply_adds(model: nn.Module, image_size: int) -> int:
+    """Of one image's forward pass, in convolutions and matrix products."""
+    images = torch.empty(1, 3, image_size, image_size, device="meta")  # shapes suffice to count
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).to("meta").eval()(images)
+    return counter.get_total_flops() // 2
 
 
 @dataclass(frozen=True)

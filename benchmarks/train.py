@@ -52,8 +52,7 @@ from benchmarks.plain import ORIGINAL_BATCH_SIZE, WORKERS, Step, original_step, 
 from dataset import Split
 from models import NETWORKS
 from training.cuda_graph import pick_compile
-from training.ema import ModelEma, ema_decay
-from training.loop import Run, Trainer, make_optimizer, precision_of, total_steps
+from training.loop import Run, Trainer, make_ema, make_optimizer, precision_of
 from training.recipe import COMPILE, Recipe
 from utils import TrainLoader, normalize
 
@@ -201,8 +200,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def ours(model: nn.Module, split: Split, recipe: Recipe, device: torch.device) -> tuple[Trainer, Step, Batches]:
     """As loop.fit and loop.one_epoch, but for the progress bar, which waits for the device once a second."""
     model.to(device, memory_format=torch.channels_last).train()
-    average = ModelEma(model, ema_decay(recipe.ema_horizon, total_steps(recipe, split))) if recipe.ema_horizon else None
-    trainer = Trainer(Run(model, make_optimizer(model, recipe, device), average), split, recipe, device)
+    run = Run(model, make_optimizer(model, recipe, device), make_ema(model, recipe, split))
+    trainer = Trainer(run, split, recipe, device)
     done = itertools.count()
 
     def step(images: Tensor, labels: Tensor) -> None:

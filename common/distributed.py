@@ -5,6 +5,7 @@ Without torchrun there is one process, of rank 0, and nothing here has any effec
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -41,9 +42,12 @@ def is_main_process() -> bool:
 
 
 def print_rank0(*text: object) -> None:
-    """Print, in the first process alone."""
+    """Print, in the first process alone; a standard output that nobody reads any more stops no run."""
     if is_main_process():
-        print(*text, flush=True)
+        try:
+            print(*text, flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 @contextlib.contextmanager

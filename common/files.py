@@ -37,6 +37,8 @@ def replacing(path: str | Path, what: str, *, shared: bool = False) -> Iterator[
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+    except BrokenPipeError:  # of another file: this one is no pipe
+        raise
     except OSError as error:
         raise _not_written(path, what, error) from None
 

@@ -73,7 +73,7 @@ def view_logits(
     batch_size = batch_size or eval_batch_size(images, device)
     with explain_out_of_memory(batch_size):
         network = (lambda batch: member(batch.flip(3))) if mirrored else member
-        logits = predict(network, images, device, precision=precision, batch_size=batch_size)
+        logits = predict(network, images, device, precision=precision, batch_size=batch_size, label=path.stem)
     check_finite(path, logits)
     if cached:
         write_cache(kept, logits)

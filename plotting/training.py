@@ -1,25 +1,41 @@
-"""The picture of a training run: loss, accuracy and learning rate against the epoch."""
+"""The picture of a training run: loss, accuracy and learning rate against the epoch.
 
+python -m plotting.training plots/densenet.csv    # draw plots/densenet.png again
+python -m plotting.training plots/*.csv --output runs.png    # the test results of several runs in one picture
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
+
+from common import errors
+from common.command_line import Parser
+from common.text import duration
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from plotting.style import BLUE, DPI, GREEN, GREY, VERMILLION, picture, short
+from plotting.style import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, picture, short
 
 SPLITS = {"train": ("train", BLUE), "val": ("validation", GREEN), "test": ("test", VERMILLION)}
+RUN_COLOURS, RUN_DASHES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY), ("-", "--", ":", "-.")
 
 
 @picture
 def plot_training(
-    history: list[dict], *, title: str, reference: list[dict] | None = None, reference_name: str | Path = ""
+    history: list[dict],
+    *,
+    title: str,
+    averaged: bool = False,
+    reference: list[dict] | None = None,
+    reference_name: str | Path = "",
 ) -> Figure:
     """Draw a run: loss, accuracy and learning rate against the epoch.
 
-    `history` has a dict for each epoch, at least one, as training/history.py describes it. `reference` is another
-    run's, drawn dashed and pale behind, and `reference_name` its file.
+    `history` has a dict for each epoch, at least one, as training/history.py describes it. `averaged` says that the
+    moving average of the weights was tested. `reference` is another run's history, drawn dashed and pale behind, and
+    `reference_name` its file.
     """
     if not history:
         raise ValueError("a run without epochs has nothing to draw")
@@ -32,7 +48,8 @@ def plot_training(
             key = f"{split}_{quantity}"
             if key not in history[0]:
                 continue
-            label = f"{name} {form.format(scale * history[-1][key])}"
+            tested = f"{name} (EMA)" if averaged and split != "train" else name
+            label = f"{tested} {form.format(scale * history[-1][key])}"
             if reference and split != "val":
                 label += f" (reference {form.format(scale * reference[-1][key])})"
                 _draw_reference(axes, reference, history, key, scale, colour)
@@ -45,21 +62,48 @@ def plot_training(
             note += f"; dotted: its test result after epoch {reference[-1]['epoch']}"
         figure.supxlabel(note, fontsize=12, color=GREY)
 
-    loss_axes.set_ylabel("loss (nats, log scale)" if _scale_loss(loss_axes) else "loss (nats)")
-    accuracy_axes.set_ylabel("accuracy (%)")
+    _label(loss_axes, accuracy_axes, rate_axes, last=history[-1]["epoch"], first=history[0]["epoch"])
+    for axes in (loss_axes, accuracy_axes, *([rate_axes] if reference else [])):
+        # Above the axes, where no curve can run behind it.
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), frameon=False, borderaxespad=0.2)
+    return figure
+
+
+@picture
+def plot_runs(histories: Sequence[list[dict]], *, names: Sequence[str]) -> Figure:
+    """Draw several runs over one another: test loss, test accuracy and learning rate against the epoch."""
+    figure = Figure(figsize=(12.4, 4.9 + 0.28 * len(names)), dpi=DPI, layout="constrained")
+    all_axes = figure.subplots(1, 3)
+    for number, (history, name) in enumerate(zip(histories, names, strict=True)):
+        dashes, colour = divmod(number, len(RUN_COLOURS))
+        last = history[-1]
+        label = f"{short(name, 40)}: {100 * last['test_accuracy']:.2f} %, {last['test_loss']:.3f} · {_summary(history)}"
+        for axes, key, scale in zip(
+            all_axes, ("test_loss", "test_accuracy", "learning_rate"), (1, 100, 1), strict=True
+        ):
+            _draw_run(axes, history, key, scale, RUN_COLOURS[colour], label)
+            axes.lines[-1].set_linestyle(RUN_DASHES[dashes % len(RUN_DASHES)])
+    _label(*all_axes, last=max(history[-1]["epoch"] for history in histories), quantity="test ")
+    figure.legend(handles=all_axes[0].lines, loc="outside upper center", frameon=False)
+    return figure
+
+
+def _label(
+    loss_axes: Axes, accuracy_axes: Axes, rate_axes: Axes, *, last: int, first: int = 1, quantity: str = ""
+) -> None:
+    """Names, scales and ticks of the three parts."""
+    for axes in (loss_axes, accuracy_axes):
+        axes.ticklabel_format(axis="y", useOffset=False)
+    loss_axes.set_ylabel(f"{quantity}loss (nats, log scale)" if _scale_loss(loss_axes) else f"{quantity}loss (nats)")
+    accuracy_axes.set_ylabel(f"{quantity}accuracy (%)")
     rate_axes.set_ylabel("learning rate")
     highest = max(max(line.get_ydata()) for line in rate_axes.lines) or 1.0  # a schedule may end at 0, in one epoch
     rate_axes.set_ylim(-0.03 * highest, 1.05 * highest)
-    last = history[-1]["epoch"]
     margin = max(0.5, 0.02 * last)
     for axes in (loss_axes, accuracy_axes, rate_axes):
         axes.set_xlabel("epoch")
-        axes.set_xlim(history[0]["epoch"] - margin, last + margin)
+        axes.set_xlim(first - margin, last + margin)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
-        if axes is not rate_axes or reference:
-            # Above the axes, where no curve can run behind it.
-            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), frameon=False, borderaxespad=0.2)
-    return figure
 
 
 def _draw_run(axes: Axes, history: list[dict], key: str, scale: float, colour: str, label: str) -> None:
@@ -117,14 +161,30 @@ def _scale_loss(axes: Axes) -> bool:
 def _summary(history: list[dict]) -> str:
     """How long a run was: "200 epochs, 13.4 h"."""
     seconds = sum(row["seconds"] for row in history)
-    duration = f"{seconds:.0f} s"
-    if seconds >= 3600:
-        duration = f"{seconds / 3600:.1f} h"
-    elif seconds >= 60:
-        duration = f"{seconds / 60:.1f} min"
-    return f"{len(history)} epoch{'s' if len(history) > 1 else ''}, {duration}"
+    return f"{len(history)} epoch{'s' if len(history) > 1 else ''}, {duration(seconds)}"
 
 
 def _tail(path: str | Path) -> str:
     """The end of a path, enough to tell which file it is."""
     return short(Path(*Path(path).parts[-3:]).as_posix(), 60)
+
+
+def main() -> int:
+    from training.history import read_csv  # a script, and as such above training/
+
+    parser = Parser(__doc__)
+    parser.add_argument("histories", nargs="+", type=Path, metavar="CSV", help="what training scripts wrote")
+    parser.add_argument("--output", type=Path, help="the picture (default: beside the first CSV, with its name)")
+    options = parser.parse_args()
+    output = options.output or options.histories[0].with_suffix(".png")
+    histories = [read_csv(path) for path in options.histories]
+    if len(histories) == 1:
+        plot_training(output, histories[0], title=options.histories[0].stem)
+    else:
+        plot_runs(output, histories, names=[path.stem for path in options.histories])
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import io
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from common.errors import UserError, first_line
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataset import Dataset
 from training.history import read_csv, write_csv
@@ -181,6 +181,30 @@ def restore(run: "Run", content: dict[str, Any], path: Path) -> None:
             run.best = {"epoch": best["epoch"], "accuracy": best["accuracy"], "model": content["model"]}
 
 
+def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
+    """Give a new model the weights of --init; where those are of other classes, the classifier stays as it is.
+
+    Returns a line that says so. Raises UserError for a checkpoint of another network.
+    """
+    content = read(recipe.init)
+    network = {"name": recipe.network, "arguments": recipe.network_arguments()}
+    with usable(recipe.init):
+        theirs = content["network"] | {"arguments": dict(content["network"]["arguments"])}
+        num_classes = theirs["arguments"].pop("num_classes")
+        if theirs != network:
+            raise UserError(f"--init {recipe.init} holds {spelled_network(theirs)}, not {spelled_network(network)}")
+        weights, said = dict(content["model"]), f"starting from the weights of {recipe.init}"
+        if content["data"]["classes"] != list(classes):
+            weights |= {name: own for name, own in model.state_dict().items() if name.startswith("classifier.")}
+            said += f", with a new classifier for {len(classes)} classes in place of its {num_classes}"
+        model.load_state_dict(weights)
+    return said
+
+
+def spelled_network(network: dict[str, Any]) -> str:
+    return f"{network['name']} ({', '.join(f'{name} {value}' for name, value in network['arguments'].items())})"
+
+
 def copied_to_host(value: Any) -> Any:
     """The same dicts and lists with a copy of every tensor, on the CPU."""
     if isinstance(value, Tensor):
@@ -200,6 +224,9 @@ def previous_run(recipe: Recipe) -> Iterator[dict[str, Any] | None]:
     Raises UserError where a checkpoint would be overwritten unasked, is one of another recipe or of an earlier format,
     and where another process is writing it.
     """
+    if recipe.dry_run:
+        yield None
+        return
     with contextlib.ExitStack() as locks:
 
         def lock_and_read() -> dict[str, Any] | None:

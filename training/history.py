@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,25 @@ def parse_row(row: dict, columns: list[str], *, where: str) -> dict:
     return numbers
 
 
+def plotter(recipe: Recipe) -> Callable[[list[dict]], None]:
+    """A function that draws a history, and the one of --reference behind it; it loads matplotlib when it is called."""
+
+    def plot(history: list[dict]) -> None:
+        from plotting.training import plot_training
+
+        reference = read_csv(recipe.reference) if recipe.reference else None
+        plot_training(
+            recipe.plot_path, history, title=recipe.name, averaged=recipe.ema_horizon > 0,
+            reference=reference, reference_name=recipe.reference or "",
+        )  # fmt: skip
+
+    return plot
+
+
 @contextlib.contextmanager
 def tensorboard(recipe: Recipe, epochs_done: int) -> Iterator:
     """A function that takes an epoch's row and, with --tensorboard, writes its scalars; without, does nothing."""
-    if not recipe.tensorboard or not distributed.is_main_process():
+    if not recipe.tensorboard or recipe.dry_run or not distributed.is_main_process():
         yield lambda row: None
         return
     try:

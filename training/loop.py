@@ -25,12 +25,12 @@ from torch.optim import Optimizer
 
 from dataset import Dataset, Split
 from models import NETWORKS
-from training import checkpoint, history, messages
+from training import checkpoint, dry_run, history, messages
 from training.cuda_graph import FastStep, pick_compile
 from training.ema import ModelEma, ema_decay
 from training.recipe import Recipe
 from training.signals import StopSignals
-from utils import CosineSchedule, TrainLoader, eval_batch_size, normalize, predict
+from utils import CosineSchedule, TrainLoader, eval_batch_size, normalize, predict, steps_per_epoch
 
 
 @dataclass
@@ -68,6 +68,8 @@ class Trainer:
         self.lr_tensor = run.optimizer.param_groups[0]["lr"]  # of all groups
         self.label_smoothing, self.precision = recipe.label_smoothing, pick_precision(recipe.precision, device)
         self.sums = RunningSums(device)
+        steps = len(self.loader)
+        self.pace = messages.Pace(run.epoch * steps + run.step, recipe.epochs * steps)
         self.batch_images = 0  # in the parts of the batch of all processes together
         network, choice = self.model, pick_compile(recipe.compile, device)
         if distributed.world_size() > 1:
@@ -114,7 +116,7 @@ def train_epoch(run: Run, trainer: Trainer, stop: StopSignals) -> None:
     loader, sums, lr = trainer.loader, trainer.sums, functools.partial(trainer.lr, run.epoch)
     sums.start(run.sums, run.step)
     run.model.train()
-    with messages.ProgressBar(loader, run.epoch, run.step) as bar:
+    with messages.ProgressBar(loader, run.epoch, run.step, trainer.pace) as bar:
         for images, labels in loader.epoch(run.epoch, run.step):
             trainer.train(run.epoch, run.step, images, labels)
             run.step += 1
@@ -142,6 +144,7 @@ def evaluate(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]
             batch_size=min(eval_batch_size(images, trainer.device), 4 * trainer.loader.batch_size),
             # With several processes no stop: they would have to stop at the same batch.
             stop=lambda: world_size == 1 and stop,
+            label=name if distributed.is_main_process() else None,
         )
         if logits is None:
             return None
@@ -159,7 +162,7 @@ def evaluate(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]
 def one_epoch(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]], stop: StopSignals) -> dict | None:
     """Train the epoch that `run` is in and evaluate the splits: the row of its history, or None after a signal."""
     train_epoch(run, trainer, stop)
-    num_steps, num_images = len(trainer.loader), len(trainer.loader.images)
+    num_steps, num_images = len(trainer.loader), trainer.loader.num_images
     if run.step < num_steps:
         return None
     # A run that was stopped during its evaluation resumes here, with no step left.
@@ -174,19 +177,29 @@ def one_epoch(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor
     return row
 
 
-def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any] | None = None) -> Run:
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    previous: dict[str, Any] | None = None,
+    draw: Callable[[list[dict[str, Any]]], object] = lambda history: None,
+) -> Run:
     """Train `model` on `data` by `recipe`, from the start or from the checkpoint `previous`.
 
-    After every epoch, and when a signal ends the run, the checkpoint and the CSV are written. `model` is moved to the
-    recipe's device and left with the last epoch's weights.
+    After every epoch, and when a signal ends the run, the checkpoint and the CSV are written, and `draw` is called with
+    the history, unless that would slow the run down. `model` is moved to the recipe's device and left with the last
+    epoch's weights.
 
-    Raises UserError for a loss that is not finite, for memory that runs out, for data other than the checkpoint's, and
-    for a last batch of one image, which batch-norm cannot train on.
+    Raises UserError for a loss that is not finite, for memory that runs out, and for data other than the checkpoint's.
     """
     check(model, data, recipe, previous)
-    distributed.from_main_process(lambda: checkpoint.check_files(recipe))
+    if recipe.init and not previous:
+        distributed.print_rank0(checkpoint.start_from(model, recipe, data.classes))
+    if not recipe.dry_run:
+        distributed.from_main_process(lambda: checkpoint.check_files(recipe))
     device = set_up_device(recipe.device, deterministic=recipe.deterministic)
     recipe = replace(recipe, precision=precision_of(recipe, previous, device))
+    in_force = replace(recipe, batch_size=min(recipe.batch_size, len(data.train)))  # no rate for a larger batch
     if recipe.sync_bn:
         model = synchronized(model, device)
     with (
@@ -196,35 +209,31 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any
         checkpoint.Saver(recipe, in_background=device.type == "cuda") as saver,
     ):
         model.to(device, memory_format=torch.channels_last)
-        ema = (
-            ModelEma(model, ema_decay(recipe.ema_horizon, total_steps(recipe, data.train)))
-            if recipe.ema_horizon
-            else None
-        )
-        run = Run(model, make_optimizer(model, recipe, device), ema)
+        run = Run(model, make_optimizer(model, recipe, device), make_ema(model, in_force, data.train))
         if previous:
             saver.restore(run, previous)
-        messages.announce(run, data, recipe, device)
-        trainer = Trainer(run, data.train, recipe, device)
+        trainer = Trainer(run, data.train, in_force, device)
+        messages.announce(run, data, in_force, device)
+        report = messages.EpochReport(in_force, len(data.classes), log, draw)
         splits = {"test": data.test} if data.val is None else {"test": data.test, "val": data.val}
         splits = {
             name: (torch.from_numpy(s.images).to(device), torch.from_numpy(s.labels)) for name, s in splits.items()
         }
+        if recipe.dry_run:
+            dry_run.try_out(run, trainer, splits["test"][0], in_force)
+            return run
         while run.epoch < recipe.epochs and run.stopped_by is None:
             row = one_epoch(run, trainer, splits, stop)
             if row is not None:
                 finish_epoch(run, row)
             saver.save(run, data)
-            if row is not None and distributed.is_main_process():
-                messages.print_row(row, recipe.epochs)
-                log(row)
+            if row is not None:
+                report.epoch(run.history)
             if stop.in_any_process() and run.epoch < recipe.epochs:
                 run.stopped_by = stop.number
                 saver.wait()
                 messages.announce_stop(run, recipe, len(trainer.loader))
-        if run.best:
-            best = f"epoch {run.best['epoch']}, with a validation accuracy of {run.best['accuracy']:.2%}"
-            distributed.print_rank0(f"the weights of {best} are kept")
+        report.end(run)
     return run
 
 
@@ -273,8 +282,14 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Op
     return optimizer
 
 
+def make_ema(model: nn.Module, recipe: Recipe, train: Split) -> ModelEma | None:
+    if not recipe.ema_horizon:
+        return None
+    return ModelEma(model, ema_decay(recipe.ema_horizon, total_steps(recipe, train)))
+
+
 def total_steps(recipe: Recipe, train: Split) -> int:
-    return recipe.epochs * math.ceil(len(train) / recipe.batch_size)
+    return recipe.epochs * steps_per_epoch(len(train), recipe.batch_size)
 
 
 def precision_of(recipe: Recipe, previous: dict[str, Any] | None, device: torch.device) -> str:
@@ -367,19 +382,13 @@ def problems(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str
         name: value.shape for name, value in expected.items()
     }:
         yield f"the model is not the {recipe.network} of the recipe; a checkpoint of it could not be loaded"
-    batch_size, num_images, world_size = recipe.batch_size, len(data.train), distributed.world_size()
-    if num_images % batch_size == 1:
-        yield (
-            f"--batch-size {batch_size} leaves a last batch of one image out of {num_images:,}, which batch-norm "
-            "cannot train on; choose another batch size or --train-size"
-        )
     if previous and previous["data"]["digest"] != data.digest:
         yield (
             f"--resume: --data {data.source} does not hold the images that {recipe.checkpoint_path} was trained on "
             f"(--data {previous['data']['source']}); give those, or start another run with --name or --overwrite"
         )
-    if world_size > 1 and min(batch_size, num_images % batch_size or batch_size) < 2 * world_size:
+    if min(recipe.batch_size, len(data.train)) < 2 * (world_size := distributed.world_size()):
         yield (
-            f"--batch-size {batch_size} leaves a process fewer than two images in each batch or in the last one of "
-            f"{num_images:,}, and batch-norm needs two; choose another, or start fewer processes than {world_size}"
+            f"--batch-size {recipe.batch_size} of {len(data.train):,} images leaves fewer than two for each of "
+            f"{world_size} processes, and batch norm needs two; give more, or start fewer processes"
         )

@@ -1,17 +1,20 @@
 """What a training run prints."""
 
+import math
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from common import distributed
+from common.text import duration
 
 import torch
 from tqdm import tqdm
 
 from dataset import Dataset
 from training.recipe import REFERENCE_BATCH, Recipe
-from utils import TrainLoader
+from utils import TrainLoader, steps_per_epoch
 
 if TYPE_CHECKING:
     from training.loop import Run
@@ -22,6 +25,7 @@ def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) ->
     say = distributed.print_rank0
     sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.network_arguments().items())
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    steps = steps_per_epoch(len(data.train), recipe.batch_size)
     threads = torch.get_num_threads()
     where = f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
     if device.type == "cuda":
@@ -32,7 +36,7 @@ def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) ->
     val = f" + {len(data.val):,} for validation" if data.val is not None else ""
     say(
         f"{data.source}: {len(data.train):,} training{val} + {len(data.test):,} test images of {recipe.image_size}×"
-        f"{recipe.image_size}, {len(data.classes)} classes"
+        f"{recipe.image_size}, {len(data.classes)} classes; {recipe.epochs} epochs of {steps:,} steps"
     )
     if data.test_split is not None:
         say(
@@ -65,23 +69,88 @@ def announce_stop(run: "Run", recipe: Recipe, num_steps: int) -> None:
     )
 
 
-def print_row(row: dict[str, Any], epochs: int) -> None:
+class EpochReport:
+    """What the main process says, logs and draws of each epoch; drawing takes no more than 5 % of the time."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_classes: int,
+        log: Callable[[dict[str, Any]], object],
+        draw: Callable[[list[dict[str, Any]]], object],
+    ):
+        self.recipe, self.log, self.draw = recipe, log, draw
+        self.high_loss = 1.5 * math.log(num_classes)  # guessing has two thirds of it
+        self.drawn, self.drawing_seconds = time.monotonic(), 1.0
+
+    def epoch(self, history: list[dict[str, Any]]) -> None:
+        if not distributed.is_main_process():
+            return
+        distributed.print_rank0(row_text(history[-1], self.recipe.epochs))
+        self.warn_of_growing_loss(history)
+        self.log(history[-1])
+        if 0.05 * (time.monotonic() - self.drawn) >= self.drawing_seconds:
+            self.plot(history)
+
+    def warn_of_growing_loss(self, history: list[dict[str, Any]]) -> None:
+        """Once, where the loss is well above that of the first epoch, or of guessing."""
+        losses = [row["train_loss"] for row in history]
+        limit = 1.2 * min(losses[0], self.high_loss)
+        if losses[-1] > limit >= max(losses[:-1], default=0):
+            print(
+                f"warning: the training loss has grown to {losses[-1]:.3f}. If it stays so, start again with a lower "
+                f"--base-lr than {self.recipe.base_lr:g}; the highest rate in force is {self.recipe.lr:g}",
+                file=sys.stderr,
+            )
+
+    def plot(self, history: list[dict[str, Any]]) -> None:
+        started = time.monotonic()
+        self.draw(history)
+        self.drawn = time.monotonic()
+        self.drawing_seconds = self.drawn - started
+
+    def end(self, run: "Run") -> None:
+        if run.best:
+            best = f"epoch {run.best['epoch']}, with a validation accuracy of {run.best['accuracy']:.2%}"
+            distributed.print_rank0(f"the weights of {best} are kept")
+        if run.history and distributed.is_main_process():
+            self.plot(run.history)
+            paths = self.recipe.checkpoint_path, self.recipe.plot_path, self.recipe.csv_path
+            distributed.print_rank0("weights: {}   curves: {}, {}".format(*paths))
+
+
+def row_text(row: dict[str, Any], epochs: int) -> str:
     """An epoch as one line."""
     val = f"   val {row['val_loss']:.4f} {row['val_accuracy']:7.2%}" if "val_loss" in row else ""
-    print(
+    return (
         f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}   lr {row['learning_rate']:.6f}   "
         f"train {row['train_loss']:.4f} {row['train_accuracy']:7.2%}   "
         f"test {row['test_loss']:.4f} {row['test_accuracy']:7.2%}{val}   "
-        f"{row['seconds']:.1f} s   {row['images_per_second']:,.0f} images/s",
-        flush=True,
+        f"{row['seconds']:.1f} s   {row['images_per_second']:,.0f} images/s"
     )
+
+
+class Pace:
+    """How long a run still takes, by the steps that this process has done."""
+
+    def __init__(self, steps_done: int, total_steps: int):
+        self.first, self.total, self.started = steps_done, total_steps, time.monotonic()
+        self.is_said = False
+
+    def left(self, steps_done: int) -> str:
+        seconds = time.monotonic() - self.started
+        left = duration((self.total - steps_done) * seconds / (steps_done - self.first))
+        if seconds >= 60 and not self.is_said and distributed.is_main_process():
+            self.is_said = True
+            tqdm.write(f"about {left} to go")
+        return left
 
 
 class ProgressBar:
     """The bar of an epoch; once a second it shows loss and accuracy, for which the host waits for the device."""
 
-    def __init__(self, loader: TrainLoader, epoch: int, step: int):
-        self.loader, num_images = loader, len(loader.images)
+    def __init__(self, loader: TrainLoader, epoch: int, step: int, pace: Pace):
+        self.loader, self.pace, self.steps_before, num_images = loader, pace, epoch * len(loader), loader.num_images
         self.bar = tqdm(
             total=num_images, initial=min(step * loader.batch_size, num_images), desc=f"epoch {epoch + 1}",
             unit=" images", unit_scale=True, leave=False, disable=None if distributed.is_main_process() else True,
@@ -99,8 +168,11 @@ class ProgressBar:
         if time.monotonic() - self.last_read < 1:
             return
         loss_sum, num_correct = sums()  # of this process's part
-        seen = min(steps * self.loader.batch_size, len(self.loader.images))
+        seen = min(steps * self.loader.batch_size, self.loader.num_images)
         own = seen / distributed.world_size()
-        self.bar.set_postfix_str(f"loss {loss_sum / own:.4f}, accuracy {num_correct / own:.2%}", False)
+        left = self.pace.left(self.steps_before + steps)
+        self.bar.set_postfix_str(
+            f"loss {loss_sum / own:.4f}, accuracy {num_correct / own:.2%}, run: {left} left", False
+        )
         self.bar.update(seen - self.bar.n)
         self.last_read = time.monotonic()

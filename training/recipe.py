@@ -101,6 +101,9 @@ class Recipe:
         at_least=0,
         at_most=1,
     )
+    init: str | None = flag(
+        "start from the weights of this checkpoint; a classifier for other classes is made anew", None
+    )
     seed: int = flag("seed of the weights, the images' order and their augmentation", 0, at_least=0, at_most=2**63 - 1)
     device: str = flag("auto takes CUDA, else MPS, else the CPU", "auto", choices=DEVICES, fixed=False)
     deterministic: bool = flag("bit-identical runs on CUDA too, which is slower", False, fixed=False)
@@ -160,6 +163,12 @@ class Recipe:
     reference: str | None = flag("CSV of another run, drawn faintly behind", None, group="files", fixed=False)
     resume: bool = flag("continue from the checkpoint, if there is one", False, group="files", fixed=False)
     overwrite: bool = flag("start a new run and replace the existing checkpoint", False, group="files", fixed=False)
+    dry_run: bool = flag(
+        "two steps and a batch of test images: size, memory, speed, expected time; saves nothing",
+        False,
+        group="files",
+        fixed=False,
+    )
     tensorboard: bool = flag("also write the curves for TensorBoard", False, group="files", fixed=False)
 
     given: frozenset[str] | None = field(default=None, repr=False)  # by flags, the fields of these names; None: all
@@ -181,7 +190,7 @@ class Recipe:
                     f"{spelled(name)} {getattr(self, name)} is above --image-size {self.image_size}; nothing of an "
                     "image might be left"
                 )
-        for name in ("data", "data_url", "checkpoint_dir", "plot_dir", "reference"):
+        for name in ("data", "data_url", "init", "checkpoint_dir", "plot_dir", "reference"):
             value = getattr(self, name)
             if value is not None and (not value or "\0" in value):
                 raise UserError(f"{spelled(name)} is {value!r}; it must name a file, a folder or an address")

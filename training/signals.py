@@ -1,22 +1,27 @@
-"""Ctrl-C and SIGTERM end a run after the step in flight."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run after the step in flight."""
 
 import signal
 import sys
+import threading
 
 from common import distributed
+from common.errors import ending_signals
 
 
 class StopSignals:
-    """Within the block the first Ctrl-C or SIGTERM is noted, for the loop to stop at; the second one exits at once.
+    """Within the block the first of these signals is noted, for the loop to stop at; the second one exits at once.
 
-    torchrun passes on what the terminal has sent already, so under it a second signal changes nothing.
+    torchrun passes on what the terminal has sent already, so under it a second signal changes nothing. In a thread,
+    where Python handles no signals, none is noted.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     def __enter__(self) -> "StopSignals":
-        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, *ending_signals()) if in_main_thread else ()
+        self.previous = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,50 @@
+"""--dry-run: two training steps and one batch of test images, to see that all fits and how long a run will take."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import distributed
+from common.text import duration
+
+import torch
+from torch import Tensor, nn
+
+from training.recipe import Recipe
+from utils import eval_batch_size, multiply_adds, normalize, predict
+
+if TYPE_CHECKING:
+    from training.loop import Run, Trainer
+
+
+def try_out(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> None:
+    """Print the network's size, and memory and speed of a step; `images` are those of the test, uint8 (N, 3, S, S)."""
+    device, loader = trainer.device, trainer.loader
+    for step, batch in zip(range(2), loader.epoch(0), strict=False):
+        started = time.perf_counter()
+        trainer.train(0, step, *batch)
+        trainer.sums.read(0, step + 1, lambda step: trainer.lr(0, step))  # waits for the device
+        step_seconds = time.perf_counter() - started
+    model, part = run.eval_model.eval(), images[: eval_batch_size(images, device)]
+    started = time.perf_counter()
+    predict(lambda batch: model(normalize(batch)), part, device, precision=trainer.precision)
+    test_seconds = (time.perf_counter() - started) * len(images) / len(part)
+
+    layers = sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in run.model.modules())
+    lines = [
+        f"{layers} layers with weights, {multiply_adds(run.model, recipe.image_size) / 1e6:,.1f} M multiply-adds",
+        f"{loader.batch_size / step_seconds:,.0f} images/s in the second step, {peak_memory(device)}",
+        f"{recipe.epochs} epochs take about {duration(recipe.epochs * (len(loader) * step_seconds + test_seconds))}",
+    ]
+    distributed.print_rank0("\n".join(lines))
+
+
+def peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of device memory at most"
+    if sys.platform != "linux":
+        return "memory not measured"
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+    return f"{peak / 2**20:.1f} GiB of memory at most"
