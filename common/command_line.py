@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = flags.split()[0].partition("=")[0]
             known = list(self._option_string_actions)
-            near = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, 2, 0.7)
+            near = [name for name in known if flag.strip("-") in name][:3] or difflib.get_close_matches(flag, known, 2)
             message = f"there is no flag {flag}" if flag.startswith("-") else f"unexpected argument {flag}"
             message += f"; did you mean {' or '.join(near)}?" if near else ""
         print(f"error: {message} (--help lists all flags)", file=sys.stderr)

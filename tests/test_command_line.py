@@ -1,0 +1,110 @@
+"""What all scripts do with a misspelt flag, a signal, and a standard output that nobody reads."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from common import distributed, errors
+from common.command_line import Parser
+
+import pytest
+
+from training.signals import StopSignals
+
+ROOT = Path(__file__).parents[1]
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
+
+
+def python(code, **settings):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        (["--epoch", "3"], "there is no flag --epoch; did you mean --epochs?"),
+        (["--lr=1"], "there is no flag --lr; did you mean --base-lr?"),
+        (["--zzz"], "there is no flag --zzz ("),
+        (["three"], "unexpected argument three ("),
+        (["--epochs", "x"], "argument --epochs: invalid int value: 'x' ("),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_flags(capsys, flags, answer):
+    parser = Parser("trains")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--base-lr")
+    parser.add_argument("--resume", action="store_true")
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(flags)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {answer}")
+    assert said.count("\n") == 1
+
+
+@needs_signals
+def test_ctrl_c_during_the_imports_leaves_no_traceback():
+    done = python("import common; raise KeyboardInterrupt")
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == "interrupted\n"
+    assert "Traceback" in python("import common; raise ValueError").stderr
+
+
+def end_of(main):
+    with pytest.raises(SystemExit) as end:
+        errors.run(main)
+    return end.value.code
+
+
+@needs_signals
+def test_a_closed_terminal_ends_a_script_but_not_under_nohup(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) == 129
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) is None
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.number == signal.SIGHUP
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@needs_signals
+@pytest.mark.parametrize(("target", "status", "said"), [("pipe", 141, ""), ("/dev/full", 2, "standard output")])
+def test_a_standard_output_that_takes_no_more_ends_a_script_without_traceback(target, status, said):
+    if target == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        output = os.fdopen(writer, "w")
+    else:
+        output = open(target, "w")  # noqa: SIM115
+    with output:
+        code = "from common import errors; errors.run(lambda: print('x' * 100_000))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == status
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_goes_on_where_nobody_reads_what_it_prints(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    distributed.print_rank0("epoch 1")
+    distributed.print_rank0("epoch 2")

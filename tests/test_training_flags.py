@@ -1,0 +1,173 @@
+"""--resume alone and with more epochs, --init, --dry-run; batches that do not fit the images; a loss that grows."""
+
+import math
+import threading
+from dataclasses import replace
+
+from common.errors import UserError
+
+import pytest
+import torch
+from conftest import assert_same, without_times
+
+import mobilenetv2
+from training import checkpoint, loop, messages
+from training.recipe import parse_flags
+
+
+@pytest.fixture
+def train(tiny, tiny_recipe, tiny_data):
+    def run(data=None, *, given=None, **changes):
+        recipe = replace(tiny_recipe(**changes), given=given)
+        with checkpoint.previous_run(recipe) as previous:
+            recipe = recipe.resumed(previous)
+            data = data or tiny_data()
+            return loop.fit(tiny(len(data.classes), recipe.channels), data, recipe, previous)
+
+    return run
+
+
+def test_flags_say_what_was_given():
+    recipe = parse_flags(mobilenetv2.RECIPE, "", ["--epochs", "3", "--no-nesterov"])
+    assert recipe.given == {"epochs", "nesterov"}
+    original = parse_flags(mobilenetv2.RECIPE, "", ["--recipe", "original"])
+    assert {"recipe", "weight_decay", "randaugment_ops"} <= original.given
+
+
+def test_a_run_resumed_without_its_flags_is_the_run_itself(train, tmp_path):
+    unusual = {"base_lr": 0.3, "weight_decay": 1e-3, "seed": 4, "label_smoothing": 0.1, "ema_horizon": 0.2}
+    places = {"checkpoint_dir": str(tmp_path / "whole"), "plot_dir": str(tmp_path / "whole")}
+    whole = train(epochs=3, **unusual, **places)
+    train(epochs=2, **unusual)
+    # Given the third epoch, it goes on by the schedule of three: the end differs from the whole run's.
+    longer = train(resume=True, epochs=3, given=frozenset({"resume", "epochs"}))
+    assert [row["epoch"] for row in longer.history] == [1, 2, 3]
+    assert longer.history[2]["learning_rate"] == whole.history[2]["learning_rate"]
+    again = train(resume=True, given=frozenset({"resume"}))
+    assert_same(without_times(again.history), without_times(longer.history))
+    stored = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")["recipe"]
+    assert {name: stored[name] for name in unusual} == unusual
+    assert stored["epochs"] == 3
+    assert "given" not in stored
+
+
+def test_a_flag_that_differs_and_fewer_epochs_are_refused(train, capsys):
+    train(epochs=2)
+    with pytest.raises(UserError, match=r"--base-lr: 0\.8 in the checkpoint, 0\.1 now"):
+        train(resume=True, base_lr=0.1, given=frozenset({"base_lr"}))
+    with pytest.raises(UserError, match=r"--epochs 1: .* is in epoch 2 already"):
+        train(resume=True, epochs=1, given=frozenset({"epochs"}))
+    capsys.readouterr()
+    train(resume=True, epochs=4, given=frozenset({"epochs"}))
+    assert "4 epochs in place of 2" in capsys.readouterr().out
+
+
+def test_init_starts_from_the_weights_of_a_checkpoint(train, tmp_path, tiny_data, capsys):
+    train(name="first", epochs=1)
+    first = tmp_path / "checkpoints" / "first.pt"
+    theirs = checkpoint.read(first)["model"]
+
+    def start(data, **changes):
+        """The weights that a run starts from: what is left of them after a step of almost no length."""
+        run = train(data, init=str(first), epochs=1, base_lr=1e-30, base_min_lr=0.0, **changes)
+        return {name: value for name, value in run.model.state_dict().items() if "running" not in name}
+
+    same = start(tiny_data(), name="same")
+    assert all(torch.equal(value, theirs[name]) for name, value in same.items() if "num_batches" not in name)
+    assert f"starting from the weights of {first}\n" in capsys.readouterr().out
+    assert checkpoint.read(tmp_path / "checkpoints" / "same.pt")["recipe"]["init"] == str(first)
+
+    data = tiny_data()
+    two = replace(data, classes=("warm", "cold"), train=replace(data.train, labels=data.train.labels % 2),
+                  test=replace(data.test, labels=data.test.labels % 2))  # fmt: skip
+    other = start(two, name="other")
+    assert torch.equal(other["conv.weight"], theirs["conv.weight"])
+    assert other["classifier.weight"].shape == (2, 4)
+    assert "with a new classifier for 2 classes in place of its 3" in capsys.readouterr().out
+
+    with pytest.raises(UserError, match=r"--init .*first\.pt holds tiny \(channels 4\), not tiny \(channels 5\)"):
+        start(tiny_data(), name="wide", channels=5)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        train(init=str(tmp_path / "nowhere.pt"), name="none")
+
+
+def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(train, tmp_path, capsys):
+    run = train(dry_run=True, tensorboard=True)
+    said = capsys.readouterr().out
+    multiply_adds = 64 * (3 * 4 * 9) + 4 * 3  # the convolution on 8×8 pixels, and the classifier
+    assert f"2 layers with weights, {multiply_adds / 1e6:,.1f} M multiply-adds" in said
+    assert "images/s in the second step" in said
+    assert "3 epochs take about" in said
+    assert run.history == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(4, 6), (7, 3), (21, 1), (500, 1)])
+def test_no_batch_is_too_small_or_larger_than_the_images(train, tiny_data, batch_size, steps, capsys):
+    run = train(batch_size=batch_size, epochs=2)  # 22 images: of batches of 7 and 21, one would be left
+    assert run.optimizer.state[next(run.model.parameters())]["momentum_buffer"].isfinite().all()
+    assert f"2 epochs of {steps} steps" in capsys.readouterr().out
+    # The rate is for the batch that there is.
+    assert run.history[0]["learning_rate"] == pytest.approx(0.8 * min(batch_size, 22) / 64)
+    assert 0 < run.history[-1]["train_accuracy"] <= 1
+
+
+def test_another_image_is_left_out_in_every_epoch(tiny_recipe, tiny_data):
+    loader = loop.train_loader(tiny_recipe(batch_size=7), tiny_data().train)
+    seen = [len(torch.cat([labels for _, labels in loader.epoch(epoch)])) for epoch in range(3)]
+    assert seen == [21, 21, 21]
+    orders = [loader.plan(epoch).index.sort().values.tolist() for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_a_growing_loss_is_warned_of_once(tiny_recipe, capsys):
+    def warnings(*losses, num_classes=10):
+        report = messages.EpochReport(tiny_recipe(), num_classes, lambda row: None, lambda history: None)
+        for number in range(len(losses)):
+            report.warn_of_growing_loss([{"train_loss": loss} for loss in losses[: number + 1]])
+        return capsys.readouterr().err
+
+    assert warnings(2.4, 2.5, 2.0, 1.0, 1.1) == ""
+    assert warnings(2.0, 1.0, 2.5, 2.6, 1.0).count("grown to 2.500") == 1
+    once = warnings(9.0, 9.5)  # from the start worse than guessing, which has log(10) = 2.3
+    assert once.count("warning") == 1
+    assert "--base-lr than 0.8; the highest rate in force is 0.05" in once
+    assert warnings(1.2 * 1.5 * math.log(3) - 0.01, num_classes=3) == ""
+
+
+def test_pictures_are_drawn_at_the_end_and_in_between_as_far_as_they_cost_little(tiny_recipe, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
+    drawn = []
+
+    def draw(history):
+        drawn.append(len(history))
+        now[0] += 2
+
+    report = messages.EpochReport(tiny_recipe(), 10, lambda row: None, draw)
+    row = {"epoch": 1, "learning_rate": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "test_loss": 1.0}
+    row |= {"test_accuracy": 0.5, "seconds": 15.0, "images_per_second": 10.0}
+    for number in range(1, 9):
+        now[0] += 15
+        report.epoch([row] * number)
+    assert drawn == [2, 5, 8]  # the first is taken to cost a second, the others cost 2 of every 40 seconds
+
+
+def test_the_time_to_go_is_said_after_a_minute(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
+    pace = messages.Pace(10, 1000)  # resumed at step 10
+    now[0] += 30
+    assert pace.left(20) == "49.0 min"
+    assert capsys.readouterr().out == ""
+    now[0] += 60
+    assert pace.left(40) == pace.left(40) == "48.0 min"
+    assert capsys.readouterr().out == "about 48.0 min to go\n"
+
+
+def test_training_works_in_a_thread(train):
+    runs = []
+    thread = threading.Thread(target=lambda: runs.append(train(epochs=1)))
+    thread.start()
+    thread.join()
+    assert len(runs[0].history) == 1
