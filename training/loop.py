@@ -265,21 +265,26 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Op
     Its momentum starts at zero instead of with the first gradient, which comes to the same.
     """
     norms_and_biases = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    weights = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    optimizer = torch.optim.SGD(
-        [
-            {"params": weights, "weight_decay": recipe.weight_decay},
-            {"params": norms_and_biases, "weight_decay": recipe.weight_decay if recipe.decay_norms else 0.0},
-        ],
-        lr=torch.zeros((), device=device),
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        fused=True,
-    )
-    if recipe.momentum:
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    groups = [
+        {"params": [parameter for parameter in model.parameters() if parameter.ndim >= 2]},
+        {"params": norms_and_biases} | ({} if recipe.decay_norms else {"weight_decay": 0.0}),
+    ]
+    settings = {"lr": torch.zeros((), device=device), "weight_decay": recipe.weight_decay, "fused": True}
+    optimizer = torch.optim.SGD(groups, **settings, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    make_buffers(optimizer)
     return optimizer
+
+
+def make_buffers(optimizer: Optimizer) -> None:
+    """Have the optimizer make its buffers, such as the momentum, all zero: a CUDA graph needs their addresses."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # at a learning rate of zero
+    optimizer.zero_grad(set_to_none=True)
+    for parameter in parameters:
+        for buffer in optimizer.state[parameter].values():
+            buffer.zero_()
 
 
 def make_ema(model: nn.Module, recipe: Recipe, train: Split) -> ModelEma | None:
