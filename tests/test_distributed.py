@@ -1,8 +1,6 @@
 """Several processes: N of them train as one does that takes their shares in turn."""
 
-import itertools
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -13,15 +11,15 @@ from pathlib import Path
 
 from common import distributed
 
+import naive_loop
 import pytest
 import tiny_run
 import torch
 from conftest import ALL_ON, assert_same, tiny_images, tiny_network, tiny_recipe_in, without_times
-from torch.nn import functional as F
 
-from training import checkpoint, loop
+from training import checkpoint
 from training.history import read_csv
-from utils import CosineSchedule, TrainLoader, normalize
+from utils import TrainLoader
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="PyTorch for Windows has no torchrun over Gloo")
@@ -33,18 +31,18 @@ def free_port():
         return found.getsockname()[1]
 
 
+def environment(rank, world_size, port):
+    """What torchrun tells a process."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUTF8": "1",
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def forks():
-    """Processes that have imported all they need when they start: torchrun's take seconds each."""
-    context = multiprocessing.get_context("forkserver")
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
-    context.set_forkserver_preload(["tiny_run"])
-    yield context
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    with tiny_run.forkserver("tiny_run") as context:
+        yield context
 
 
 @pytest.fixture
@@ -53,14 +51,11 @@ def run(forks, tmp_path):
 
     def run_processes(world_size, changes=None, *fault):
         argv = [str(tmp_path), json.dumps(changes or {}), *fault]
-        port, processes, logs = str(free_port()), [], []
+        port, processes, logs = free_port(), [], []
         for rank in range(world_size):
-            environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            }  # fmt: skip
             logs.append(tmp_path / f"log{rank}")
-            processes.append(forks.Process(target=tiny_run.as_one_of, args=(environment, argv, str(logs[-1]))))
+            arguments = (environment(rank, world_size, port), argv, str(logs[-1]))
+            processes.append(forks.Process(target=tiny_run.as_one_of, args=arguments))
             processes[-1].start()
         for process in processes:
             process.join(100)
@@ -96,14 +91,6 @@ def finish(process, seconds=150):
         pytest.fail(f"hung: {process.communicate()}")
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
-def test_shares_are_equal_but_for_one_and_make_up_the_whole(count, world_size):
-    parts = [list(range(count))[distributed.share(count, rank, world_size)] for rank in range(world_size)]
-    assert list(itertools.chain(*parts)) == list(range(count))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
 @pytest.mark.parametrize("batch_size", [8, 11, 19])
 def test_the_processes_shares_of_a_batch_make_up_the_batch(monkeypatch, tmp_path, batch_size):
     data, settings = tiny_images().train, tiny_recipe_in(tmp_path).augmentation()
@@ -117,64 +104,25 @@ def test_the_processes_shares_of_a_batch_make_up_the_batch(monkeypatch, tmp_path
         assert_same([torch.cat(part) for part in zip(*parts, strict=True)], list(batch))
 
 
-def in_turn(recipe, world_size):
-    """What the processes compute, in one: the shares of each batch in turn, the gradients weighed by their images."""
-    data, model = tiny_images(), tiny_network().double()
-    loader = loop.train_loader(recipe, data.train)
-    schedule = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, recipe.warmup, recipe.schedule_step)
-    sgd = torch.optim.SGD(
-        [
-            {"params": [weight], "weight_decay": recipe.weight_decay if weight.ndim > 1 or recipe.decay_norms else 0}
-            for weight in model.parameters()
-        ],
-        lr=1.0, momentum=recipe.momentum, nesterov=recipe.nesterov,
-    )  # fmt: skip
-    curves = []
-    for epoch in range(recipe.epochs):
-        model.train()
-        loss_sum = 0.0
-        for step, (images, labels) in enumerate(loader.epoch(epoch)):
-            for group in sgd.param_groups:
-                # The processes' rate is a float32.
-                group["lr"] = torch.tensor(schedule(epoch, step, len(loader))).item()
-            sgd.zero_grad()
-            for rank in range(world_size):
-                part = distributed.share(len(labels), rank, world_size)
-                before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-                logits = model(images[part].double())
-                loss = F.cross_entropy(logits, labels[part], reduction="sum", label_smoothing=recipe.label_smoothing)
-                (loss / len(labels)).backward()
-                loss_sum += F.cross_entropy(logits, labels[part], reduction="sum").item()
-                if rank:
-                    for name, buffer in model.named_buffers():
-                        buffer.copy_(before[name])
-            sgd.step()
-        model.eval()
-        with torch.no_grad():
-            test = F.cross_entropy(
-                model(normalize(torch.from_numpy(data.test.images)).double()), torch.from_numpy(data.test.labels)
-            ).item()
-        curves.append((loss_sum / len(data.train), test))
-    return model.state_dict(), curves
-
-
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 6), (3, 8)])
-@pytest.mark.parametrize("settings", [{}, {**ALL_ON, "ema_horizon": 0.0}], ids=["original", "all on"])
+@pytest.mark.parametrize("settings", [{}, {**ALL_ON, "ema_horizon": 0.5}], ids=["original", "all on"])
 def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, world_size, batch_size, settings):
     settings = {**settings, "batch_size": batch_size}
     statuses, logs = run(world_size, settings)
     assert statuses == world_size * [0], logs
-    expected, curves = in_turn(tiny_recipe_in(tmp_path, **settings), world_size)
+    model = tiny_network().double()
+    history, tested = naive_loop.train(model, tiny_images(), tiny_recipe_in(tmp_path, **settings), world_size)
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world_size)]
     for one in found:
         assert without_times(one["history"]) == without_times(found[0]["history"])
-        for name, value in expected.items():  # the norms' statistics are the first process's, in all of them
+        for name, value in tested.items():  # the norms' statistics are the first process's, in all of them
             torch.testing.assert_close(one["model"][name], value, rtol=1e-9, atol=1e-9)
-    for row, (train_loss, test_loss) in zip(found[0]["history"], curves, strict=True):
-        assert row["train_loss"] == pytest.approx(train_loss, rel=1e-6)
-        assert row["test_loss"] == pytest.approx(test_loss, rel=1e-6)  # of float32 logits
+    for row, expected in zip(found[0]["history"], history, strict=True):
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6)  # of float32 logits
     content = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
     assert_same(dict(content["model"]), dict(found[0]["model"]))
+    for name, value in (content["training"]["model"] or {}).items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-9, atol=1e-9)
     assert len(read_csv(tmp_path / "plots" / "tiny.csv")) == 3
     assert f"in {world_size} processes" in logs[0]
     rate = 0.8 * batch_size / 64
@@ -182,17 +130,9 @@ def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, w
     assert logs[1:] == (world_size - 1) * [""], "one process alone prints"
 
 
-def test_the_average_of_the_weights_is_the_first_processs(run, tmp_path):
-    statuses, logs = run(2, {"batch_size": 6, "ema_horizon": 0.5, "val_size": 0})
-    assert statuses == [0, 0], logs
-    content = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
-    assert content["model"]["norm.num_batches_tracked"] == 3 * 4
-    assert not torch.equal(content["model"]["conv.weight"], content["training"]["model"]["conv.weight"])
-
-
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
-    settings = {**ALL_ON, "ema_horizon": 0.0, "epochs": 6, "batch_size": 8, "resume": True}
+    settings = {**ALL_ON, "epochs": 6, "batch_size": 8, "resume": True}
     for world_size, fault in ((2, "1:5"), (3, "1:6")):
         (tmp_path / "killed").unlink(missing_ok=True)
         statuses, logs = run(world_size, settings, fault)
@@ -220,21 +160,17 @@ def test_a_loss_that_is_not_finite_ends_all_processes(run, tmp_path):
         ({"batch_size": 19}, "--batch-size 19 leaves a process fewer than two images"),
         ({"batch_size": 6, "sync_bn": True}, "--sync-bn is for several processes on CUDA"),
         ({"batch_size": 6, "reference": "nowhere.csv"}, "nowhere.csv"),
+        ({"batch_size": 6}, "exists already"),
     ],
 )
-def test_what_cannot_be_done_is_said_by_the_first_process_alone(run, changes, words):
+def test_what_cannot_be_done_is_said_by_the_first_process_alone(run, tmp_path, changes, words):
+    if words == "exists already":
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "tiny.pt").touch()
     statuses, logs = run(2, changes)
     assert statuses == [2, 2]
     assert words in logs[0]
     assert "Traceback" not in logs[0]
-    assert logs[1] == ""
-
-
-def test_a_checkpoint_that_is_there_already_is_refused_by_the_first_alone(run):
-    assert run(2, {"batch_size": 6, "epochs": 1})[0] == [0, 0]
-    statuses, logs = run(2, {"batch_size": 6, "epochs": 1})
-    assert statuses == [2, 2]
-    assert "exists already" in logs[0]
     assert logs[1] == ""
 
 
@@ -287,7 +223,9 @@ def test_two_agents_train_as_two_nodes(tmp_path):
     ends = [finish(agent) for agent in agents]
     assert [status for _, _, status in ends] == [0, 0], ends
     assert sum("in 2 processes" in out for out, _, _ in ends) == 1
-    expected, _ = in_turn(tiny_recipe_in(tmp_path, batch_size=6), 2)
+    _, expected = naive_loop.train(
+        tiny_network().double(), tiny_images(), tiny_recipe_in(tmp_path, batch_size=6), world_size=2
+    )
     found = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")["model"]
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
@@ -309,15 +247,12 @@ def test_a_signal_to_torchrun_saves_the_step(tmp_path, number):
 
 def test_data_that_is_not_there_ends_two_processes_without_a_traceback(tmp_path):
     """Without torchrun, which might end the second before it can say anything."""
-    together = {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "PYTHONUTF8": "1",
-    }  # fmt: skip
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, HERE.parent / "mobilenetv2.py", "--data", "nowhere", "--device", "cpu"],
             cwd=tmp_path,
-            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **environment(rank, 2, port)},
             stderr=subprocess.PIPE,
             encoding="utf-8",
             start_new_session=True,

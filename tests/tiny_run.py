@@ -3,10 +3,14 @@
 CHANGES are fields of the recipe, as JSON. FAULT is "RANK:STEP": that process kills itself at that step, the first time.
 """
 
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -40,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
             kill_at(model, int(fault[0].split(":")[1]), folder / "killed")
         run = loop.fit(model, tiny_images(), recipe, previous)
         if run.stopped_by is None:
-            torch.save({"model": model.state_dict(), "history": run.history}, folder / f"rank{rank}.pt")
+            torch.save(
+                {"model": (run.ema or run.model).state_dict(), "history": run.history}, folder / f"rank{rank}.pt"
+            )
     return run.exit_status
 
 
@@ -49,6 +55,20 @@ def as_one_of(environment: dict[str, str], argv: list[str], log: str) -> None:
     os.environ.update(environment)
     sys.stdout = sys.stderr = open(log, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (for a traceback as well)
     errors.run(lambda: main(argv))
+
+
+@contextlib.contextmanager
+def forkserver(*modules: str) -> Iterator[BaseContext]:
+    """Start processes that have imported these modules already: importing PyTorch takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    context.set_forkserver_preload([*modules])
+    yield context
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
 
 
 def kill_at(model: Tiny, step: int, marker: Path) -> None:
