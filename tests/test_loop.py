@@ -122,12 +122,6 @@ def test_weights_and_curves_are_those_of_a_naive_loop(
         assert_same(checkpoint.read(path)["model"], run.eval_model.state_dict())
 
 
-def test_a_last_batch_of_one_image_is_refused_before_anything_is_done(train, tiny_data, tmp_path):
-    with pytest.raises(UserError, match="--batch-size 4 leaves a last batch of one image out of 21"):
-        train(tiny_data(train_size=21), on_forward=lambda *_: pytest.fail("trained"))
-    assert [path for path in tmp_path.rglob("*.*") if path.suffix != ".lock"] == []
-
-
 def test_the_last_of_200_epochs_trains_at_0_000101():
     schedule = CosineSchedule(0.01, 0.0001, 200)
     assert schedule(0, 0, 782) == schedule(0, 781, 782) == 0.01
@@ -153,7 +147,7 @@ def test_the_rate_climbs_and_then_falls_without_a_leap(each, warmup):
 def test_twice_the_batch_doubles_both_rates_and_the_run_says_so(train, tiny_data, capsys):
     said = "learning rates 0.8 and 0.016 for a batch of 64 become 1.6 and 0.032 for a batch of 128"
     for batch_size, factor in ((64, 1), (128, 2)):
-        run = train(tiny_data(train_size=66), batch_size=batch_size, name=f"batch{batch_size}", epochs=2)
+        run = train(tiny_data(train_size=130), batch_size=batch_size, name=f"batch{batch_size}", epochs=2)
         assert [row["learning_rate"] for row in run.history] == pytest.approx([0.8 * factor, 0.408 * factor])
         assert (said in capsys.readouterr().out) == (factor == 2)
 

@@ -171,7 +171,9 @@ class Recipe:
     )
     tensorboard: bool = flag("also write the curves for TensorBoard", False, group="files", fixed=False)
 
-    given: frozenset[str] | None = field(default=None, repr=False)  # by flags, the fields of these names; None: all
+    given: frozenset[str] | None = field(
+        default=None, repr=False, compare=False
+    )  # by flags, the fields of these names; None: all
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -280,7 +282,7 @@ def spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def flags(recipe: Recipe) -> list[Field]:
+def flags(recipe: Recipe | type[Recipe]) -> list[Field]:
     return [item for item in fields(recipe) if "help" in item.metadata]
 
 
