@@ -1,19 +1,17 @@
-"""The pictures and the CSV files behind them: numbers that survive, files whole or absent, everything named on it."""
+"""The pictures and the CSV files behind them: numbers that survive, mistakes that are named, legends and titles."""
 
-import csv
+import itertools
 import math
 import struct
+import sys
 from pathlib import Path
 
 from common.errors import UserError
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from evaluation import metrics
 from plotting.ensemble import (
     confusion_matrix,
     plot_ensemble,
@@ -31,6 +29,12 @@ draw_training, draw_ensemble = plot_training.__wrapped__, plot_ensemble.__wrappe
 draw_reliability, draw_mistakes = plot_reliability.__wrapped__, plot_mistakes.__wrapped__
 ORIGINAL = Path(__file__).parent.parent / "docs" / "original"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+# Names that classes and members may have.
+NAMES = [
+    "猫", "개", "سمكة", "דג", "हाथी", "😀", "Straße", "$x^2$ and $\\frac$", "two\nlines", "_",
+    *(f"number {index}, with a name longer than anyone would write" for index in range(4)),
+]  # fmt: skip
 
 # Whatever matplotlib has to say about a picture, a user should not have to read it.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -111,204 +115,97 @@ def all_texts(figure) -> list[str]:
 
 # --- the CSV files
 
+COLUMNS = "epoch,learning_rate,train_loss,train_accuracy,test_loss,test_accuracy,seconds,images_per_second"
+LINE = "1,0.1,2.5,0.5,2.5,0.5,9.0,5000.0"
+
 
 @pytest.mark.parametrize("val", [False, True])
 def test_csv_gives_back_the_same_numbers(tmp_path, val):
     history = make_history(7, val=val)
-    write_csv(history, tmp_path / "run.csv")
-    again = read_csv(tmp_path / "run.csv")
-    assert again == history
-    assert [type(row["epoch"]) for row in again] == [int] * 7
-
-
-def test_csv_takes_numpy_numbers_and_losses_that_are_not_finite(tmp_path):
-    history = make_history(2)
-    history[0] |= {"epoch": np.int64(1), "test_accuracy": np.float64(0.1) + 0.2, "seconds": 12}
-    history[1] |= {"train_loss": math.nan, "test_loss": math.inf}
-    write_csv(history, tmp_path / "run.csv")
-    first, second = read_csv(tmp_path / "run.csv")
-    assert (first["epoch"], first["test_accuracy"], first["seconds"]) == (1, 0.30000000000000004, 12.0)
-    assert math.isnan(second["train_loss"])
-    assert second["test_loss"] == math.inf
-
-
-def test_csv_columns_in_order(tmp_path):
-    write_csv(make_history(1), tmp_path / "plain.csv")
-    write_csv(make_history(1, val=True), tmp_path / "val.csv")
-    plain, val = ((tmp_path / name).read_text().splitlines()[0] for name in ("plain.csv", "val.csv"))
-    start = "epoch,learning_rate,train_loss,train_accuracy,test_loss,test_accuracy"
-    assert plain == f"{start},seconds,images_per_second"
-    assert val == f"{start},val_loss,val_accuracy,seconds,images_per_second"
-
-
-def test_csv_makes_the_folder_and_replaces_the_old_file(tmp_path):
+    history[0] |= {"epoch": np.int64(1), "test_accuracy": np.float64(0.1) + 0.2, "test_loss": math.inf, "seconds": 12}
     path = tmp_path / "plots" / "deep" / "run.csv"
-    write_csv(make_history(3), path)
-    write_csv(make_history(2), str(path))
-    assert len(read_csv(str(path))) == 2
+    write_csv(make_history(9), path)
+    write_csv(history, path)
+    again = read_csv(path)
+    assert again == history
+    assert {type(row["epoch"]) for row in again} == {int}
+    assert path.read_text().splitlines()[0] == COLUMNS.replace(",s", ",val_loss,val_accuracy,s" if val else ",s")
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_csv_from_a_spreadsheet_reads_the_same(tmp_path):
+    """With a byte order mark, other line ends, and a column of the user's."""
     path = tmp_path / "run.csv"
     write_csv(make_history(2), path)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    lines = zip(path.read_text().splitlines(), (",note", ",warm-up", ","), strict=True)
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map("".join, lines)).encode())
     assert read_csv(path) == make_history(2)
-
-
-def test_csv_passes_over_columns_it_does_not_know(tmp_path):
-    path = tmp_path / "run.csv"
-    write_csv(make_history(2), path)
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0] + ",note", lines[1] + ",warm-up", lines[2] + ","]))
-    assert read_csv(path) == make_history(2)
-
-
-def edit_cell(path: Path, row: int, column: str, text: str) -> None:
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    rows[row][column] = text
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 @pytest.mark.parametrize(
-    ("column", "text", "expected"),
+    ("content", "problem"),
     [
-        ("test_loss", "fast", "a number"),
-        ("test_loss", "", "a number"),
-        ("val_accuracy", "95 %", "a number"),
-        ("epoch", "2.5", "a whole number"),
+        (f"{COLUMNS}\n{LINE}\n2,0.1,fast,{LINE[10:]}", ", line 3, column train_loss: found 'fast', expected a number"),
+        (f"{COLUMNS}\n{LINE}\n2.5,{LINE[2:]}", ", line 3, column epoch: found '2.5', expected a whole number"),
+        # As an interrupted copy leaves it:
+        (f"{COLUMNS}\n{LINE[:-7]}", ", line 2, column images_per_second: found None, expected a number"),
+        (f"{COLUMNS}\n{LINE},7", ", line 2: more cells than the first line has columns"),
+        (COLUMNS, ": has no epochs"),
+        (
+            "epoch,train_loss,train_accuracy,test_accuracy,seconds,images_per_second\n1",
+            ": no column learning_rate, test_l",
+        ),
+        ("", ": no column epoch, learning_rate, "),
+        ("\xff\xfe", ": not a CSV file"),
+        (None, ": cannot be read (No such file or directory)"),
     ],
 )
-def test_bad_cell_is_named(tmp_path, column, text, expected):
+def test_what_is_wrong_with_a_file_is_named(tmp_path, content, problem):
     path = tmp_path / "run.csv"
-    write_csv(make_history(3, val=True), path)
-    edit_cell(path, 1, column, text)
+    if content is not None:
+        path.write_text(content, "latin-1")
     with pytest.raises(UserError) as caught:
         read_csv(path)
-    assert str(caught.value) == f"{path}, line 3, column {column}: found {text!r}, expected {expected}"
+    assert str(caught.value).startswith(f"{path}{problem}")
 
 
-def test_lines_of_the_wrong_length_are_named(tmp_path):
-    path = tmp_path / "run.csv"
-    write_csv(make_history(2), path)
-    whole = path.read_text()
-    path.write_text(whole.rstrip("\n") + ",7\n")
-    with pytest.raises(UserError, match=r"run\.csv, line 3: more cells"):
-        read_csv(path)
-    path.write_text(whole.rsplit(",", 1)[0] + "\n")  # as an interrupted copy leaves it
-    with pytest.raises(UserError, match=r"run\.csv, line 3, column images_per_second: found None"):
-        read_csv(path)
-
-
-def test_missing_columns_are_named(tmp_path):
-    path = tmp_path / "run.csv"
-    path.write_text("epoch,train_loss,train_accuracy,test_accuracy,seconds,images_per_second\n1,1,1,1,1,1\n")
-    with pytest.raises(UserError, match=r"run\.csv: no column learning_rate, test_loss"):
-        read_csv(path)
-
-
-@pytest.mark.parametrize(("content", "problem"), [(b"", "no column epoch"), (b"\xff\xfe\x00", "not a CSV file")])
-def test_files_that_are_no_history(tmp_path, content, problem):
-    path = tmp_path / "run.csv"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=problem):
-        read_csv(path)
-
-
-def test_a_history_without_epochs(tmp_path):
-    write_csv([], tmp_path / "run.csv")
-    with pytest.raises(UserError, match=r"run\.csv: has no epochs"):
-        read_csv(tmp_path / "run.csv")
-
-
-def test_missing_file_and_folder_instead_of_file(tmp_path):
-    with pytest.raises(UserError, match=r"absent\.csv: cannot be read \(No such file"):
-        read_csv(tmp_path / "absent.csv")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_csv(tmp_path)
-
-
-# --- whole or not at all
-
-
-def test_failure_while_writing_a_csv_leaves_the_old_one(tmp_path):
-    path = tmp_path / "run.csv"
-    write_csv(make_history(2), path)
-    broken = make_history(3)
-    del broken[2]["test_loss"]
-    with pytest.raises(KeyError):
-        write_csv(broken, path)
-    assert read_csv(path) == make_history(2)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_full_disk_while_writing_a_picture_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "run.png"
-    path.write_bytes(b"old")
-
-    def savefig(self, target, **options):
-        target.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    with pytest.raises(UserError, match=r"run\.png: the picture could not be written \(No space left on device\)"):
-        plot_training(path, make_history(2), title="run")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "plots").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"plots/run\.csv: the history could not be written"):
         write_csv(make_history(1), tmp_path / "plots" / "run.csv")
-    with pytest.raises(UserError, match=r"plots/run\.png: the picture could not be written"):
-        plot_training(tmp_path / "plots" / "run.png", make_history(1), title="run")
-
-
-def test_folder_in_the_place_of_the_file_is_named(tmp_path):
     (tmp_path / "run.png").mkdir()
     with pytest.raises(UserError, match=r"run\.png: the picture could not be written"):
         plot_training(tmp_path / "run.png", make_history(1), title="run")
-    assert list(tmp_path.iterdir()) == [tmp_path / "run.png"]
 
 
 # --- the picture of a run
 
 
-@pytest.mark.parametrize("epochs", [1, 4, 200])
-@pytest.mark.parametrize("val", [False, True])
-def test_training_picture(tmp_path, epochs, val):
+@pytest.mark.parametrize(
+    ("epochs", "name", "result"),
+    [(1, "densenet", 95.87), (4, "mobilenetv2", 94.90), (200, "resnext", 95.45), (230, "densenet", 95.87)],
+)
+def test_training_picture_alone_and_over_the_originals(tmp_path, epochs, name, result):
     path = tmp_path / "plots" / "run.png"
-    plot_training(path, make_history(epochs, val=val), title="DenseNet")
+    plot_training(path, make_history(epochs, val=True), title="DenseNet")
     width, height = png_size(path)
     assert 1400 <= width <= 1700
     assert 500 <= height <= 700
+    reference = read_csv(ORIGINAL / f"{name}.csv")
+    figure = plot_training(path, make_history(epochs), title="DenseNet", reference=reference, reference_name="a.csv")
+    assert png_size(path) == (width, height)
+    assert legend_texts(figure.axes[1])[1].endswith(f"(reference {result:.2f} %)")
+    assert figure.get_supxlabel().startswith("dashed: reference a.csv · 200 epochs, ")
+    assert ("dotted" in figure.get_supxlabel()) == (epochs < 200)
+    assert figure.axes[1].get_xlim()[1] > epochs
     assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("epochs", [1, 4, 200, 230])
-def test_training_picture_over_a_reference(tmp_path, epochs):
-    plot_training(
-        tmp_path / "run.png",
-        make_history(epochs),
-        title="DenseNet",
-        reference=read_csv(ORIGINAL / "densenet.csv"),
-        reference_name="densenet.csv",
-    )
-    png_size(tmp_path / "run.png")
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"train_loss": math.nan, "test_loss": math.inf},
-        {"train_loss": 0.0, "test_loss": 0.0},
-        {"learning_rate": 0.0},
-        {"seconds": 0.0},
+        {"train_loss": math.nan, "test_loss": math.inf, "learning_rate": 0.0},
+        {"train_loss": 0.0, "test_loss": 0.0, "seconds": 0.0},
     ],
 )
 @pytest.mark.parametrize("epochs", [1, 4])
@@ -336,8 +233,9 @@ def test_training_picture_names_what_it_shows():
 
 
 def test_training_picture_marks_a_single_epoch_and_keeps_a_narrow_loss_linear():
-    loss = draw_training(make_history(1), title="run").axes[0]
-    assert {line.get_marker() for line in loss.lines} == {"o"}
+    figure = draw_training(make_history(1), title="run")
+    assert figure.get_suptitle() == "run · 1 epoch, 12 s"
+    assert {line.get_marker() for line in figure.axes[0].lines} == {"o"}
     history = [row | {"train_loss": 1.5, "test_loss": 1.2} for row in make_history(4)]
     assert draw_training(history, title="run").axes[0].get_ylabel() == "loss (nats)"
 
@@ -349,7 +247,6 @@ def test_training_picture_cuts_a_longer_reference_and_keeps_its_result():
     )
     accuracy = figure.axes[1]
     assert accuracy.get_xlim()[1] < 45
-    assert legend_texts(accuracy)[1].endswith("(reference 95.87 %)")
     dashed = [line for line in accuracy.lines if line.get_linestyle() == "--" and len(line.get_xdata()) == 40]
     dotted = [line for line in accuracy.lines if line.get_linestyle() == ":"]
     assert len(dashed) == 2
@@ -359,41 +256,33 @@ def test_training_picture_cuts_a_longer_reference_and_keeps_its_result():
     )
 
 
-def test_training_picture_lets_a_shorter_reference_end_early():
-    figure = draw_training(make_history(8), title="run", reference=make_history(4), reference_name="short.csv")
-    assert figure.axes[1].get_xlim()[1] > 8
-    assert figure.get_supxlabel() == "dashed: reference short.csv · 4 epochs, 46 s"
-
-
-def test_training_picture_of_nothing():
-    with pytest.raises(ValueError, match="without epochs"):
-        draw_training([], title="run")
-
-
 # --- the picture of an ensemble
 
 
-@pytest.mark.parametrize("members", [1, 3, 9])
-@pytest.mark.parametrize("classes", [2, 10, 100])
-def test_ensemble_picture(tmp_path, members, classes):
-    names = [f"class {index}, with a name longer than anyone would write" for index in range(classes)]
-    plot_ensemble(tmp_path / "ensemble.png", **make_ensemble(members, classes), classes=names, title="Ensemble")
-    width, height = png_size(tmp_path / "ensemble.png")
-    assert 1400 <= width <= 1700
-    assert 700 <= height <= 1200
-    assert list(tmp_path.iterdir()) == [tmp_path / "ensemble.png"]
-
-
-def test_ensemble_picture_with_names_of_any_script(tmp_path, caplog):
-    names = ["猫", "개", "سمكة", "דג", "हाथी", "😀", "Straße", "$x^2$ and $\\frac$", "two\nlines", "_"]
-    plot_ensemble(tmp_path / "ensemble.png", **make_ensemble(2, 10), classes=names, title="鸟 $1 & $2")
-    png_size(tmp_path / "ensemble.png")
+@pytest.mark.parametrize(("members", "classes"), [(1, 2), (3, 10), (9, 100), (13, 10)])
+def test_pictures_of_any_number_of_members_and_classes_of_any_name(tmp_path, caplog, members, classes):
+    names = list(itertools.islice(itertools.cycle(NAMES), classes))
+    plot_ensemble(tmp_path / "ensemble.png", **make_ensemble(members, classes), classes=names, title="鸟 $1 & $2")
+    plot_reliability(tmp_path / "reliability.png", make_bins(NAMES[: members + 1]), title="Calibration $1\nof $2")
+    plot_mistakes(tmp_path / "mistakes.png", **make_mistakes(members, classes), classes=names, title="鸟 $1 & $2")
+    for name, low, high in (("ensemble", 700, 1200), ("reliability", 500, 1700), ("mistakes", 400, 1400)):
+        width, height = png_size(tmp_path / f"{name}.png")
+        assert 1400 <= width <= 1700
+        assert low <= height <= high
+    assert len(list(tmp_path.iterdir())) == 3
     assert not caplog.records
 
 
-def test_ensemble_picture_of_one_image(tmp_path):
-    plot_ensemble(tmp_path / "ensemble.png", **make_ensemble(1, 2, images=1), classes="ab", title="one image")
-    png_size(tmp_path / "ensemble.png")
+def test_pictures_of_one_image_and_of_no_mistake(tmp_path):
+    result = make_ensemble(1, 2, images=1)
+    for row in (*result["members"], result["ensemble"]):
+        row["intervals"] = {name: [row[name]] * 2 for name in ("loss", "accuracy")}  # without any width
+    plot_ensemble(tmp_path / "ensemble.png", **result, classes="ab", title="one image")
+    mistakes = make_mistakes(1, 2)
+    mistakes["labels"] = mistakes["ensemble"].argmax(axis=1)
+    figure = plot_mistakes(tmp_path / "mistakes.png", **mistakes, classes="ab", title="none")
+    assert "no image was mistaken" in all_texts(figure)
+    assert png_size(tmp_path / "mistakes.png")[1] < 400
 
 
 def test_ensemble_picture_names_what_it_shows():
@@ -433,16 +322,6 @@ def test_many_classes_name_the_worst_confusion():
 # --- the picture of calibration
 
 
-@pytest.mark.parametrize("members", [1, 3, 9, 13])
-def test_reliability_picture(tmp_path, members):
-    names = [f"member {index}, with a name longer than anyone would write" for index in range(members)]
-    plot_reliability(tmp_path / "reliability.png", make_bins([*names, "$1 猫"]), title="Calibration $1\nof $2")
-    width, height = png_size(tmp_path / "reliability.png")
-    assert 1400 <= width <= 1700
-    assert 500 <= height <= 1700
-    assert list(tmp_path.iterdir()) == [tmp_path / "reliability.png"]
-
-
 def test_reliability_picture_names_what_it_shows():
     figure = draw_reliability(make_bins(["densenet", "resnext", "ensemble"]), title="Two")
     assert [axes.get_title() for axes in figure.axes] == [
@@ -458,27 +337,6 @@ def test_reliability_picture_names_what_it_shows():
 
 
 # --- the picture of mistakes
-
-
-@pytest.mark.parametrize("members", [1, 3, 9, 13])
-@pytest.mark.parametrize("classes", [2, 100])
-def test_mistakes_picture(tmp_path, members, classes):
-    names = [f"class {index}, with a name longer than anyone would write" for index in range(classes)]
-    plot_mistakes(tmp_path / "mistakes.png", **make_mistakes(members, classes), classes=names, title="Mistakes")
-    width, height = png_size(tmp_path / "mistakes.png")
-    assert 1400 <= width <= 1700
-    assert 400 <= height <= 1400
-    assert list(tmp_path.iterdir()) == [tmp_path / "mistakes.png"]
-
-
-def test_mistakes_picture_without_any_and_with_names_of_any_script(tmp_path, caplog):
-    result = make_mistakes(2, 3)
-    plot_mistakes(tmp_path / "some.png", **result, classes=["猫", "$x^2$", "two\nlines"], title="鸟 $1 & $2")
-    result["labels"] = result["ensemble"].argmax(axis=1)
-    plot_mistakes(tmp_path / "none.png", **result, classes="abc", title="none")
-    assert png_size(tmp_path / "none.png")[1] < png_size(tmp_path / "some.png")[1]
-    assert "no image was mistaken" in all_texts(draw_mistakes(**result, classes="abc", title="none"))
-    assert not caplog.records
 
 
 @pytest.mark.parametrize("members", [3, 9])
@@ -511,47 +369,16 @@ def test_mistakes_picture_names_what_it_shows(members):
 def test_running_figures_against_a_loop():
     result = make_ensemble(1, 5, images=40)
     probs, labels = result["members"][0]["probs"], result["labels"]
+    assert running_accuracy(probs, labels)[-1] == result["members"][0]["accuracy"]
+    probs[7, labels[7]] = 0  # which counts as the smallest number above it, as in metrics.per_image
     accuracy, loss = running_accuracy(probs, labels), running_loss(probs, labels)
     for seen in range(1, 41):
         right = [probs[image].argmax() == labels[image] for image in range(seen)]
-        surprise = [-math.log(probs[image, labels[image]]) for image in range(seen)]
+        surprise = [-math.log(max(float(probs[image, labels[image]]), sys.float_info.min)) for image in range(seen)]
         assert accuracy[seen - 1] == pytest.approx(sum(right) / seen)
         assert loss[seen - 1] == pytest.approx(sum(surprise) / seen)
-    assert accuracy[-1] == result["members"][0]["accuracy"]
-
-
-def test_running_loss_of_an_impossible_image_is_that_of_metrics():
-    probs, labels = np.array([[1.0, 0.0], [1e-30, 1.0]]), np.array([1, 0])
-    loss = running_loss(probs, labels)
-    each = metrics.per_image(torch.from_numpy(probs), torch.from_numpy(labels))[:, 0]
-    assert loss == pytest.approx([each[0].item(), each.mean().item()])
 
 
 def test_confusion_matrix_has_a_row_for_each_true_class():
     probs = np.eye(3)[[0, 1, 1, 2]]
     assert confusion_matrix(probs, np.array([0, 0, 0, 1])).tolist() == [[1, 2, 0], [0, 0, 1], [0, 0, 0]]
-
-
-# --- the original's curves
-
-
-@pytest.mark.parametrize(
-    ("name", "train_loss", "train_accuracy", "test_accuracy", "hours"),
-    [
-        ("densenet", 0.0104, 0.99714, 0.9587, 13.445),
-        ("mobilenetv2", 0.0321, 0.99004, 0.9490, 7.115),
-        ("resnext", 0.0112, 0.99764, 0.9545, 9.226),
-    ],
-)
-def test_the_original(name, train_loss, train_accuracy, test_accuracy, hours):
-    history = read_csv(ORIGINAL / f"{name}.csv")
-    first, last = history[0], history[-1]
-    assert [row["epoch"] for row in history] == list(range(1, 201))
-    assert last["train_loss"] == train_loss
-    assert last["train_accuracy"] == train_accuracy
-    assert last["test_accuracy"] == test_accuracy
-    assert first["learning_rate"] == 0.01
-    assert last["learning_rate"] == pytest.approx(0.000101, abs=1e-6)
-    # The hours were counted from the end of the first epoch.
-    assert sum(row["seconds"] for row in history[1:]) / 3600 == pytest.approx(hours, rel=1e-3)
-    assert first["images_per_second"] == pytest.approx(50_000 / first["seconds"], abs=0.1)

@@ -1,32 +1,24 @@
 """predict.py as a user runs it, on pictures made here and three networks so small that they load in a moment."""
 
-import contextlib
 import csv
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-from common import errors
-
+import command_line
 import numpy as np
 import pytest
-import torch
+from command_line import MEMBERS, changed, overflow, softmax
 from PIL import Image
 
 import dataset
 import predict
 from dataset import image_folder
-from evaluation import members
 from models.mobilenetv2 import mobilenetv2
-from training import checkpoint, loop
-from utils import normalize
+from training import loop
 
-ROOT = Path(__file__).parents[1]
-MEMBERS = ("densenet", "mobilenetv2", "resnext")
 CLASSES = ["red", "green", "blue"]
 
 
@@ -48,18 +40,8 @@ def picture(seed, size=(8, 8)):
     return Image.fromarray(pixels)
 
 
-def run(folder, *flags, stdout=None):
-    """Call predict.py's main as its last lines do, with `folder` as the current one."""
-    out, err, argv = stdout or io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO(), sys.argv
-    sys.argv = ["predict.py", *map(str, flags)]
-    try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            errors.run(predict.main)
-    except SystemExit as end:
-        printed = "" if stdout else out.buffer.getvalue().decode("utf-8")
-        return SimpleNamespace(returncode=end.code, stdout=printed, stderr=err.getvalue())
-    finally:
-        sys.argv = argv
+def run(folder, *flags, **options):
+    return command_line.run(folder, predict, *flags, **options)
 
 
 def told(folder, *flags, status=0):
@@ -70,23 +52,11 @@ def told(folder, *flags, status=0):
 
 
 def refused(folder, *flags):
-    done = run(folder, *flags)
-    assert done.returncode == 2, done.stdout
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    return done.stderr
+    return command_line.refused(folder, predict, *flags)
 
 
 def numpy_probs(folder, images, names=MEMBERS):
-    """Of each member, (M, N, C), with nothing of the engine or the ensemble in between."""
-    logits = []
-    for name in names:
-        path = folder / "checkpoints" / f"{name}.pt"
-        model = members.build_member(path, checkpoint.read(path)).network
-        with torch.no_grad():
-            logits.append(model(normalize(torch.from_numpy(images))).double().numpy())
-    powers = np.exp(np.stack(logits))
-    return powers / powers.sum(2, keepdims=True)
+    return softmax(command_line.numpy_logits(folder, images, names))
 
 
 def pixels(count=8):
@@ -110,27 +80,15 @@ def test_predictions_are_the_average_in_numpy(folder):
     assert "networks" in err.splitlines()[-1]
 
 
-def test_flags_choose_members_average_and_temperature(folder):
+def test_flags_between_the_images_choose_members_average_and_temperature(folder):
     flags = ["--average", "logits", "--temperature", "2", "--top", "1"]
-    rows, _ = told(folder, "photos/0.png", *flags, "--checkpoints", "checkpoints/resnext.pt", "checkpoints/densenet.pt")
-    (row,) = rows
-    assert list(row["members"]) == ["resnext", "densenet"]
-    powers = np.exp(np.log(numpy_probs(folder, pixels(1), ("resnext", "densenet"))[:, 0]).mean(0) / 2)
-    assert row["top"] == [
-        {"class": CLASSES[powers.argmax()], "prob": pytest.approx(powers.max() / powers.sum(), abs=1e-6)}
-    ]
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_the_batch_size_changes_no_result(folder, batch_size):
-    (folder / "photos" / "2.png").write_bytes(b"broken")
-    expected, _ = told(folder, "photos", status=1)
-    rows, _ = told(folder, "photos", "--batch-size", batch_size, status=1)
-    for row, other in zip(rows, expected, strict=True):
-        assert row["image"] == other["image"]
-        assert row.get("error") == other.get("error")
-        for vote, same in zip(row.get("top", ()), other.get("top", ()), strict=True):
-            assert vote == {"class": same["class"], "prob": pytest.approx(same["prob"], abs=1e-6)}
+    checkpoints = ["--checkpoints", "checkpoints/resnext.pt", "checkpoints/densenet.pt"]
+    rows, _ = told(folder, "photos/1.png", *flags, "photos/0.png", *checkpoints)
+    powers = np.exp(np.log(numpy_probs(folder, pixels(2), ("resnext", "densenet"))).mean(0) / 2)
+    for row, name, own in zip(rows, ("1.png", "0.png"), powers[::-1], strict=True):
+        assert Path(row["image"]).name == name
+        assert list(row["members"]) == ["resnext", "densenet"]
+        assert row["top"] == [{"class": CLASSES[own.argmax()], "prob": pytest.approx(own.max() / own.sum(), abs=1e-6)}]
 
 
 def test_the_networks_see_what_they_would_see_in_training(folder, monkeypatch):
@@ -160,12 +118,12 @@ def test_the_networks_see_what_they_would_see_in_training(folder, monkeypatch):
     assert np.array_equal(np.concatenate(seen), expected.images)
 
 
-def test_broken_images_are_reported_and_skipped(folder):
+def test_broken_images_are_reported_and_skipped_in_batches_of_any_size(folder):
     photos = folder / "photos"
     (photos / "1.png").write_bytes((photos / "1.png").read_bytes()[:-40])
     (photos / "3.png").write_bytes(b"just some text")
     (photos / "gone.png").symlink_to("nowhere.png")
-    rows, err = told(folder, "photos", status=1)
+    rows, err = told(folder, "photos", "--batch-size", 3, status=1)
     assert len(rows) == 9
     broken = {Path(row["image"]).name: row["error"] for row in rows if "error" in row}
     assert list(broken) == ["1.png", "3.png", "gone.png"]
@@ -175,16 +133,14 @@ def test_broken_images_are_reported_and_skipped(folder):
     assert all(set(row) == {"image", "error"} for row in rows if "error" in row)
     assert err.splitlines()[-1].startswith("6 images, 3 skipped; ")
     # The others are none the worse for it.
-    (photos / "1.png").unlink()
-    (photos / "3.png").unlink()
-    (photos / "gone.png").unlink()
+    for name in broken:
+        (photos / name).unlink()
     whole, _ = told(folder, "photos")
-    assert [row["image"] for row in whole] == [row["image"] for row in rows if "top" in row]
     for row, other in zip(whole, (row for row in rows if "top" in row), strict=True):
-        assert row["top"][0]["prob"] == pytest.approx(other["top"][0]["prob"], abs=1e-6)
+        assert row["image"] == other["image"]
+        for vote, same in zip(row["top"], other["top"], strict=True):
+            assert vote == {"class": same["class"], "prob": pytest.approx(same["prob"], abs=1e-6)}
 
-
-def test_nothing_but_broken_images(folder):
     (folder / "text.jpg").write_bytes(b"just some text")
     done = run(folder, "text.jpg")
     assert (done.returncode, done.stdout) == (1, "")
@@ -202,49 +158,17 @@ def test_a_pipe_among_the_images_is_not_waited_for(folder):
     assert pipe.is_fifo()
 
 
-def test_links_are_followed_but_not_in_circles(folder):
+def test_what_is_no_image_by_its_name_is_passed_over_in_folders_unless_it_is_named(folder):
     photos = folder / "photos"
-    (photos / "more" / "back").symlink_to(photos, target_is_directory=True)
-    (photos / "itself.png").symlink_to("itself.png")
-    (folder / "elsewhere").mkdir()
-    picture(8).save(folder / "elsewhere" / "8.png")
-    (photos / "out").symlink_to(folder / "elsewhere", target_is_directory=True)
-    rows, _ = told(folder, "photos", status=1)
-    names = [Path(row["image"]).relative_to("photos").as_posix() for row in rows]
-    assert names == [
-        "0.png",
-        "1.png",
-        "2.png",
-        "3.png",
-        "4.png",
-        "5.png",
-        "6.png",
-        "itself.png",
-        "more/7.png",
-        "out/8.png",
-    ]
-
-
-def test_hidden_files_are_passed_over_unless_they_are_named(folder):
-    hidden = folder / "photos" / ".hidden"
-    hidden.mkdir()
-    picture(1).save(hidden / "1.png")
-    (folder / "photos" / "desktop.ini").write_bytes(b"no image")
-    assert len(told(folder, "photos")[0]) == 8
-    rows, _ = told(folder, "photos/.hidden/1.png", "photos/more")
-    assert [Path(row["image"]).name for row in rows] == ["1.png", "7.png"]
-
-
-def test_in_folders_files_that_are_no_images_by_their_names_are_passed_over(folder):
+    (photos / ".hidden").mkdir()
+    picture(1).save(photos / ".hidden" / "1.png")
+    picture(0).save(photos / "8", "png")
+    (photos / "more" / "notes.TXT").write_text("no image")
     assert run(folder, "photos", "--csv", "photos/out.csv").returncode == 0
-    (folder / "photos" / "more" / "notes.TXT").write_text("no image")
-    (folder / "photos" / "8").write_bytes((folder / "photos" / "0.png").read_bytes())
     assert sorted(Path(row["image"]).name for row in told(folder, "photos")[0]) == [f"{n}.png" for n in range(8)]
-    assert [Path(row["image"]).name for row in told(folder, "photos/8")[0]] == ["8"]
+    rows, _ = told(folder, "photos/.hidden/1.png", "photos/8", "photos/more")
+    assert [Path(row["image"]).name for row in rows] == ["1.png", "8", "7.png"]
     assert "out.csv: no image" in run(folder, "photos/out.csv").stderr
-    (folder / "texts").mkdir()
-    (folder / "texts" / "a.txt").write_text("no image")
-    assert "texts: there are no images in this folder" in refused(folder, "texts")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes any bytes for a file's name")
@@ -290,24 +214,16 @@ def test_json_and_csv_hold_the_same(folder):
 
 def test_a_run_that_fails_leaves_the_files_as_they_were(folder):
     (folder / "out.json").write_text("before")
-    path = folder / "checkpoints" / "resnext.pt"
-    content = checkpoint.read(path)
-    content["model"]["classifier.weight"].fill_(3e38)  # finite, but too much for a sum
-    checkpoint.write(path, content)
+    changed(folder / "checkpoints" / "resnext.pt", overflow)
     assert "resnext.pt: its predictions are not finite" in refused(folder, "photos", "--json", "out.json")
     assert (folder / "out.json").read_text() == "before"
     assert not list(folder.glob(".out*"))
 
 
-@pytest.mark.parametrize(
-    ("size", "far"),
-    [
-        ((8, 8), False), ((32, 32), False), ((33, 33), True), ((64, 32), False), ((4, 4), False), ((3, 3), True),
-        ((16, 8), False), ((17, 8), True), ((8, 17), True), ((4000, 3000), True),
-    ],
-)  # fmt: skip
-def test_which_sizes_are_far_from_eight(size, far):
-    assert predict.is_unusual(size, 8) == far
+def test_which_sizes_are_far_from_eight():
+    near = [(8, 8), (32, 32), (64, 32), (4, 4), (16, 8)]
+    far = [(33, 33), (3, 3), (17, 8), (8, 17), (4000, 3000)]
+    assert [predict.is_unusual(size, 8) for size in near + far] == [False] * 5 + [True] * 5
 
 
 def test_sizes_far_from_training_are_noted(folder):
@@ -349,49 +265,25 @@ def test_in_bfloat16_the_probabilities_are_nearly_the_same(folder):
     assert rounded == pytest.approx(exact, abs=0.02)
 
 
-def test_a_script_that_makes_a_missing_checkpoint_is_named(folder):
-    (folder / "checkpoints" / "mobilenetv2.pt").unlink()
-    assert "python mobilenetv2.py makes it" in refused(folder, "photos")
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["photos", "--top", "0"], ["--top is 0"]),
-        (["photos", "--top", "4"], ["--top is 4", "1 to 3"]),
-        (["photos", "--batch-size", "0"], ["--batch-size is 0"]),
-        (["photos", "--temperature", "0"], ["--temperature is 0"]),
-        (["photos", "--temperature", "nan"], ["--temperature is nan"]),
-        (["photos", "--temperature", "1e-320"], ["it must be 0.05 to 20"]),
-        (["photos", "--json", "-", "--csv", "-"], ["--json and --csv both name -"]),
-        (["photos", "--average", "median"], ["--average"]),
-        (["photos", "nowhere.png"], ["nowhere.png: there is no such file"]),
-        (["photos", "empty"], ["empty: there are no images"]),
-        ([], ["IMAGE"]),
-        (["photos", "--json", "photos/0.png/out.json"], ["out.json: the predictions could not be written"]),
-        (["photos", "--json", "empty"], ["empty: the predictions could not be written"]),
+        (["photos", "--top", "0"], "--top is 0; it must be 1 or more"),
+        (["photos", "--top", "4"], "--top is 4; these networks know 3 classes, so it must be 1 to 3"),
+        (["photos", "--batch-size", "0"], "--batch-size is 0"),
+        (["photos", "--temperature", "0"], "--temperature is 0"),
+        (["photos", "--json", "-", "--csv", "-"], "--json and --csv both name -"),
+        (["photos", "nowhere.png"], "nowhere.png: there is no such file"),
+        (["photos", "empty"], "empty: there are no images"),
+        (["photos", "--checkpoint-dir", "empty"], "densenet.pt: there is no such checkpoint; python dense.py makes it"),
+        (["photos", "--json", "photos/0.png/out.json"], "out.json: the predictions could not be written"),
+        (["photos", "--json", "empty"], "empty: the predictions could not be written"),
     ],
 )
 def test_mistakes_are_named(folder, flags, words):
     (folder / "empty").mkdir()
     (folder / "empty" / ".hidden.png").write_bytes(b"")
-    error = refused(folder, *flags)
-    for word in words:
-        assert word in error
-
-
-def test_flags_may_stand_between_images(folder):
-    rows, _ = told(folder, "photos/1.png", "--top", "1", "photos/0.png")
-    assert [Path(row["image"]).name for row in rows] == ["1.png", "0.png"]
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the super-user may read everything")
-def test_a_folder_that_cannot_be_read_is_named(folder):
-    (folder / "photos" / "more").chmod(0)
-    try:
-        assert "more: this folder cannot be read" in refused(folder, "photos")
-    finally:
-        (folder / "photos" / "more").chmod(0o700)
+    assert words in refused(folder, *flags)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json", "-"], ["--csv", "-"]])
@@ -406,16 +298,19 @@ def test_when_nobody_reads_on_it_ends_quietly(folder, flags):
     assert (folder / "other.json").read_text() == "before"
 
 
-def test_the_command_line_into_a_closed_pipe(folder):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_a_full_disk_behind_standard_output_is_named(folder):
+    with open("/dev/full", "w", encoding="utf-8") as stdout:
+        done = run(folder, "photos", stdout=stdout)
+    assert done.returncode == 2
+    assert "error: standard output could not be written (No space left on device)" in done.stderr
+
+
+def test_the_command_line_into_a_closed_pipe(folder, start):
     """Python itself must end quietly, too. A process of its own knows no tiny network, so it gets another."""
-    content = checkpoint.read(folder / "checkpoints" / "resnext.pt")
-    content["network"] = {"name": "mobilenetv2", "arguments": {"num_classes": 3, "width": 0.25}}
-    content["model"] = mobilenetv2(3, width=0.25).state_dict()
-    checkpoint.write(folder / "small.pt", content)
-    command = [sys.executable, str(ROOT / "predict.py"), "photos", "--checkpoints", "small.pt", "--device", "cpu"]
-    options = {"cwd": folder, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}, "timeout": 120}
-    reading, writing = os.pipe()
-    os.close(reading)
-    closed = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, **options)
-    os.close(writing)
-    assert (closed.returncode, closed.stderr) == (141, b"")
+    network = {"name": "mobilenetv2", "arguments": {"num_classes": 3, "width": 0.25}}
+    weights = mobilenetv2(3, width=0.25).state_dict()
+    changed(folder / "checkpoints" / "resnext.pt", lambda content: content.update(network=network, model=weights))
+    process = start(folder, "predict.py", "photos", "--checkpoints", "checkpoints/resnext.pt", "--device", "cpu")
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (141, "")

@@ -1,14 +1,11 @@
 """The report: averages, the fitted temperature, comparisons and their intervals, on made-up members."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from evaluation import metrics
-from evaluation import report as report
+from evaluation import metrics, report
 from models.ensemble import AVERAGES, average_probs
 
 NAMES = ("a", "b", "c")
@@ -51,30 +48,17 @@ def test_a_single_member_has_nothing_to_leave_out():
 
 
 @pytest.mark.parametrize("how", AVERAGES)
-@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
-def test_the_fit_finds_a_known_temperature(how, temperature):
-    logits, _ = make_logits(images=40_000)
-    true = average_probs(logits.flatten(0, 1), how, temperature)
-    labels = torch.multinomial(true, 1, generator=torch.Generator().manual_seed(0))[:, 0]
-    fitted = report.fit_temperature(logits, labels, how)
-    assert fitted == pytest.approx(temperature, rel=0.03)
-    plain, tempered = (average_probs(logits.flatten(0, 1), how, value) for value in (1.0, fitted))
-    assert metrics.accuracy(plain, labels) == metrics.accuracy(tempered, labels)
-    assert metrics.negative_log_likelihood(tempered, labels) <= metrics.negative_log_likelihood(plain, labels)
-
-
-def test_the_fit_is_the_least_loss_of_a_fine_grid():
+def test_the_fit_is_the_least_loss_of_a_fine_grid(how):
     logits, labels = make_logits()
-    averaged = report.average_logits(logits.flatten(0, 1))
+    averaged = report.average_logits(logits.flatten(0, 1), how)
     grid = np.exp(np.linspace(-3, 3, 3001))
     best = grid[np.argmin([F.cross_entropy(averaged / value, labels).item() for value in grid])]
-    assert report.fit_temperature(logits, labels, "softmax") == pytest.approx(best, rel=2e-3)
+    assert report.fit_temperature(logits, labels, how) == pytest.approx(best, rel=2e-3)
 
 
-@pytest.mark.parametrize("scale", [1, 1000])
-def test_the_fit_stays_in_its_range(scale):
+def test_the_fit_stays_in_its_range():
     labels = torch.arange(5).repeat(8)
-    right = scale * F.one_hot(labels, 5).double()[None, None]
+    right = 1000 * F.one_hot(labels, 5).double()[None, None]
     low, high = report.TEMPERATURES
     assert report.fit_temperature(right, labels, "softmax") == pytest.approx(low, rel=1e-6)
     assert report.fit_temperature(-right, labels, "softmax") == pytest.approx(high, rel=1e-6)
@@ -120,4 +104,3 @@ def test_mean_and_standard_deviation_of_the_members_of_one_network():
     assert (groups[0]["network"], groups[0]["members"]) == ("resnext", ["0", "2", "4"])
     assert groups[0]["loss"] == {"mean": 1.0, "std": pytest.approx(np.std([0, 1, 2], ddof=1))}
     assert groups[0]["accuracy"]["std"] == pytest.approx(0.2)
-    assert math.isclose(groups[0]["brier"]["std"], 0, abs_tol=1e-12)

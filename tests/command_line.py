@@ -1,0 +1,82 @@
+"""What the tests of main_ens.py, predict.py and export.py share: calls of scripts, changed checkpoints, NumPy."""
+
+import contextlib
+import io
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+from common import errors
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation import logits as logits_cache
+from evaluation import members
+from training import checkpoint
+from utils import normalize
+
+MEMBERS = ("densenet", "mobilenetv2", "resnext")
+
+
+def run(folder, script, *flags, stdout=None):
+    """Call a script's main as its last lines do, with `folder` as the current one."""
+    out, err = stdout or io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [script.__name__, *map(str, flags)]),
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        errors.run(script.main)
+    out.flush()
+    printed = "" if stdout else out.buffer.getvalue().decode("utf-8")
+    return SimpleNamespace(returncode=end.value.code, stdout=printed, stderr=err.getvalue())
+
+
+def refused(folder, script, *flags):
+    """What a script says on stderr about a mistake of the user's."""
+    done = run(folder, script, *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def changed(path, change, to=None):
+    """Change a checkpoint's content, in its place or in a copy."""
+    content = checkpoint.read(path)
+    change(content)
+    checkpoint.write(to or path, content)
+    return to or path
+
+
+def overflow(content):
+    """Weights that are finite, but too large for a sum."""
+    content["model"]["classifier.weight"].fill_(3e38)
+
+
+def forbid_building(monkeypatch):
+    """From here on a network that is built for its logits is an error."""
+
+    def build(path, content):
+        raise AssertionError(f"{path} is built")
+
+    monkeypatch.setattr(logits_cache, "build_member", build)
+
+
+@torch.no_grad()
+def numpy_logits(folder, images, names=MEMBERS):
+    """Of each member, (M, N, C), with nothing of the engine or the ensemble in between."""
+    logits = []
+    for name in names:
+        path = folder / "checkpoints" / f"{name}.pt"
+        model = members.build_member(path, checkpoint.read(path)).network
+        logits.append(model(normalize(torch.from_numpy(images))).double().numpy())
+    return np.stack(logits)
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
