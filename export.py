@@ -37,6 +37,7 @@ from common import errors, files
 from common.command_line import Parser
 from common.device import set_up_device
 from common.errors import UserError
+from common.text import counted
 
 import numpy as np
 import torch
@@ -101,9 +102,8 @@ def main() -> int:
     names = ", ".join(members.names(paths)) + (f" ({options.average} averaged)" if len(paths) > 1 else "")
     print(f"{options.output}: {names}, {len(written) / 1e6:.1f} MB")
     print(f"largest difference from PyTorch: {found.difference:.1e}, on {len(images):,} {source}")
-    threads = torch.get_num_threads()
     print(
-        f"on the CPU, {threads} thread{'s' if threads > 1 else ''}: PyTorch {found.torch_rate:,.1f} images/s, "
+        f"on the CPU, {counted(torch.get_num_threads(), 'thread')}: PyTorch {found.torch_rate:,.1f} images/s, "
         f"{options.format} {found.file_rate:,.1f} images/s"
     )
     return 0

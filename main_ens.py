@@ -15,6 +15,7 @@ from common import errors, files
 from common.command_line import Parser
 from common.device import pick_precision, set_up_device
 from common.errors import UserError
+from common.text import counted
 
 import torch
 
@@ -192,8 +193,8 @@ def plot(folder: Path, result: dict[str, Any], probs: report.Probs, data: Datase
     rows = [row | {"probs": own} for row, own in zip(result["members"], probs.members, strict=True)] + [
         result["ensemble"] | {"name": "ensemble", "probs": probs.ensemble}
     ]
-    networks = f"{len(probs.members)} network{'s' if len(probs.members) > 1 else ''}"
-    title = f"{networks}, {text.method(result)}, on {len(labels):,} test images of {Path(data.source).name}"
+    networks, images = counted(len(probs.members), "network"), counted(len(labels), "test image")
+    title = f"{networks}, {text.method(result)}, on {images} of {Path(data.source).name}"
 
     # Images from folders come class by class: shuffled, the running figures show how the results settle instead.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

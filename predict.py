@@ -22,6 +22,7 @@ from common import errors, files
 from common.command_line import Parser
 from common.device import autocast, explain_out_of_memory, pick_precision, set_up_device
 from common.errors import UserError
+from common.text import counted
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ def main() -> int:
     # Networks that learned from a folder of pictures saw those scaled in the same way.
     if unusual and str(contents[0][1]["data"]["source"]).lower() in dataset.NAMES:
         print(unusual_note(unusual, ensemble.image_size), file=sys.stderr)
-    print(f"{counted(count)}, {skipped:,} skipped", file=sys.stderr)
+    print(f"{counted(count, 'image')}, {skipped:,} skipped", file=sys.stderr)
     return 1 if skipped else 0
 
 
@@ -204,13 +205,9 @@ def is_unusual(size: tuple[int, int], image_size: int) -> bool:
 def unusual_note(unusual: Sequence[str], image_size: int) -> str:
     named, more = ", ".join(unusual[:NAMED]), len(unusual) - NAMED
     return (
-        f"note: {counted(len(unusual))} far from {image_size}×{image_size}, the networks' input, in size or shape: "
-        f"{printable(named)}{f' and {more:,} more' if more > 0 else ''}; these predictions are less reliable"
+        f"note: {counted(len(unusual), 'image')} far from {image_size}×{image_size}, the networks' input, in size or "
+        f"shape: {printable(named)}{f' and {more:,} more' if more > 0 else ''}; these predictions are less reliable"
     )
-
-
-def counted(count: int) -> str:
-    return f"{count:,} image{'s' if count != 1 else ''}"
 
 
 # -------------------------------------------------------------------------------------------------------------- output

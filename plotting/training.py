@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common import errors
 from common.command_line import Parser
-from common.text import duration
+from common.text import counted, duration
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -161,7 +161,7 @@ def _scale_loss(axes: Axes) -> bool:
 def _summary(history: list[dict]) -> str:
     """How long a run was: "200 epochs, 13.4 h"."""
     seconds = sum(row["seconds"] for row in history)
-    return f"{len(history)} epoch{'s' if len(history) > 1 else ''}, {duration(seconds)}"
+    return f"{counted(len(history), 'epoch')}, {duration(seconds)}"
 
 
 def _tail(path: str | Path) -> str:

@@ -116,7 +116,7 @@ def test_a_real_network(file_format):
 
 def test_the_default_checkpoints_and_one_alone(paths, tmp_path):
     said = refused(tmp_path, export, "--output", "a.pt2")
-    assert "densenet.pt: there is no such checkpoint; python dense.py makes it" in said
+    assert "has none of densenet.pt, mobilenetv2.pt, resnext.pt; train one" in said
     done = exported(tmp_path, paths[0], "--output", "a.model", "--format", "pt2", "--random", "--images", 1)
     assert "a.model: tiny0, " in done.stdout
     assert "on 1 random images" in done.stdout

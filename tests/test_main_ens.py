@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import command_line
@@ -235,7 +236,8 @@ def test_missing_checkpoint_names_its_script(folder, tmp_path):
         (lambda data: data.update(classes=["drei"]), "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 in {}, drei in {}"),
         (lambda data: data.update(image_size=24), "image size: 16 in {}, 24 in {}"),
         (lambda data: data["split"].update(split_seed=1), "--split-seed: 0 in {}, 1 in {}"),
-        (lambda data: data["split"].update(val_size=20), "--val-size: 0 in {}, 20 in {}"),
+        (lambda data: data["split"].update(test_size=20), "--test-size: 100 in {}, 20 in {}"),
+        (lambda data: data["split"].update(test_split=0.5), "--test-split: 0.2 in {}, 0.5 in {}"),
     ],
 )
 def test_members_of_other_data_are_refused(folder, tmp_path, change, words):
@@ -244,6 +246,27 @@ def test_members_of_other_data_are_refused(folder, tmp_path, change, words):
     error = refused(folder, first, other)
     assert words.format(first, other) in error
     assert str(other) in error
+
+
+def test_members_of_other_training_images_go_together(folder, tmp_path):
+    first, own = (folder / "checkpoints" / f"{name}.pt" for name in ("densenet", "resnext"))
+    change = {"val_size": 20, "train_size": 30}
+    other = changed(own, lambda content: content["data"]["split"].update(change), tmp_path / "other.pt")
+    assert run(folder, main_ens, first, other, "--plot-dir", tmp_path).returncode == 0
+    assert f"--val-size: 20 in {other}, 0 in {first}" in refused(folder, other, first, "--temperature", "fit")
+
+
+def test_the_checkpoints_of_a_folder_and_those_that_are_there(folder, tmp_path):
+    for name in ("mobilenetv2", "resnext"):
+        shutil.copy(folder / "checkpoints" / f"{name}.pt", tmp_path)
+    by_folder = run(folder, main_ens, tmp_path, "--plot-dir", tmp_path)
+    by_default = run(folder, main_ens, "--checkpoint-dir", tmp_path, "--plot-dir", tmp_path)
+    assert by_folder.stdout == by_default.stdout
+    assert "without resnext:" in by_folder.stdout
+    assert by_default.stderr == f"note: without {tmp_path / 'densenet.pt'}, which python dense.py makes\n"
+    (tmp_path / "none").mkdir()
+    assert "none: this folder has no checkpoints" in refused(folder, tmp_path / "none")
+    assert f"{tmp_path / 'none'} has none of densenet.pt" in refused(folder, "--checkpoint-dir", tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from common import distributed
-from common.text import duration
+from common.text import counted, duration
 
 import torch
 from tqdm import tqdm
@@ -26,8 +26,7 @@ def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) ->
     sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.network_arguments().items())
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     steps = steps_per_epoch(len(data.train), recipe.batch_size)
-    threads = torch.get_num_threads()
-    where = f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
+    where = f"{device.type.upper()}, {counted(torch.get_num_threads(), 'thread')}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     if distributed.world_size() > 1:
@@ -36,7 +35,8 @@ def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) ->
     val = f" + {len(data.val):,} for validation" if data.val is not None else ""
     say(
         f"{data.source}: {len(data.train):,} training{val} + {len(data.test):,} test images of {recipe.image_size}×"
-        f"{recipe.image_size}, {len(data.classes)} classes; {recipe.epochs} epochs of {steps:,} steps"
+        f"{recipe.image_size}, {len(data.classes)} classes; {counted(recipe.epochs, 'epoch')} of "
+        f"{counted(steps, 'step')}"
     )
     if data.test_split is not None:
         say(

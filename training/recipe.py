@@ -171,9 +171,8 @@ class Recipe:
     )
     tensorboard: bool = flag("also write the curves for TensorBoard", False, group="files", fixed=False)
 
-    given: frozenset[str] | None = field(
-        default=None, repr=False, compare=False
-    )  # by flags, the fields of these names; None: all
+    given: frozenset[str] | None = field(default=None, repr=False, compare=False)
+    """The names of the fields that flags gave; None where the recipe was not made by flags, and all count as given."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
