@@ -7,7 +7,7 @@ VENV := .venv/bin/python
 PIP := $(VENV) -m pip install --disable-pip-version-check -c constraints.txt
 
 # Mirrored digits are other signs, so no flips; half the image size, half the crop's padding; few epochs, higher rates.
-DEMO := --data digits --image-size 16 --flip 0 --crop-padding 2 --recipe original --base-lr 0.02 --overwrite
+DEMO := --data digits --image-size 16 --flip 0 --crop-padding 2 --recipe baseline --base-lr 0.02 --overwrite
 DIRS := --checkpoint-dir checkpoints/demo --plot-dir plots/demo
 
 .PHONY: demo test test-slow test-faults format clean

@@ -30,9 +30,9 @@ class ResNeXtRecipe(Recipe):
 # network they are not tried yet.
 RECIPE = ResNeXtRecipe(
     name="resnext",  # checkpoints/resnext.pt, plots/resnext.png and .csv
-    cardinality=2,  # 2×64d as the original, 9.13 M parameters; the paper has 8×64d and 16×64d
+    cardinality=2,  # 2×64d as the baseline, 9.13 M parameters; the paper has 8×64d and 16×64d
     base_width=64,
-    epochs=50,  # a quarter of the original's, not tried yet
+    epochs=50,  # a quarter of the baseline's, not tried yet
     batch_size=128,  # small batches learn most from an image, and are no slower on a CPU
     base_lr=0.05,  # for a batch of 64. half of it and twice it did worse
     base_min_lr=0.0,  # the last steps are the smallest
@@ -45,7 +45,7 @@ RECIPE = ResNeXtRecipe(
     label_smoothing=0.0,  # 0.1 cost accuracy and loss in the search; the ensemble's average softens already
     ema_horizon=0.025,  # the last 2.5 % of the run, where the learning rate is near 0; 0.1 did worse
     crop_padding=4,  # as the paper
-    brightness=0.1,  # weaker augmentation than the original's, whose strength cost 2 to 3 points in short runs
+    brightness=0.1,  # weaker augmentation than the baseline's, whose strength cost 2 to 3 points in short runs
     contrast=0.1,
     saturation=0.1,
     hue=0.05,

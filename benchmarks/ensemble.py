@@ -8,8 +8,8 @@ before the first command starts.
 members' logits for the test images; and the histories and pictures that the commands left.
 
     python benchmarks/ensemble.py --data cifar10 --output benchmarks/results/headline
-    python benchmarks/ensemble.py --work FOLDER --time-limit 3000 -- --recipe original    # again, until it is done
-    python benchmarks/ensemble.py --score benchmarks/results/headline --against benchmarks/results/original
+    python benchmarks/ensemble.py --work FOLDER --time-limit 3000 -- --recipe baseline    # again, until it is done
+    python benchmarks/ensemble.py --score benchmarks/results/headline --against benchmarks/results/baseline
 
 Time limits need signals between processes, which Windows does not have.
 """

@@ -16,8 +16,8 @@ from dataset.image_folder import num_cores
 from dataset.transforms import Augmentation
 from utils import MEAN, STD
 
-ORIGINAL_BATCH_SIZE = 64
-WORKERS = {"original": 2, "tuned": num_cores(), "tuned_bfloat16": num_cores()}  # processes of the DataLoader
+BASELINE_BATCH_SIZE = 64
+WORKERS = {"baseline": 2, "tuned": num_cores(), "tuned_bfloat16": num_cores()}  # processes of the DataLoader
 
 Step = Callable[[Tensor, Tensor], None]  # trains on images and labels
 
@@ -61,7 +61,7 @@ def torchvision_loader(
     )
 
 
-def original_step(model: nn.Module, device: torch.device) -> Step:
+def baseline_step(model: nn.Module, device: torch.device) -> Step:
     model.to(device)
     optimizer = plain_optimizer(model)
     loss_sum = hits = 0

@@ -31,12 +31,12 @@ import dataset
 import mobilenetv2
 from benchmarks import harness
 from benchmarks.harness import positive
-from benchmarks.plain import ORIGINAL_BATCH_SIZE, WORKERS, plain_optimizer, torchvision_loader
+from benchmarks.plain import BASELINE_BATCH_SIZE, WORKERS, plain_optimizer, torchvision_loader
 from dataset.transforms import Augmentation
 from models import NETWORKS
 from plotting import style
 from training.history import read_csv
-from training.recipe import ORIGINAL
+from training.recipe import BASELINE
 from utils import CosineSchedule, normalize, predict
 
 Point = dict[str, float]  # seconds since the start, epochs done, test_accuracy, test_loss
@@ -89,13 +89,13 @@ def train_baseline(options: argparse.Namespace) -> list[Point]:
     recipe = mobilenetv2.RECIPE
     torch.manual_seed(recipe.seed)
     data = dataset.load(options.data, image_size=options.image_size, train_size=options.train_size)
-    settings = Augmentation(**{item.name: ORIGINAL[item.name] for item in fields(Augmentation)})
-    loader = torchvision_loader(data.train, settings, batch_size=ORIGINAL_BATCH_SIZE, workers=WORKERS["original"])
+    settings = Augmentation(**{item.name: BASELINE[item.name] for item in fields(Augmentation)})
+    loader = torchvision_loader(data.train, settings, batch_size=BASELINE_BATCH_SIZE, workers=WORKERS["baseline"])
     model = NETWORKS[recipe.network](len(data.classes), **recipe.network_arguments()).train()
     optimizer = plain_optimizer(model)
-    schedule = CosineSchedule(ORIGINAL["base_lr"], ORIGINAL["base_min_lr"], ORIGINAL["epochs"])
+    schedule = CosineSchedule(BASELINE["base_lr"], BASELINE["base_min_lr"], BASELINE["epochs"])
     points: list[Point] = []
-    for epoch in range(ORIGINAL["epochs"]):
+    for epoch in range(BASELINE["epochs"]):
         for group in optimizer.param_groups:
             group["lr"] = schedule(epoch, 0, 1)
         for step, (images, labels) in enumerate(loader, 1):  # noqa: B007, used below

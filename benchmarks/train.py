@@ -2,8 +2,8 @@
 
 ours      the script's own recipe, network and batch size, through loop.Trainer, as loop.fit does it; ours_float32
           is the same with --precision float32, for where the recipe's own comes to bfloat16
-original  a plain loop as the original's: batches of 64 in float32 (with TF32 on CUDA), torchvision's transforms in a
-          DataLoader with two processes, loss and hits read with .item() at every step
+baseline  a plain loop as that of the project that this one began from: batches of 64 in float32 (with TF32 on CUDA),
+          torchvision's transforms in a DataLoader with two processes, .item() of loss and hits at every step
 tuned     the plain loop at its best: the same transforms and processes as many as there are cores, larger batches,
           channels-last; on CUDA also bfloat16 (AMP) and pinned memory; tuned_bfloat16 has bfloat16 on the CPU as well
 
@@ -48,7 +48,7 @@ import mobilenetv2
 import resnext
 from benchmarks import harness
 from benchmarks.harness import positive
-from benchmarks.plain import ORIGINAL_BATCH_SIZE, WORKERS, Step, original_step, torchvision_loader, tuned_step
+from benchmarks.plain import BASELINE_BATCH_SIZE, WORKERS, Step, baseline_step, torchvision_loader, tuned_step
 from dataset import Split
 from models import NETWORKS
 from training.cuda_graph import pick_compile
@@ -154,7 +154,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         precision = "float32" if kind == "ours_float32" else precision_of(recipe, None, device)
         recipe = replace(recipe, batch_size=batch_size, compile=compile_choice, precision=precision)
     else:
-        batch_size = ORIGINAL_BATCH_SIZE if kind == "original" else options.tuned_batch_size
+        batch_size = BASELINE_BATCH_SIZE if kind == "baseline" else options.tuned_batch_size
     last_size = len(split) % batch_size
     if batch_size == 1 or last_size == 1:
         raise UserError(
@@ -226,11 +226,11 @@ def plain(
         recipe.augmentation(),
         batch_size=batch_size,
         workers=WORKERS[kind],
-        pin_memory=kind != "original" and device.type == "cuda",
+        pin_memory=kind != "baseline" and device.type == "cuda",
     )
     model.train()
-    if kind == "original":
-        step = original_step(model, device)
+    if kind == "baseline":
+        step = baseline_step(model, device)
     else:
         bfloat16 = kind == "tuned_bfloat16" or device.type == "cuda"
         step = tuned_step(model, device, "bfloat16" if bfloat16 else "float32")

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 TIMES = ("seconds", "images_per_second")  # what differs between two histories of the same run
 
 
-# What a recipe may ask for beside the original's values, all at once.
+# What a recipe may ask for beside the baseline's values, all at once.
 ALL_ON = {
     "nesterov": True, "decay_norms": False, "label_smoothing": 0.1, "ema_horizon": 0.1, "warmup": 0.4,
     "schedule_step": "batch", "cutout": 3, "augment_until": 0.5,

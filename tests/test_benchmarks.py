@@ -70,7 +70,7 @@ def test_memory(tmp_path):
 def test_train(tmp_path):
     small = ["--data", "digits", "--image-size", 16, "--images", 32, "--networks", "mobilenetv2", "--device", "cpu"]
     short = ["--rounds", 1, "--windows", 1, "--seconds", 0.01, "--batch-size", 24, "--tuned-batch-size", 16]
-    kinds = ("ours", "ours_float32", "original", "tuned_bfloat16")  # which is the tuned loop in another precision
+    kinds = ("ours", "ours_float32", "baseline", "tuned_bfloat16")  # which is the tuned loop in another precision
     short += ["--kinds", *kinds, "--compile", "none", "graph"]
     done = run(tmp_path, "train.py", *small, *short, "--output", "t.json")
     assert done.returncode == 0, done.stderr
@@ -83,7 +83,7 @@ def test_train(tmp_path):
     assert network["compile_choice"] == "none"
     assert network["compile"]["none"]["images_per_second"] == rate
     assert network["data_share"] == 1 - rate / network["compile"]["none"]["windows_on_chunk"][0]
-    for kind, batch_size in (("ours_float32", 24), ("original", 64), ("tuned_bfloat16", 16)):
+    for kind, batch_size in (("ours_float32", 24), ("baseline", 64), ("tuned_bfloat16", 16)):
         assert network[kind]["batch_size"] == batch_size
         assert network["ratios"][kind] == rate / network[kind]["images_per_second"]
         assert math.isclose(result["geometric_mean_ratios"][kind], network["ratios"][kind])
@@ -96,7 +96,7 @@ def test_bfloat16_is_measured_where_a_processor_is_fast_in_it(monkeypatch):
     for there, number in ((True, 5), (False, 3)):
         monkeypatch.setattr(train, "cpu_has_bfloat16", lambda there=there: there)
         assert len(train.kinds_for(torch.device("cpu"))) == number
-        assert train.kinds_for(torch.device("cuda")) == ["ours", "original", "tuned"]
+        assert train.kinds_for(torch.device("cuda")) == ["ours", "baseline", "tuned"]
 
 
 def test_search(tmp_path):

@@ -105,7 +105,7 @@ def test_the_processes_shares_of_a_batch_make_up_the_batch(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 6), (3, 8)])
-@pytest.mark.parametrize("settings", [{}, {**ALL_ON, "ema_horizon": 0.5}], ids=["original", "all on"])
+@pytest.mark.parametrize("settings", [{}, {**ALL_ON, "ema_horizon": 0.5}], ids=["baseline", "all on"])
 def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, world_size, batch_size, settings):
     settings = {**settings, "batch_size": batch_size}
     statuses, logs = run(world_size, settings)

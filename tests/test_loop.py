@@ -100,7 +100,7 @@ def assert_same_end(path, expected_path):
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-@pytest.mark.parametrize("changes", [{}, ALL_ON], ids=["original", "all on"])
+@pytest.mark.parametrize("changes", [{}, ALL_ON], ids=["baseline", "all on"])
 @pytest.mark.parametrize("val", [False, True], ids=["", "val"])
 def test_weights_and_curves_are_those_of_a_naive_loop(
     train, tiny, tiny_data, tiny_recipe, path, csv_path, monkeypatch, val, changes

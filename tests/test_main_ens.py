@@ -141,7 +141,7 @@ def test_a_second_analysis_builds_no_network_and_says_the_same(folder, tested, m
 @pytest.fixture(scope="module")
 def held_out(folder):
     """Two checkpoints of one network, with validation images, trained for long enough to have a temperature."""
-    easy = ["--recipe", "original", "--flip", "0", "--crop-padding", "1", "--randaugment-ops", "0"]
+    easy = ["--recipe", "baseline", "--flip", "0", "--crop-padding", "1", "--randaugment-ops", "0"]
     easy += [word for name in ("brightness", "contrast", "saturation", "hue") for word in (f"--{name}", "0")]
     easy += ["--epochs", "12", "--batch-size", "16", "--base-lr", "0.05", "--val-size", "100"]
     names = ("held-out", "held-out-seed1")

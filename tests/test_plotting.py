@@ -27,7 +27,7 @@ from training.history import read_csv, write_csv
 # The figures without the file.
 draw_training, draw_ensemble = plot_training.__wrapped__, plot_ensemble.__wrapped__
 draw_reliability, draw_mistakes = plot_reliability.__wrapped__, plot_mistakes.__wrapped__
-ORIGINAL = Path(__file__).parent.parent / "docs" / "original"
+BASELINE = Path(__file__).parent.parent / "docs" / "baseline"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # Names that classes and members may have.
@@ -185,13 +185,13 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     ("epochs", "name", "result"),
     [(1, "densenet", 95.87), (4, "mobilenetv2", 94.90), (200, "resnext", 95.45), (230, "densenet", 95.87)],
 )
-def test_training_picture_alone_and_over_the_originals(tmp_path, epochs, name, result):
+def test_training_picture_alone_and_over_the_baselines(tmp_path, epochs, name, result):
     path = tmp_path / "plots" / "run.png"
     plot_training(path, make_history(epochs, val=True), title="DenseNet")
     width, height = png_size(path)
     assert 1400 <= width <= 1700
     assert 500 <= height <= 700
-    reference = read_csv(ORIGINAL / f"{name}.csv")
+    reference = read_csv(BASELINE / f"{name}.csv")
     figure = plot_training(path, make_history(epochs), title="DenseNet", reference=reference, reference_name="a.csv")
     assert png_size(path) == (width, height)
     assert legend_texts(figure.axes[1])[1].endswith(f"(reference {result:.2f} %)")
@@ -241,9 +241,9 @@ def test_training_picture_marks_a_single_epoch_and_keeps_a_narrow_loss_linear():
 
 
 def test_training_picture_cuts_a_longer_reference_and_keeps_its_result():
-    reference = read_csv(ORIGINAL / "densenet.csv")
+    reference = read_csv(BASELINE / "densenet.csv")
     figure = draw_training(
-        make_history(40), title="run", reference=reference, reference_name="/home/me/docs/original/densenet.csv"
+        make_history(40), title="run", reference=reference, reference_name="/home/me/docs/baseline/densenet.csv"
     )
     accuracy = figure.axes[1]
     assert accuracy.get_xlim()[1] < 45
@@ -252,7 +252,7 @@ def test_training_picture_cuts_a_longer_reference_and_keeps_its_result():
     assert len(dashed) == 2
     assert [line.get_ydata()[0] for line in dotted] == [pytest.approx(95.87)]
     assert figure.get_supxlabel() == (
-        "dashed: reference docs/original/densenet.csv · 200 epochs, 13.5 h; dotted: its test result after epoch 200"
+        "dashed: reference docs/baseline/densenet.csv · 200 epochs, 13.5 h; dotted: its test result after epoch 200"
     )
 
 

@@ -312,7 +312,7 @@ WORDS = [
     "none",
     "None",
     "ours",
-    "original",
+    "baseline",
     "cpu",
     "a/b",
     "é" * 300,

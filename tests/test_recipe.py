@@ -21,7 +21,7 @@ FREE = {
 }  # fmt: skip
 # Values of flags for which "twice as much and one" would be refused.
 ANOTHER = {
-    "depth": 37, "recipe": "original", "base_min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
+    "depth": 37, "recipe": "baseline", "base_min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
     "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_horizon": 0.5, "device": "cpu",
     "deterministic": True, "sync_bn": True,
     "compile": "none", "precision": "float32", "hue": 0.1, "flip": 0.25,
@@ -51,7 +51,7 @@ def test_each_field_is_a_flag_of_its_name(script):
         flag = "--" + item.name.replace("_", "-")
         argv = [flag] if value is True else [flag.replace("--", "--no-")] if value is False else [flag, str(value)]
         changed = parse(*argv, script=script)
-        others = recipe.ORIGINAL if item.name == "recipe" else {}
+        others = recipe.BASELINE if item.name == "recipe" else {}
         assert changed == replace(script.RECIPE, **{item.name: value}, **others), flag
         assert changed != script.RECIPE, flag
 
@@ -69,26 +69,26 @@ def test_help_lists_each_flag_with_its_meaning_and_value(script, capsys):
         assert "--" + item.name.replace("_", "-") in text
         assert item.metadata["help"] + (f" (default: {default})" if default != "" else "") in text
     with pytest.raises(SystemExit):
-        parse("--recipe", "original", "--help", script=script)
-    assert f"(default: {recipe.ORIGINAL['epochs']})" in capsys.readouterr().out
+        parse("--recipe", "baseline", "--help", script=script)
+    assert f"(default: {recipe.BASELINE['epochs']})" in capsys.readouterr().out
 
 
 @by_script
-def test_the_originals_recipe_has_its_values_and_the_flags_beside_it_count(script):
-    original = parse("--recipe", "original", script=script)
-    assert {name: getattr(original, name) for name in recipe.ORIGINAL} == recipe.ORIGINAL
-    assert (original.epochs, original.batch_size, original.base_lr, original.base_min_lr) == (200, 64, 0.01, 0.0001)
+def test_the_baselines_recipe_has_its_values_and_the_flags_beside_it_count(script):
+    baseline = parse("--recipe", "baseline", script=script)
+    assert {name: getattr(baseline, name) for name in recipe.BASELINE} == recipe.BASELINE
+    assert (baseline.epochs, baseline.batch_size, baseline.base_lr, baseline.base_min_lr) == (200, 64, 0.01, 0.0001)
     # All that decides the training of a network stands there; the rest says which images, which network, which files.
     which_images = {"image_size", "train_size", "test_size", "val_size", "split_seed", "test_split"}
     free = FREE - {"epochs"} | which_images | {"recipe", "init", "seed", "precision", "sync_bn"}
-    assert recipe.ORIGINAL.keys() == {item.name for item in recipe.flags(recipe.Recipe)} - free
-    assert original.network_arguments() == script.RECIPE.network_arguments() == {
+    assert recipe.BASELINE.keys() == {item.name for item in recipe.flags(recipe.Recipe)} - free
+    assert baseline.network_arguments() == script.RECIPE.network_arguments() == {
         dense: {"depth": 121, "growth_rate": 32},
         mobilenetv2: {"width": 1.0},
         resnext: {"cardinality": 2, "base_width": 64},
     }[script]  # fmt: skip
-    for argv in (["--recipe=original", "--epochs", "3"], ["--epochs", "3", "--recipe", "original"]):
-        assert parse(*argv, script=script) == replace(original, epochs=3)
+    for argv in (["--recipe=baseline", "--epochs", "3"], ["--epochs", "3", "--recipe", "baseline"]):
+        assert parse(*argv, script=script) == replace(baseline, epochs=3)
     assert parse("--recipe", "ours", script=script) == script.RECIPE
 
 

@@ -30,8 +30,8 @@ def train(tiny, tiny_recipe, tiny_data):
 def test_flags_say_what_was_given():
     recipe = parse_flags(mobilenetv2.RECIPE, "", ["--epochs", "3", "--no-nesterov"])
     assert recipe.given == {"epochs", "nesterov"}
-    original = parse_flags(mobilenetv2.RECIPE, "", ["--recipe", "original"])
-    assert {"recipe", "weight_decay", "randaugment_ops"} <= original.given
+    baseline = parse_flags(mobilenetv2.RECIPE, "", ["--recipe", "baseline"])
+    assert {"recipe", "weight_decay", "randaugment_ops"} <= baseline.given
 
 
 def test_a_run_resumed_without_its_flags_is_the_run_itself(train, tmp_path):

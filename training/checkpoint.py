@@ -104,6 +104,8 @@ def usable(path: str | Path) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+        if isinstance(error, LookupError):
+            reason += " is missing"
         raise UserError(f"{path}: not usable ({reason}); train again, or take another copy") from None
 
 

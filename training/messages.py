@@ -43,8 +43,8 @@ def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) ->
             f"{100 * data.test_split:.0f} % of each class are the test images, since {data.source} has none of its own "
             f"(--test-split {data.test_split:g}, --split-seed {recipe.split_seed})"
         )
-    if recipe.recipe == "original":
-        say("the original's recipe")
+    if recipe.recipe == "baseline":
+        say("the baseline's recipe")
     if distributed.world_size() > 1:
         say(
             f"batches of {recipe.batch_size} in all processes together, learning rates {recipe.lr:g} and "

@@ -22,7 +22,7 @@ from dataset.transforms import Augmentation
 
 # The batch size for which --base-lr and --base-min-lr are given.
 REFERENCE_BATCH = 64
-RECIPES = ("ours", "original")
+RECIPES = ("ours", "baseline")
 # How a training step runs: in eager mode, as one CUDA graph, through torch.compile, or the last two together.
 COMPILE = ("auto", "none", "graph", "inductor", "both")
 PRECISION_HELP = (
@@ -30,8 +30,8 @@ PRECISION_HELP = (
     "faster: on CUDA, and on a CPU with instructions for it"
 )
 SCHEDULE_STEPS = ("epoch", "batch")
-# The original's recipe, the same for its three networks; --recipe original puts it in place of a script's own.
-ORIGINAL = {
+# The baseline's recipe, the same for its three networks; --recipe baseline puts it in place of a script's own.
+BASELINE = {
     "epochs": 200, "batch_size": 64, "base_lr": 0.01, "base_min_lr": 0.0001, "warmup": 0.0, "schedule_step": "epoch",
     "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True, "label_smoothing": 0.0,
     "ema_horizon": 0.0, "crop_padding": 4, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2,
@@ -76,7 +76,7 @@ class Recipe:
 
     network: ClassVar[str] = ""  # key of models.NETWORKS
 
-    recipe: str = flag("ours, or original: the original's values, except for flags given", "ours", choices=RECIPES)
+    recipe: str = flag("ours, or baseline: the baseline's values, except for flags given", "ours", choices=RECIPES)
     epochs: int = flag(
         "passes over the training images; a resumed run can be given more", at_least=1, at_most=10**6, fixed=False
     )
@@ -306,15 +306,15 @@ def check(item: Field, value: Any) -> None:
 
 
 def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = None) -> RecipeT:
-    """The script's recipe, or with --recipe original the original's, with the values that the command line gives.
+    """The script's recipe, or with --recipe baseline the baseline's, with the values that the command line gives.
 
     Ends the process with status 2, after a line that names the flag, where a flag is unknown or not of its type.
     Raises UserError for a value out of range.
     """
     parser = Parser(description)
     argv = sys.argv[1:] if argv is None else argv
-    if named_recipe(argv) == "original":
-        recipe = replace(recipe, recipe="original", **ORIGINAL)
+    if named_recipe(argv) == "baseline":
+        recipe = replace(recipe, recipe="baseline", **BASELINE)
     types_of = typing.get_type_hints(type(recipe))
     groups: dict[str, Any] = {}
     # The network's own flags first: they are what sets one script apart from the others.
@@ -338,7 +338,7 @@ def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = 
     for name, value in values.items():
         if isinstance(value, list):  # what argparse of Python 3.11 makes of --name=--
             parser.error(f"argument {spelled(name)}: expected one argument")
-    given = frozenset(values) | (frozenset(ORIGINAL) if recipe.recipe == "original" else frozenset())
+    given = frozenset(values) | (frozenset(BASELINE) if recipe.recipe == "baseline" else frozenset())
     return replace(recipe, **values, given=given)
 
 
