@@ -77,13 +77,9 @@ class Tiny(nn.Module):
         return self.on_forward(self, logits) if self.on_forward else logits
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
+def pytest_configure():
     """For networks this small more threads gain nothing, and on a busy machine they wait for one another."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny_network(num_classes: int = 3, channels: int = 4) -> Tiny:

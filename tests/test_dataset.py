@@ -18,6 +18,8 @@ import zlib
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 from common.errors import UserError
 
@@ -50,15 +52,11 @@ def random_png(seed: int, size: int = 8) -> bytes:
     return encode(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8))
 
 
-def write_folder(folder, files: dict[str, bytes | None]):
-    """Files by path; None makes an empty folder."""
+def write_folder(folder, files: dict[str, bytes]):
+    """Files by path."""
     for name, content in files.items():
-        path = folder / name
-        if content is None:
-            path.mkdir(parents=True, exist_ok=True)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
     return folder
 
 
@@ -94,20 +92,14 @@ def names_in(folder) -> list[str]:
 # -------------------------------------------------------------------------------------------------- CIFAR-10, official
 
 
-def official(per_batch: int = 20) -> dict[str, bytes]:
-    """Files as the official ones, with fewer images."""
-    rng = np.random.default_rng(0)
-    files = {"batches.meta": pickle.dumps({"label_names": CLASSES}, 2)}
-    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        batch = {"data": rng.integers(0, 256, (per_batch, 3072), np.uint8), "labels": rng.integers(0, 10, per_batch)}
-        files[name] = pickle.dumps({**batch, "labels": batch["labels"].tolist()}, 2)
-    return files
-
-
 @pytest.fixture
 def files(monkeypatch):
-    """Small official files, whose md5 torchvision takes for the official."""
-    files, kind = official(), torchvision.datasets.CIFAR10
+    """Files as the official ones, with fewer images, whose md5 torchvision takes for the official."""
+    rng, kind = np.random.default_rng(0), torchvision.datasets.CIFAR10
+    files = {"batches.meta": pickle.dumps({"label_names": CLASSES}, 2)}
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        batch = {"data": rng.integers(0, 256, (20, 3072), np.uint8), "labels": rng.integers(0, 10, 20).tolist()}
+        files[name] = pickle.dumps(batch, 2)
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
     monkeypatch.setattr(kind, "train_list", [[name, md5[name]] for name in files if name.startswith("data_batch")])
     monkeypatch.setattr(kind, "test_list", [["test_batch", md5["test_batch"]]])
@@ -145,158 +137,113 @@ def test_official_files_give_what_was_written(load, tmp_path, files, place):
     assert np.array_equal(smaller[7], np.asarray(wanted).transpose(2, 0, 1))
 
 
-class RunsCode:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def test_nothing_but_the_official_files_is_unpickled(load, tmp_path, files):
+    evil = f"cbuiltins\nopen\n(V{tmp_path / 'ran'}\nVw\ntR.".encode()  # whoever unpickles it opens a file to write
     for name in files:
-        evil = files | {name: pickle.dumps(RunsCode(tmp_path / "ran"))}
-        folder = write_folder(tmp_path / f"with {name}" / FOLDER, evil)
+        folder = write_folder(tmp_path / f"with {name}" / FOLDER, files | {name: evil})
         refused(lambda folder=folder: load(folder), str(folder), "not the official one", "delete the folder")
     assert not (tmp_path / "ran").exists()
     folder = write_folder(tmp_path / "lacks" / FOLDER, {name: files[name] for name in list(files)[:4]})
     refused(lambda: load(folder), str(folder), "missing")
 
 
-def test_cifar100_is_torchvisions(load, monkeypatch):
-    asked = []
-
-    def find(name, *_, **__):
-        asked.append(name)
-        raise UserError("enough")
-
-    monkeypatch.setattr(cifar10, "find", find)
-    refused(lambda: load("CIFAR100"), "enough")
-    assert asked == ["cifar100"]
+def test_cifar100_is_another_archive_and_class(load, tmp_path):
+    refused(lambda: load("CIFAR100", download=False), "cifar-100-python.tar.gz", "there is no such file")
+    assert not (tmp_path / "data").exists()
     assert cifar10.class_of("cifar100") is torchvision.datasets.CIFAR100
 
 
 # ------------------------------------------------------------------------------------------------------------ download
 
 
-class Host:
-    """A web server on this machine: pages that give the archive, or fail in ways of their own."""
-
-    def __init__(self, archive: bytes):
-        self.asked: list[str] = []
-        self.released = threading.Event()
-        host = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                page = self.path.strip("/")
-                host.asked.append(page)
-                if page == "silent":
-                    host.released.wait(10)
-                elif page in ("missing", "broken", "loop"):
-                    self.send_response({"missing": 404, "broken": 500, "loop": 302}[page])
-                    self.send_header("Location", self.path)
-                    self.end_headers()
-                elif page == "no-http":
-                    self.wfile.write(b"220 smtp.example.org\r\n")
-                elif page != "hangs-up":
-                    body = {"right": archive, "another": b"a page", "short": archive[:1000], "stalls": archive[:1000]}
-                    self.send_response(200)
-                    self.send_header("Content-Length", str(len(b"a page" if page == "another" else archive)))
-                    self.end_headers()
-                    self.wfile.write(body.get(page, archive[:-9] + bytes(9)))
-                    if page == "stalls":
-                        host.released.wait(10)
-
-            def handle(self):
-                with suppress(ConnectionError):  # whoever asked has gone
-                    super().handle()
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
-        self.thread.start()
-
-    def url(self, page: str) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}/{page}"
-
-    def close(self):
-        self.released.set()
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
 # What a host can do wrong, and the words for it.
 BAD_HOSTS = {
-    "missing": "404", "broken": "500", "loop": "infinite loop", "another": "corrupted", "wrong": "corrupted",
-    "short": "", "silent": "timed out", "stalls": "timed out", "hangs-up": "closed connection", "no-http": "220 smtp",
+    "missing": "404", "broken": "500", "loop": "infinite loop", "wrong": "corrupted", "short": "",
+    "silent": "timed out", "stalls": "timed out", "hangs-up": "closed connection", "no-http": "220 smtp",
 }  # fmt: skip
 
 
 @pytest.fixture
 def host(archive, monkeypatch):
+    """A web server on this machine: pages that give the archive, or fail in ways of their own."""
     monkeypatch.setattr(cifar10, "SILENCE", 0.3)
     monkeypatch.setenv("no_proxy", "*")
-    host = Host(archive)
-    yield host
-    host.close()
+    asked, released = [], threading.Event()
 
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            page = self.path.strip("/")
+            asked.append(page)
+            if page == "silent":
+                released.wait(10)
+            elif page in ("missing", "broken", "loop"):
+                self.send_response({"missing": 404, "broken": 500, "loop": 302}[page])
+                self.send_header("Location", self.path)
+                self.end_headers()
+            elif page == "no-http":
+                self.wfile.write(b"220 smtp.example.org\r\n")
+            elif page != "hangs-up":
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(archive)))
+                self.end_headers()
+                self.wfile.write({"right": archive, "wrong": bytes(len(archive))}.get(page, archive[:1000]))
+                if page == "stalls":
+                    released.wait(10)
 
-def use_mirrors(monkeypatch, host, *pages: str) -> list[str]:
-    urls = [host.url(page) for page in pages]
-    monkeypatch.setitem(cifar10.ARCHIVES, "cifar10", ("CIFAR10", tuple(urls)))
-    return urls
+        def handle(self):
+            with suppress(ConnectionError):  # whoever asked has gone
+                super().handle()
 
+        def log_message(self, *_):
+            pass
 
-def test_the_real_mirrors_end_with_the_official_host():
-    for _, mirrors in cifar10.ARCHIVES.values():
-        assert len(mirrors) > 1
-        assert all(url.startswith("https://") for url in mirrors)
-        assert "www.cs.toronto.edu" in mirrors[-1]
+    def use(*pages: str) -> list[str]:
+        """Make these pages the mirrors of CIFAR-10: their addresses."""
+        urls = [f"http://127.0.0.1:{server.server_port}/{page}" for page in pages]
+        monkeypatch.setitem(cifar10.ARCHIVES, "cifar10", ("CIFAR10", tuple(urls)))
+        return urls
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        yield SimpleNamespace(asked=asked, use=use)
+        released.set()
+        server.shutdown()
 
 
 @pytest.mark.parametrize("page", BAD_HOSTS)
-def test_a_host_that_fails_is_passed_over_with_a_line(load, host, monkeypatch, tmp_path, files, capsys, page):
-    urls = use_mirrors(monkeypatch, host, page, "right")
+def test_a_host_that_fails_is_passed_over_with_a_line(load, host, tmp_path, files, capsys, page):
+    urls = host.use(page, "right")
     started = time.monotonic()
     assert len(load("cifar10").train) == 100
     assert time.monotonic() - started < 5
-    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
-    assert len(lines) == 1
-    assert lines[0].split("\r")[-1].startswith(f"skipped {urls[0]}: ")
-    assert BAD_HOSTS[page] in lines[0]
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
+    assert line.split("\r")[-1].startswith(f"skipped {urls[0]}: ")
+    assert BAD_HOSTS[page] in line
     assert names_in(tmp_path / "data") == [FOLDER, cifar10.class_of("cifar10").filename]
     assert names_in(tmp_path / "data" / FOLDER) == sorted(files)
 
 
-def test_when_all_hosts_fail_the_error_says_what_to_do_and_nothing_is_left(load, host, monkeypatch, tmp_path):
-    urls = use_mirrors(monkeypatch, host, "missing", "wrong", "short")
+def test_when_all_hosts_fail_the_error_says_what_to_do_and_nothing_is_left(load, host, tmp_path):
+    urls = host.use("missing", "wrong", "short")
     message = refused(lambda: load("cifar10"), *urls, "--data-url", "curl", "cifar-10-python.tar.gz")
     assert message.count("\n") == 5
     assert names_in(tmp_path / "data") == []
-    (tmp_path / "data").rmdir()
-    refused(lambda: load("cifar10", download=False), "cifar-10-python.tar.gz", "there is no such file")
-    assert not (tmp_path / "data").exists()
 
 
-def test_data_url_is_asked_first(load, host, monkeypatch):
-    use_mirrors(monkeypatch, host, "missing")
-    assert len(load("cifar10", data_url=host.url("right")).test) == 20
+def test_data_url_is_asked_first(load, host):
+    right, _ = host.use("right", "missing")
+    host.use("missing")
+    assert len(load("cifar10", data_url=right).test) == 20
     assert set(host.asked) == {"right"}
     for nonsense in ("", "no address", "file:///etc/passwd", "ftp://127.0.0.1:9/x"):
         with suppress(UserError):
             cifar10.download_archive("cifar10", Path("/nowhere/archive"), nonsense)
 
 
-def test_an_archive_placed_by_hand_is_taken_and_a_wrong_one_refused(load, host, monkeypatch, tmp_path, archive):
-    use_mirrors(monkeypatch, host, "missing")
-    (tmp_path / "data").mkdir()
-    path = tmp_path / "data" / "cifar-10-python.tar.gz"
-    path.write_bytes(archive[:-1])
+def test_an_archive_placed_by_hand_is_taken_and_a_wrong_one_refused(load, host, tmp_path, archive):
+    host.use("missing")
+    path = write_folder(tmp_path / "data", {"cifar-10-python.tar.gz": archive[:-1]}) / "cifar-10-python.tar.gz"
     refused(lambda: load("cifar10"), str(path), "md5", "delete it")
     assert path.read_bytes() == archive[:-1]
     path.write_bytes(archive)
@@ -305,12 +252,8 @@ def test_an_archive_placed_by_hand_is_taken_and_a_wrong_one_refused(load, host, 
 
 
 def test_an_interrupted_download_leaves_nothing(load, host, monkeypatch, tmp_path):
-    use_mirrors(monkeypatch, host, "right")
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cifar10.os, "replace", interrupt)
+    host.use("right")
+    monkeypatch.setattr(cifar10.os, "replace", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         load("cifar10")
     assert names_in(tmp_path / "data") == []
@@ -322,13 +265,11 @@ def test_an_interrupted_download_leaves_nothing(load, host, monkeypatch, tmp_pat
 def test_images_come_out_by_class_then_name(load, tmp_path):
     files = pictures()
     loaded = load(write_folder(tmp_path / "pets", files))
-    assert loaded.classes == ("cat", "dog")
-    assert loaded.test_split is None
+    assert (loaded.classes, loaded.val, loaded.test_split) == (("cat", "dog"), None, None)
     for split in ("train", "test"):
         expected = [np.asarray(Image.open(io.BytesIO(files[name]))) for name in sorted(files) if name.startswith(split)]
         assert np.array_equal(getattr(loaded, split).images, np.stack(expected).transpose(0, 3, 1, 2))
         assert getattr(loaded, split).labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert loaded.val is None
 
 
 @pytest.mark.parametrize("names", [("Train", "VAL"), ("train", "valid"), ("training", "validation"), ("TRAIN", "Test")])
@@ -348,18 +289,19 @@ def test_validation_images_of_ones_own_are_used_as_such(load, tmp_path):
 @pytest.mark.parametrize("split", ["", "train"])
 def test_class_folders_alone_are_split(load, tmp_path, split):
     folder = write_folder(tmp_path / "pets", pictures(per_class=10, splits=(split,)))
-    loaded = load(folder)
+    loaded, other = load(folder), load(folder, split_seed=1)
     assert np.bincount(loaded.train.labels).tolist() == [8, 8]
     assert np.bincount(loaded.test.labels).tolist() == [2, 2]
     assert loaded.test_split == 0.2
     everything = np.concatenate([loaded.train.images, loaded.test.images])
     assert len(np.unique(everything, axis=0)) == 20
     assert same(load(folder), loaded)
+    assert not np.array_equal(other.test.images, loaded.test.images)
+    assert other.digest == loaded.digest != load(folder, image_size=9).digest
     assert len(load(folder, test_split=0.5).test) == 10
     for split_share in (0.01, 0.99):
         few = load(write_folder(tmp_path / "few", pictures(per_class=2, splits=(split,))), test_split=split_share)
         assert np.bincount(few.train.labels).tolist() == np.bincount(few.test.labels).tolist() == [1, 1]
-    assert not same(load(folder, split_seed=1), loaded)
 
 
 def test_nested_folders_belong_to_their_class_and_strangers_are_passed_over(load, tmp_path):
@@ -372,12 +314,6 @@ def test_nested_folders_belong_to_their_class_and_strangers_are_passed_over(load
     assert same(load(write_folder(tmp_path / "pets", files | litter)), plain)
     deeper = {f"pets-main/{name}": content for name, content in pictures().items()}
     assert same(load(write_folder(tmp_path / "unpacked", deeper)), plain)
-
-
-def test_class_names_may_be_in_any_script_and_in_any_number(load, tmp_path):
-    names = ["Käfer", "кошка", "犬", "🐕", "قطة", "a b", "-rf", *map(str, range(120))]
-    files = {f"{split}/{name}/x.png": random_png(0) for split in ("train", "test") for name in names}
-    assert load(write_folder(tmp_path / "many", files)).classes == tuple(sorted(names))
 
 
 def test_threads_decode_to_the_same_arrays(load, tmp_path, monkeypatch):
@@ -468,21 +404,17 @@ def decode(tmp_path, content: bytes, image_size: int, name: str = "x.png"):
     return found if isinstance(found, UserError) else found[0]
 
 
-def test_an_image_of_the_right_size_is_left_as_it_is(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    assert np.array_equal(decode(tmp_path, encode(pixels), 8), pixels.transpose(2, 0, 1))
-
-
-def test_other_sizes_keep_their_aspect_and_lose_their_edges(tmp_path):
+def test_other_sizes_keep_their_aspect_and_lose_their_edges_and_the_right_size_stays(tmp_path):
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, :20, 0] = pixels[:, 20:40, 1] = pixels[:, 40:, 2] = 255  # three squares, red, green and blue
     for turned in (pixels, pixels.transpose(1, 0, 2)):
         decoded = decode(tmp_path, encode(turned), 10)
         assert decoded.shape == (3, 10, 10)
         assert (decoded[:, 1:-1, 1:-1] == [[[0]], [[255]], [[0]]]).all()  # at its rim neighbours shine through
-    smooth = np.random.default_rng(0).integers(0, 256, (30, 23, 3), np.uint8)
-    wanted = ImageOps.fit(Image.fromarray(smooth), (8, 8), Image.Resampling.BILINEAR)
-    assert np.array_equal(decode(tmp_path, encode(smooth), 8), np.asarray(wanted).transpose(2, 0, 1))
+    noise = np.random.default_rng(0).integers(0, 256, (30, 23, 3), np.uint8)
+    wanted = ImageOps.fit(Image.fromarray(noise), (8, 8), Image.Resampling.BILINEAR)
+    assert np.array_equal(decode(tmp_path, encode(noise), 8), np.asarray(wanted).transpose(2, 0, 1))
+    assert np.array_equal(decode(tmp_path, encode(noise[:8, :8]), 8), noise[:8, :8].transpose(2, 0, 1))
 
 
 def test_grey_alpha_palette_and_deep_images_become_rgb(tmp_path):
@@ -491,35 +423,21 @@ def test_grey_alpha_palette_and_deep_images_become_rgb(tmp_path):
     colour = rng.integers(0, 2, (8, 8, 3)).astype(np.uint8) * 255
     alpha = np.concatenate([colour, np.full((8, 8, 1), 128, np.uint8)], axis=2)
     palette = Image.fromarray(colour).quantize(8)
-    threefold = np.stack([grey] * 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.array_equal(decode(tmp_path, encode(grey), 8), threefold)
-        assert np.array_equal(decode(tmp_path, encode(grey.astype(np.uint16) * 256 + 99), 8), threefold)
-        assert np.array_equal(decode(tmp_path, encode(np.stack([grey, grey], 2)), 8), threefold)
-        assert np.array_equal(decode(tmp_path, encode(alpha), 8), colour.transpose(2, 0, 1))
-        for options in ({}, {"transparency": bytes(8)}):
-            assert np.array_equal(decode(tmp_path, encode(palette, **options), 8), colour.transpose(2, 0, 1))
+        for content in (encode(grey), encode(grey.astype(np.uint16) * 256 + 99), encode(np.stack([grey, grey], 2))):
+            assert np.array_equal(decode(tmp_path, content, 8), np.stack([grey] * 3))
+        for content in (encode(alpha), encode(palette), encode(palette, transparency=bytes(8))):
+            assert np.array_equal(decode(tmp_path, content, 8), colour.transpose(2, 0, 1))
         assert decode(tmp_path, encode(Image.new("CMYK", (9, 9)), "JPEG"), 8).shape == (3, 8, 8)
 
 
-def test_of_an_animation_the_first_image_counts(tmp_path):
-    first, second = (np.full((8, 8, 3), grey, np.uint8) for grey in (40, 200))
-    more = {"save_all": True, "append_images": [Image.fromarray(second)]}
-    for kind, options in (("PNG", {}), ("GIF", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
-        animated = encode(first, kind, **more, **options)
-        assert Image.open(io.BytesIO(animated)).n_frames == 2
-        assert (decode(tmp_path, animated, 8) == 40).all()
-
-
 def huge_png(side: int) -> bytes:
-    """Its header says so many pixels; there are none."""
-
-    def part(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = part(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + part(b"IDAT", zlib.compress(b"")) + part(b"IEND", b"")
+    """Its header says so many pixels; there are 64."""
+    content = bytearray(random_png(0))
+    content[16:24] = struct.pack(">II", side, side)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
 
 
 @pytest.mark.parametrize("side", [20_000, 1 << 31 - 1])
@@ -530,21 +448,17 @@ def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, side):
     tracemalloc.stop()
 
 
-def test_postscript_is_refused_and_not_run(tmp_path, monkeypatch):
-    def run(*_, **__):
-        raise AssertionError("a program was started")
-
-    monkeypatch.setattr(subprocess, "Popen", run)
+def test_postscript_is_refused_and_not_run(tmp_path):
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
-    assert "PostScript" in str(decode(tmp_path, content, 8, "x.eps"))
+    with mock.patch("subprocess.Popen", side_effect=AssertionError("a program was started")):
+        assert "PostScript" in str(decode(tmp_path, content, 8, "x.eps"))
 
 
 def test_images_larger_than_memory_are_refused(load, tmp_path, files):
-    for source, count in ((write_folder(tmp_path / "pets", pictures()), "12"), ("digits", "1,797")):
-        refused(
-            lambda source=source: load(source, image_size=10**7), f"--image-size {10**7}", f"{count} images", "memory"
-        )
-    refused(lambda: load(write_folder(tmp_path / "b", files), image_size=10**7), "100 images", "memory")
+    folders = [write_folder(tmp_path / "pets", pictures()), write_folder(tmp_path / "official", files)]
+    for source, count in zip((*folders, "digits"), ("12", "100", "1,797"), strict=True):
+        words = f"--image-size {10**7}", f"{count} images", "memory"
+        refused(lambda source=source: load(source, image_size=10**7), *words)
 
 
 def test_exif_orientation_is_honoured(tmp_path):
@@ -579,17 +493,10 @@ def test_pictures_that_cannot_be_read_are_listed_together(load, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
-def no_decoding(monkeypatch):
-    def decode(*_):
-        raise AssertionError("an image is decoded")
-
-    monkeypatch.setattr(image_folder, "decode", decode)
-
-
 def test_the_second_start_decodes_nothing(load, tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "pets", pictures())
     first = load(folder)
-    no_decoding(monkeypatch)
+    monkeypatch.setattr(image_folder, "decode", mock.Mock(side_effect=AssertionError("an image is decoded")))
     assert same(load(folder), first)
     with pytest.raises(AssertionError, match="is decoded"):
         load(folder, image_size=9)
@@ -612,21 +519,21 @@ def test_a_changed_folder_is_read_again_and_old_copies_go(load, tmp_path):
     assert len(names_in(tmp_path / "data" / "cache")) == image_folder.KEPT_COPIES + 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another array"])
-def test_a_damaged_cache_is_rebuilt(load, tmp_path, capsys, damage):
+def test_a_damaged_cache_is_rebuilt_with_a_warning(load, tmp_path, capsys):
     folder = write_folder(tmp_path / "pets", pictures())
     first = load(folder)
     (path,) = (tmp_path / "data" / "cache").iterdir()
-    content = bytearray(path.read_bytes())
-    if damage == "another array":
-        np.savez(path, images=np.zeros((3, 3), np.uint8))
-    else:
-        content[len(content) // 2] ^= 1
-        path.write_bytes({"cut": content[:-30], "flipped": content, "empty": b""}[damage])
-    assert same(load(folder), first)
-    assert "is damaged" in capsys.readouterr().err
-    assert same(load(folder), first)
-    assert capsys.readouterr().err == ""
+    whole = path.read_bytes()
+    np.savez(path, images=np.zeros((3, 3), np.uint8))
+    for content in (path.read_bytes(), b"", whole[:-30]):
+        path.write_bytes(content)
+        assert same(load(folder), first)
+        assert "is damaged" in capsys.readouterr().err
+        assert same(load(folder), first)
+        assert capsys.readouterr().err == ""
+    for at in range(0, len(whole), 23):
+        path.write_bytes(bytes((*whole[:at], whole[at] ^ 255, *whole[at + 1 :])))
+        assert same(load(folder), first), at
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(load, tmp_path, capsys):
@@ -644,41 +551,20 @@ def test_digits_are_scikit_learns(load):
 
     loaded, original = load("digits"), load_digits()
     assert loaded.classes == tuple("0123456789")
-    assert len(loaded.train) + len(loaded.test) == 1797
-    assert loaded.train.images.shape[1:] == (3, 8, 8)
     everything = np.concatenate([loaded.train.images, loaded.test.images])
-    assert (everything.dtype, everything.min(), everything.max()) == (np.uint8, 0, 255)
-    # every original is there once, with its label
-    grey = np.round(original.images * 255 / 16).astype(np.uint8)
-    labels = np.concatenate([loaded.train.labels, loaded.test.labels])
-    ours = sorted((image[0].tobytes(), label) for image, label in zip(everything, labels, strict=True))
-    assert ours == sorted((image.tobytes(), label) for image, label in zip(grey, original.target, strict=True))
-    assert np.array_equal(everything[:, 0], everything[:, 2])
-
-
-def test_digits_are_enlarged(load):
+    assert everything.dtype == np.uint8
+    for channel in everything.transpose(1, 0, 2, 3):  # every original is there once, with its label
+        grey = np.round(original.images * 255 / 16).astype(np.uint8)
+        labels = np.concatenate([loaded.train.labels, loaded.test.labels])
+        ours = sorted((image.tobytes(), label) for image, label in zip(channel, labels, strict=True))
+        assert ours == sorted((image.tobytes(), label) for image, label in zip(grey, original.target, strict=True))
     images = load("digits", image_size=32).train.images
-    small = Image.fromarray(load("digits").train.images[5, 0])
+    small = Image.fromarray(loaded.train.images[5, 0])
     assert np.array_equal(images[5, 1], np.asarray(small.resize((32, 32), Image.Resampling.BILINEAR)))
-    assert images.flags.c_contiguous
-
-
-def test_digits_are_split_by_class_and_seed_alone(load):
-    one, again, other = load("digits"), load("digits"), load("digits", split_seed=1)
-    assert same(one, again)
-    assert not np.array_equal(one.test.images, other.test.images)
-    assert one.digest == other.digest != load("digits", image_size=9).digest
-    for loaded in (one, other):
-        train, test = np.bincount(loaded.train.labels), np.bincount(loaded.test.labels)
-        assert np.array_equal(test, np.round((train + test) * 0.2))
-    half = load("digits", test_split=0.5)
-    assert abs(len(half.test) - len(half.train)) < 10
-    assert half.digest == one.digest
 
 
 def test_digits_without_scikit_learn_say_what_to_install(load, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     refused(lambda: load("digits"), "--data digits", "pip install scikit-learn")
 
 
@@ -701,35 +587,15 @@ def numbers(split: dataset.Split) -> list[int]:
     return split.images[:, 0, 0, 0].tolist()
 
 
-@pytest.mark.parametrize("size", [3, 4, 5, 6, 20, 21, 22, 23])
-def test_subsets_are_balanced_and_in_order(numbered, size):
-    train = numbered(train_size=size).train
-    counts = np.bincount(train.labels, minlength=3)
-    assert counts.sum() == size == len(set(numbers(train)))
-    assert counts.max() - counts.min() <= 1
-    assert numbers(train) == sorted(numbers(train))
-    whole = numbered().train
-    assert all(whole.labels[number] == label for number, label in zip(numbers(train), train.labels, strict=True))
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 15])
-def test_test_subsets_are_balanced(numbered, size):
-    counts = np.bincount(numbered(test_size=size).test.labels, minlength=3)
-    assert counts.sum() == size
-    assert counts.max() - counts.min() <= 1
-
-
-def test_a_hold_out_is_balanced_apart_and_the_same_for_every_train_size(numbered):
+def test_a_hold_out_is_apart_and_the_same_for_every_train_size(numbered):
     one = numbered(val_size=7)
-    assert np.ptp(np.bincount(one.val.labels)) == 1
     assert sorted(numbers(one.val) + numbers(one.train)) == numbers(numbered().train)
     assert numbers(one.train) == sorted(numbers(one.train))
-    for train_size in (3, 10, 14):
+    for train_size in (3, 14):
         other = numbered(val_size=7, train_size=train_size)
         assert numbers(other.val) == numbers(one.val)
         assert len(other.train) == train_size
         assert not set(numbers(other.val)) & set(numbers(other.train))
-    assert numbered().val is None
 
 
 def test_choices_follow_from_split_seed_alone(numbered):
@@ -751,7 +617,7 @@ def test_the_digest_is_that_of_the_whole_source(load, tmp_path, numbered):
     renamed = {name.replace("cat", "cow"): content for name, content in files.items()}
     relabelled = {name.replace("cat", "x").replace("dog", "cat").replace("x", "dog"): c for name, c in files.items()}
     # the last cat becomes the first dog, so the images keep their order
-    moved = {name.replace("train/cat/2", "train/dog/0"): content for name, content in files.items()}
+    moved = {name.replace("train/cat/2", "train/dog/+2"): content for name, content in files.items()}
     repainted = files | {"train/cat/0.png": random_png(99)}
     for number, other in enumerate((files, renamed, relabelled, moved, repainted)):
         digests.add(load(write_folder(tmp_path / str(number), other)).digest)
@@ -764,23 +630,26 @@ def test_the_digest_is_that_of_the_whole_source(load, tmp_path, numbered):
     [
         ({"train_size": 24}, "--train-size 24", 3, 23),  # seven each and one more of the two larger classes
         ({"train_size": 2}, "--train-size 2", 3, 23),  # a class would have none
-        ({"train_size": 0}, "--train-size 0", 3, 23),
-        ({"train_size": -5}, "--train-size -5", 3, 23),
         ({"train_size": 21, "val_size": 3}, "--train-size 21", 3, 20),
         ({"test_size": 16}, "--test-size 16", 1, 15),
         ({"test_size": 0}, "--test-size 0", 1, 15),
         ({"val_size": -1}, "--val-size -1", 1, 20),
         ({"val_size": 21}, "--val-size 21", 1, 20),  # one image of the smallest class is left to train on
-        ({"val_size": 28}, "--val-size 28", 1, 20),
     ],
 )
 def test_a_size_that_cannot_be_had_is_named_with_the_largest_that_can(numbered, sizes, flag, least, largest):
     refused(lambda: numbered(**sizes), f"{flag}: expected {least} to {largest}.")
 
 
-def test_the_largest_sizes_can_be_had(numbered):
-    assert len(numbered(train_size=23).train) == 23
-    assert len(numbered(test_size=15).test) == 15
-    loaded = numbered(val_size=20)
-    assert len(loaded.val) == 20
-    assert np.bincount(loaded.train.labels, minlength=3).min() == 1
+@pytest.mark.parametrize(("name", "sizes"), [("train", range(3, 24)), ("test", range(1, 16)), ("val", range(1, 21))])
+def test_each_size_up_to_the_largest_is_balanced_and_in_order(numbered, name, sizes):
+    whole = numbered().test if name == "test" else numbered().train
+    for size in sizes:
+        loaded = numbered(**{f"{name}_size": size})
+        part = getattr(loaded, name)
+        assert np.bincount(loaded.train.labels, minlength=3).min() > 0
+        assert len(part) == size
+        assert np.ptp(np.bincount(part.labels, minlength=3)) <= 1
+        rows = np.isin(numbers(whole), numbers(part))
+        assert numbers(part) == np.array(numbers(whole))[rows].tolist()
+        assert np.array_equal(part.labels, whole.labels[rows])

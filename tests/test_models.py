@@ -20,21 +20,15 @@ SMALL = [
     ("resnext29", {"cardinality": 4, "base_width": 4}),
 ]
 by_name = pytest.mark.parametrize(("name", "arguments"), SMALL, ids=[name for name, _ in SMALL])
+both_modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "count"),
-    [
-        ("densenet", {}, 6_956_298),
-        ("mobilenetv2", {}, 2_236_682),
-        ("resnext29", {}, 9_130_314),
-        ("resnext29", {"cardinality": 8}, 34_426_698),
-        ("resnext29", {"cardinality": 16}, 68_155_210),
-    ],
+    ("name", "count"), [("densenet", 6_956_298), ("mobilenetv2", 2_236_682), ("resnext29", 9_130_314)]
 )
-def test_parameter_count(name, arguments, count):
+def test_parameter_count(name, count):
     with torch.device("meta"):
-        model = NETWORKS[name](10, **arguments)
+        model = NETWORKS[name](10)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
@@ -69,7 +63,7 @@ def with_trained_norms(model):
     return model
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@both_modes
 @pytest.mark.parametrize(("depth", "growth_rate"), [(121, 32), (169, 12)])
 def test_densenet_equals_torchvision(depth, growth_rate, training):
     ours = with_trained_norms(densenet(10, depth=depth, growth_rate=growth_rate))
@@ -80,7 +74,7 @@ def test_densenet_equals_torchvision(depth, growth_rate, training):
     assert_same_output(ours.train(training), theirs.train(training))
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@both_modes
 @pytest.mark.parametrize("width", [1.0, 0.35, 1.4])
 def test_mobilenetv2_equals_torchvision(width, training):
     ours = with_trained_norms(mobilenetv2(10, width=width))
@@ -94,42 +88,24 @@ def test_mobilenetv2_equals_torchvision(width, training):
     assert_same_output(ours.train(training), theirs.train(training))
 
 
-def test_resnext_stage_has_the_papers_shapes():
-    # Section 5.3: stages of 32×32, 16×16 and 8×8 pixels with 256, 512 and 1024 channels.
-    shapes = []
-    model = resnext29(10, cardinality=8, base_width=4)
-    for block in model.stages[2::3]:
-        block.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape[1:])))
-    model(torch.randn(2, 3, 32, 32))
-    assert shapes == [(256, 32, 32), (512, 16, 16), (1024, 8, 8)]
-    assert {block.conv2.groups for block in model.stages} == {8}
-    assert [block.conv2.weight.shape[1] for block in model.stages[::3]] == [4, 8, 16]
+@both_modes
+@pytest.mark.parametrize(("cardinality", "base_width"), [(2, 64), (8, 4)])
+def test_resnext_equals_torchvision(cardinality, base_width, training):
+    ours = with_trained_norms(resnext29(10, cardinality=cardinality, base_width=base_width))
+    theirs = torchvision.models.ResNet(
+        torchvision.models.resnet.Bottleneck, [3, 3, 3, 1], 10, groups=cardinality, width_per_group=base_width
+    )
+    # Section 5.3: three stages, of 256, 512 and 1024 channels; the first keeps the image's resolution.
+    theirs.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    theirs.maxpool, theirs.layer4, theirs.fc = nn.Identity(), nn.Identity(), nn.Linear(1024, 10)
+    copy_weights(ours, theirs)
+    assert_same_output(ours.train(training), theirs.train(training))
 
 
 @by_name
-def test_every_parameter_gets_a_gradient(name, arguments):
-    torch.manual_seed(0)
-    model = with_trained_norms(NETWORKS[name](10, **arguments))  # the last one of a residual block starts at zero
-    nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 3])).backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None, key
-        assert parameter.grad.isfinite().all(), key
-        assert parameter.grad.abs().sum() > 0, key
-
-
-@by_name
-@pytest.mark.parametrize("size", [16, 24, 32, 48, 64])
+@pytest.mark.parametrize("size", [8, 24, 64])
 def test_image_sizes(name, arguments, size):
     assert NETWORKS[name](7, **arguments).eval()(torch.randn(2, 3, size, size)).shape == (2, 7)
-
-
-@by_name
-def test_channels_last_gives_the_same(name, arguments):
-    model = with_trained_norms(NETWORKS[name](10, **arguments)).eval()
-    images = images_for(model)
-    expected = model(images)
-    last = model.to(memory_format=torch.channels_last)(images.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-4)
 
 
 def rounded_to_bfloat16(model):
@@ -195,10 +171,3 @@ def test_the_gradients_of_a_depthwise_convolution_in_bfloat16_are_those_of_its_r
 def test_impossible_sizes_are_refused(name, arguments, words):
     with pytest.raises(ValueError, match=words):
         NETWORKS[name](10, **arguments)
-
-
-def test_scaled_channels_never_lose_a_tenth():
-    for channels in (16, 24, 32, 64, 96, 160, 320):
-        for width in (0.1, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4):
-            assert scaled(channels, width) % 8 == 0
-            assert scaled(channels, width) >= 0.9 * channels * width

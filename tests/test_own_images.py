@@ -1,11 +1,8 @@
 """The README's five commands, from a folder of one's own photos to a tested, exported ensemble."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +45,7 @@ def commands():
     return [shlex.split(line) for line in block.splitlines()]
 
 
-def test_the_readmes_five_commands_lead_to_an_exported_ensemble(photos):
+def test_the_readmes_five_commands_lead_to_an_exported_ensemble(photos, start):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     lines = commands()
@@ -57,16 +54,9 @@ def test_the_readmes_five_commands_lead_to_an_exported_ensemble(photos):
         if script in SIZES:
             flags += [*SIZES[script], "--epochs", "15", "--base-lr", "0.05", "--image-size", "24", "--batch-size", "8"]
             flags += ["--device", "cpu"]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *flags],
-            cwd=photos,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-            capture_output=True,
-            encoding="utf-8",
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        process = start(photos, script, *flags)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
 
     result = json.loads((photos / "plots" / "ensemble.json").read_text(encoding="utf-8"))
     assert result["num_images"] == 15

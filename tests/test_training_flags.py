@@ -5,6 +5,7 @@ import threading
 from dataclasses import replace
 
 from common.errors import UserError
+from common.text import counted
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(train, tmp_path, cap
 def test_no_batch_is_too_small_or_larger_than_the_images(train, tiny_data, batch_size, steps, capsys):
     run = train(batch_size=batch_size, epochs=2)  # 22 images: of batches of 7 and 21, one would be left
     assert run.optimizer.state[next(run.model.parameters())]["momentum_buffer"].isfinite().all()
-    assert f"2 epochs of {steps} steps" in capsys.readouterr().out
+    assert f"2 epochs of {counted(steps, 'step')}\n" in capsys.readouterr().out
     # The rate is for the batch that there is.
     assert run.history[0]["learning_rate"] == pytest.approx(0.8 * min(batch_size, 22) / 64)
     assert 0 < run.history[-1]["train_accuracy"] <= 1

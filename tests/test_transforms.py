@@ -2,6 +2,7 @@
 
 import platform
 from dataclasses import fields, replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from dataset import Split, operators, transforms
-from dataset.operators import GEOMETRIC_OPS, MAGNITUDE_BINS, RANDAUGMENT_OPS, SIGNED_OPS
+from dataset.operators import GEOMETRIC_OPS, MAGNITUDE_BINS
 from dataset.transforms import JITTER_OPS, Augmentation, Augmenter
 from utils import MEAN, STD, TrainLoader, epoch_generator, normalize
 
@@ -66,18 +67,16 @@ def images_of(size):
     return torch.cat((photos(6, size), odd_images(size)))
 
 
-def assert_same(ours, theirs, *, blending):
+def assert_same(ours, theirs, *, blending=True, chain=False):
     assert ours.dtype == theirs.dtype == torch.uint8
     assert ours.shape == theirs.shape
+    differs = ours != theirs
     if ROUNDS_ALIKE or not blending:
-        differing = (ours != theirs).nonzero()
-        assert len(differing) == 0, (
-            f"{len(differing)} of {ours.numel()} values differ, first at {differing[0].tolist()}"
-        )
+        assert not differs.any(), f"{differs.sum()} of {ours.numel()} values differ, first at {differs.nonzero()[0]}"
     else:
-        difference = (ours.int() - theirs.int()).abs()
-        assert difference.max() <= 1
-        assert (difference > 0).float().mean() < 0.05
+        assert differs.float().mean() < 0.05
+        # One level lost early in a chain can become many in what follows (equalize, posterize).
+        assert chain or (ours.int() - theirs.int()).abs().max() <= 1
 
 
 # ------------------------------------------------------------------------------------------------ operators on colours
@@ -119,8 +118,9 @@ def test_jitter_equals_torchvision(name, size):
 
 def magnitudes_of(name, size):
     """torchvision's strengths for all bins, float32 (31,) without signs; noughts where there is no strength."""
-    magnitudes = SPACE[name][0](MAGNITUDE_BINS, size, size)
-    return torch.zeros(MAGNITUDE_BINS) if magnitudes is None else magnitudes.float()
+    bins = RANDAUGMENT.num_magnitude_bins
+    magnitudes = SPACE[name][0](bins, size, size)
+    return torch.zeros(bins) if magnitudes is None else magnitudes.float()
 
 
 @pytest.mark.parametrize("size", [32, 21])
@@ -135,27 +135,10 @@ def test_randaugment_colours_equal_torchvision(name, size):
     assert_same(ours, theirs, blending=name in BLENDING)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_posterize_to_any_number_of_bits(bits):
-    images = images_of(20)
-    assert_same(
-        operators.posterize(images, torch.full((len(images),), bits)), TF.posterize(images, bits), blending=False
-    )
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_sharpness_of_tiny_images(size):
-    images = torch.randint(256, (20, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for change in (0.9, -0.9):
-        ours = operators.adjust_sharpness(images, torch.full((20,), change))
-        assert ours is not images
-        assert_same(ours, TF.adjust_sharpness(images, 1.0 + change), blending=True)
-
-
 # --------------------------------------------------------------------------------------- operators that move pixels
 
 
-@pytest.mark.parametrize("size", [16, 32, 33, 48])
+@pytest.mark.parametrize("size", [16, 32, 33])
 @pytest.mark.parametrize("name", GEOMETRIC_OPS)
 def test_moved_pixels_equal_torchvision(name, size):
     images = torch.cat((photos(2, size), odd_images(size)[:2]))
@@ -168,57 +151,19 @@ def test_moved_pixels_equal_torchvision(name, size):
             assert_same(operators.remap(images, source.expand(len(images), -1)), theirs, blending=False)
 
 
-@pytest.mark.parametrize(("size", "padding"), [(32, 4), (20, 3), (16, 0), (8, 10)])
-def test_crops_equal_torchvision(size, padding):
-    images = photos(3, size).clamp(min=1)  # so that nought comes from outside alone
-    sources = operators.crop_sources(size, padding)
-    side = 2 * padding + 1
-    assert sources.shape == (side**2, size**2)
-    padded = TF.pad(images, [padding])
-    for row, source in enumerate(sources):
-        theirs = TF.crop(padded, row // side, row % side, size, size)
-        assert_same(operators.remap(images, source.expand(len(images), -1)), theirs, blending=False)
-
-
-def test_remap_gives_every_image_its_own_move():
-    images = photos(81, 32)
-    sources = operators.crop_sources(32, 4)
-    together = operators.remap(images, sources)
-    for image, source, moved in zip(images, sources, together, strict=True):
-        assert torch.equal(operators.remap(image[None], source[None])[0], moved)
-
-
-# ------------------------------------------------------------------------------------------------ RandAugment's space
-
-
-def test_randaugment_space_is_torchvisions():
-    assert tuple(SPACE) == RANDAUGMENT_OPS
-    assert {name for name, (_, signed) in SPACE.items() if signed} == set(SIGNED_OPS)
-    assert {"Identity", *GEOMETRIC_OPS, *transforms.RANDAUGMENT} == set(SPACE)
-    assert v2.RandAugment().num_magnitude_bins == MAGNITUDE_BINS
-
-
 @pytest.mark.parametrize("size", [16, 32, 48])
-@pytest.mark.parametrize("name", RANDAUGMENT_OPS)
+@pytest.mark.parametrize("name", SPACE)
 def test_magnitudes_are_torchvisions(name, size):
     ours = torch.stack([operators.op_magnitude(name, magnitude, size).float() for magnitude in range(MAGNITUDE_BINS)])
     assert torch.equal(ours, magnitudes_of(name, size))
-
-
-def test_default_settings_are_the_recipes():
-    # RandomCrop(32, padding=4), ColorJitter(0.2, 0.2, 0.2, 0.2), RandomHorizontalFlip(), RandAugment(2, 9)
-    assert Augmentation() == Augmentation(
-        crop_padding=4, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2, flip=v2.RandomHorizontalFlip().p,
-        randaugment_ops=2, randaugment_magnitude=RANDAUGMENT.magnitude,
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ the whole chain
 
 
 def chain_of_torchvision(image, draws, settings):
-    """The four augmentations on one image, uint8 (3, H, W), with what `draws`, one row, decided for it."""
-    size, padding = image.shape[-1], settings.crop_padding
+    """All augmentations on one image, uint8 (3, H, W), with what `draws`, one row, decided for it."""
+    size, padding, side = image.shape[-1], settings.crop_padding, settings.cutout
     top, left = divmod(int(draws.crop), 2 * padding + 1)
     image = TF.crop(TF.pad(image, [padding]), top, left, size, size)
     for op in draws.jitter_op.tolist():
@@ -229,6 +174,10 @@ def chain_of_torchvision(image, draws, settings):
         image = TF.horizontal_flip(image)
     for op, magnitude in zip(draws.randaugment_op.tolist(), draws.randaugment_magnitude.tolist(), strict=True):
         image = by_torchvision(image, list(SPACE)[op], magnitude)
+    if side:  # which torchvision has not
+        image, (top, left) = image.clone(), (place - side // 2 for place in divmod(int(draws.cutout), size))
+        square = image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
+        square[:] = torch.tensor(operators.MEAN_COLOUR).view(3, 1, 1)
     return image
 
 
@@ -239,24 +188,14 @@ def augmented(images, order, draws, settings, chunk):
     return torch.cat([augmenter(images, plan, number) for number in range(len(plan))])
 
 
-def assert_same_chain(ours, theirs, draws):
-    """`draws` are those of the images, for the message."""
-    if ROUNDS_ALIKE:
-        wrong = (ours != theirs).flatten(1).any(1).nonzero().flatten().tolist()
-        assert not wrong, f"{len(wrong)} of {len(ours)} images differ, the first with {draws[wrong[0]]}"
-    else:
-        # One level lost early can become many in what follows (equalize, posterize).
-        assert (ours != theirs).float().mean() < 0.05
-
-
 CHAINS = {
     "default": (32, Augmentation()),
-    "one operation, strongest": (32, Augmentation(randaugment_ops=1, randaugment_magnitude=30, flip=1.0)),
-    "three operations": (32, Augmentation(randaugment_ops=3, randaugment_magnitude=17, hue=0.5)),
+    "one operation, strongest": (32, Augmentation(randaugment_ops=1, randaugment_magnitude=30, cutout=40)),
+    "three operations": (32, Augmentation(randaugment_ops=3, randaugment_magnitude=17, hue=0.5, cutout=1)),
     "no RandAugment": (32, Augmentation(randaugment_ops=0, brightness=1.5, contrast=1.0, saturation=0.7)),
     "part of the jitter": (32, Augmentation(brightness=0.0, hue=0.0, crop_padding=0)),
-    "small images": (20, Augmentation(crop_padding=2, randaugment_magnitude=0)),
-    "large images": (48, Augmentation(crop_padding=6, randaugment_magnitude=15)),
+    "small images": (20, Augmentation(crop_padding=2, randaugment_magnitude=0, cutout=4)),
+    "large images": (48, Augmentation(crop_padding=6, randaugment_magnitude=15, cutout=5)),
 }
 
 
@@ -269,126 +208,47 @@ def test_chain_equals_torchvision(chain):
     order = torch.randperm(len(images), generator=generator)
     ours = augmented(images, order, draws, settings, chunk=64)
     theirs = torch.stack([chain_of_torchvision(images[i], draws[i], settings) for i in order])
-    assert_same_chain(ours, theirs, draws[order])
+    assert_same(ours, theirs, chain=True)
 
 
-def test_nothing_asked_for_is_nothing_done():
-    images = images_of(32)
-    draws = transforms.draw(len(images), 32, NOTHING, torch.Generator().manual_seed(0))
-    order = torch.arange(len(images))
-    assert torch.equal(augmented(images, order, draws, NOTHING, chunk=7), images)
-
-
-@pytest.mark.parametrize("name", [*JITTER_OPS, "crop_padding", "flip", "randaugment_ops"])
-def test_each_augmentation_can_be_had_alone(name):
-    settings = replace(NOTHING, **{name: getattr(Augmentation(), name)})
-    images = photos(100, 32)
-    draws = transforms.draw(len(images), 32, settings, torch.Generator().manual_seed(0))
-    ours = augmented(images, torch.arange(len(images)), draws, settings, chunk=100)
-    theirs = torch.stack([chain_of_torchvision(image, draws[i], settings) for i, image in enumerate(images)])
-    assert_same_chain(ours, theirs, draws)
-    changed = (ours != images).flatten(1).any(1).sum()
-    assert changed > 30
-    # A flip, a crop in the middle and RandAugment's Identity leave some images as they are.
-    assert changed < 100 or name in JITTER_OPS
-
-
-@pytest.mark.parametrize("side", [1, 4, 5, 40])
-def test_cutout_greys_a_square_about_its_centre_and_nothing_else(side):
-    images = photos(300, 16)
-    centres = torch.randint(256, (300,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    expected = images.clone()
-    for image, centre in zip(expected, centres.tolist(), strict=True):
-        top, left = centre // 16 - side // 2, centre % 16 - side // 2
-        square = image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
-        square.copy_(torch.tensor(operators.MEAN_COLOUR).view(3, 1, 1).expand_as(square))
-    assert torch.equal(operators.cut_out(images, centres, side), expected)
-    assert normalize(torch.tensor(operators.MEAN_COLOUR).to(torch.uint8).view(1, 3, 1, 1)).abs().max() < 0.02
-
-
-def test_cutout_comes_last_and_changes_no_other_draw():
-    images = photos(100, 32)
-    plain, cut = Augmentation(), Augmentation(cutout=9)
-    draws = [transforms.draw(100, 32, settings, torch.Generator().manual_seed(0)) for settings in (plain, cut)]
-    for field in fields(transforms.Draws):
-        same = torch.equal(getattr(draws[0], field.name), getattr(draws[1], field.name))
-        assert same == (field.name != "cutout"), field.name
-    assert len(draws[1].cutout.unique()) > 80
-    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
-    without = augmented(images, order, draws[0], plain, chunk=30)
-    assert torch.equal(
-        augmented(images, order, draws[1], cut, chunk=30), operators.cut_out(without, draws[1].cutout[order], 9)
+def test_cutout_changes_no_other_draw():
+    with_cutout, without = (
+        transforms.draw(100, 32, Augmentation(cutout=side), torch.Generator().manual_seed(0)) for side in (9, 0)
     )
-
-
-ALL_OPERATORS = {
-    **dict(zip(JITTER_OPS, transforms.JITTER, strict=True)),
-    **transforms.RANDAUGMENT,
-    "crop": lambda images, _: operators.remap(images, operators.crop_sources(32, 4)[: len(images)]),
-    "chain": lambda images, _: augmented(
-        images,
-        torch.arange(len(images)),
-        transforms.draw(len(images), 32, Augmentation(), torch.Generator().manual_seed(0)),
-        Augmentation(),
-        chunk=len(images),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ALL_OPERATORS)
-def test_input_is_left_alone_and_its_layout_does_not_matter(name):
-    images = images_of(32)
-    values = torch.full((len(images),), {"Posterize": 4.0, "Solarize": 0.4}.get(name, 0.17))
-    expected = ALL_OPERATORS[name](images.clone(), values)
-    part = torch.zeros(len(images), 4, 40, 70, dtype=torch.uint8)[:, 1:, 3:35, 2:66:2]
-    layouts = {
-        "contiguous": images.clone(),
-        "channels last": images.contiguous(memory_format=torch.channels_last),
-        "part of a larger tensor": part.copy_(images),
-    }
-    for layout, given in layouts.items():
-        assert torch.equal(ALL_OPERATORS[name](given, values), expected), layout
-        assert torch.equal(given, images), f"{name} wrote into its {layout} input"
+    for field in fields(transforms.Draws):
+        same = torch.equal(getattr(with_cutout, field.name), getattr(without, field.name))
+        assert same == (field.name != "cutout"), field.name
 
 
 # ------------------------------------------------------------------------------------------------------------ the draws
 
-# Each frequency lies within four standard errors of what torchvision's definition makes it. With the seed fixed the
-# result is always the same; another seed would cross one such line by chance once in 16,000 frequencies, and with some
-# 1,000 of them here a few seeds in a hundred would cross one. A table of counts must also pass as a whole: chi-square
-# within four of its standard deviations, so that many small faults cannot hide below every single line.
+# Each frequency lies within four standard errors of what torchvision's definition makes it, or within six in the large
+# tables of pairs. With the seed fixed the result is always the same; another seed would cross one such line by chance
+# once in 16,000 frequencies. A table of counts must also pass as a whole: chi-square within four of its standard
+# deviations, so that many small faults cannot hide below every single line.
 NUM_DRAWS = 200_000
-SIGMAS = 4.0
+SIGMAS, MANY_SIGMAS = 4.0, 6.0
 
 
-@pytest.fixture(scope="module")
-def draws():
-    return transforms.draw(NUM_DRAWS, 32, Augmentation(), torch.Generator().manual_seed(6))
-
-
-def assert_uniform(cells, num_cells):
+def assert_uniform(cells, num_cells, sigmas=SIGMAS):
     """`cells`, integers (N,), take each of `num_cells` values equally often."""
     counts = torch.bincount(cells.long(), minlength=num_cells).double()
     assert len(counts) == num_cells
     expected = len(cells) / num_cells
-    assert ((counts - expected).abs() < SIGMAS * (expected * (1 - 1 / num_cells)) ** 0.5).all(), counts
+    assert ((counts - expected).abs() < sigmas * (expected * (1 - 1 / num_cells)) ** 0.5).all(), counts
     chi_square, freedom = float(((counts - expected) ** 2 / expected).sum()), num_cells - 1
     assert chi_square < freedom + SIGMAS * (2 * freedom) ** 0.5
 
 
 def assert_share(hits, probability):
     error = (probability * (1 - probability) / len(hits)) ** 0.5
-    assert abs(float(hits.double().mean()) - probability) < SIGMAS * error
+    assert abs(float(hits.double().mean()) - probability) <= SIGMAS * error
 
 
 def assert_uniform_between(values, low, high):
     width = high - low
     assert low - 1e-6 <= values.min() < low + 1e-3 * width
     assert high - 1e-3 * width < values.max() <= high + 1e-6
-    values, count = values.double(), len(values)
-    assert abs(values.mean() - (low + high) / 2) < SIGMAS * width / (12 * count) ** 0.5
-    # The variance of a sample variance is (μ₄ − σ⁴) / N, here width⁴ · (1/80 − 1/144) / N.
-    assert abs(values.var() - width**2 / 12) < SIGMAS * width**2 / (180 * count) ** 0.5
     assert_uniform(((values - low) / width * 40).clamp(0, 39).floor(), 40)
 
 
@@ -402,15 +262,6 @@ def order_number(jitter_op):
     return behind[0] * 6 + behind[1] * 2 + behind[2]
 
 
-def test_every_crop_is_equally_likely(draws):
-    assert_uniform(draws.crop, 81)
-
-
-def test_every_order_of_the_jitter_is_equally_likely(draws):
-    assert torch.equal(draws.jitter_op.sort(1).values, torch.arange(4, dtype=torch.int32).expand(NUM_DRAWS, 4))
-    assert_uniform(order_number(draws.jitter_op), 24)
-
-
 @pytest.mark.parametrize("reach", [(0.2, 0.2, 0.2, 0.2), (0.5, 1.0, 1.7, 0.5), (0.9, 0.1, 0.4, 0.05)])
 def test_jitter_is_uniform_over_torchvisions_range(reach):
     settings = Augmentation(**dict(zip(JITTER_OPS, reach, strict=True)))
@@ -422,75 +273,43 @@ def test_jitter_is_uniform_over_torchvisions_range(reach):
         assert_uniform_between(values, low, high)
 
 
-@pytest.mark.parametrize("probability", [0.5, 0.1, 0.0, 1.0])
+@pytest.mark.parametrize("probability", [0.1, 0.0, 1.0])
 def test_flip_has_its_probability(probability):
     flip = transforms.draw(NUM_DRAWS, 32, Augmentation(flip=probability), torch.Generator().manual_seed(8)).flip
-    assert ((flip == 0) | (flip == 1)).all()
-    if probability in (0.0, 1.0):
-        assert (flip == probability).all()
-    else:
-        assert_share(flip, probability)
+    assert_share(flip, probability)
 
 
-@pytest.mark.parametrize("ops", [1, 2, 3])
-def test_randaugment_draws_with_replacement(ops):
-    chosen = transforms.draw(NUM_DRAWS, 32, Augmentation(randaugment_ops=ops), torch.Generator().manual_seed(9))
-    chosen = chosen.randaugment_op
-    assert chosen.shape == (NUM_DRAWS, ops)
-    for column in chosen.T:
-        assert_uniform(column, 14)
-    for first in range(ops):
-        for second in range(first):
-            assert_uniform(chosen[:, first] * 14 + chosen[:, second], 14 * 14)
-            assert_share(chosen[:, first] == chosen[:, second], 1 / 14)
-
-
-@pytest.mark.parametrize("size", [32, 20])
-def test_strengths_are_torchvisions_with_even_signs(size):
+def test_strengths_are_torchvisions_with_even_signs():
     settings = Augmentation(randaugment_magnitude=14)
-    draws = transforms.draw(NUM_DRAWS, size, settings, torch.Generator().manual_seed(10))
-    for place in range(2):
-        op, magnitude = draws.randaugment_op[:, place], draws.randaugment_magnitude[:, place]
+    draws = transforms.draw(NUM_DRAWS, 20, settings, torch.Generator().manual_seed(10))
+    for ops, magnitudes in zip(draws.randaugment_op.T, draws.randaugment_magnitude.T, strict=True):
         for number, (name, (_, signed)) in enumerate(SPACE.items()):
-            of_op = magnitude[op == number]
-            strength = magnitudes_of(name, size)[settings.randaugment_magnitude]
-            assert torch.equal(of_op.abs(), strength.expand_as(of_op)), name
+            of_op = magnitudes[ops == number]
+            assert torch.equal(of_op.abs(), magnitudes_of(name, 20)[14].expand_as(of_op)), name
             if signed:
                 assert_share(of_op < 0, 0.5)
             else:
                 assert not of_op.signbit().any(), name
 
 
-def test_no_draw_tells_of_another(draws):
-    top, left = draws.crop // 9, draws.crop % 9
-    signs = draws.randaugment_magnitude < 0
-    signed = (draws.randaugment_op >= 1) & (draws.randaugment_op <= 9)
-    columns = {
-        "top": top,
-        "left": left,
-        "first jitter": draws.jitter_op[:, 0],
-        **{name: draws.jitter_change[:, op] for op, name in enumerate(JITTER_OPS)},
-        "flip": draws.flip,
-        "first operation": draws.randaugment_op[:, 0],
-        "second operation": draws.randaugment_op[:, 1],
-    }
-    limit = SIGMAS / NUM_DRAWS**0.5
-    table = torch.stack([column.double() for column in columns.values()])
-    assert (table.corrcoef() - torch.eye(len(table))).abs().max() < limit
-    # Nor does an image's draw tell of the next one's.
-    both = torch.cat((table[:, :-1], table[:, 1:])).corrcoef()
-    assert both[: len(table), len(table) :].abs().max() < limit
-    # Signs, among the images that drew two of them.
-    rows = signed.all(1)
-    table = torch.cat((table[:, rows], signs[rows].T.double()))
-    correlation = table.corrcoef()[-2:] - torch.eye(len(table))[-2:]
-    assert correlation.abs().max() < SIGMAS / int(rows.sum()) ** 0.5
-    # What is no number but a choice, pair by pair.
-    order = order_number(draws.jitter_op)
-    choices = [(draws.crop, 81), (order, 24), (draws.flip, 2), *((op, 14) for op in draws.randaugment_op.T)]
-    for number, (first, _) in enumerate(choices):
-        for second, num_cells in choices[:number]:
-            assert_uniform(first * num_cells + second, choices[number][1] * num_cells)
+def test_all_draws_are_uniform_and_none_tells_of_another():
+    draws = transforms.draw(NUM_DRAWS, 32, Augmentation(cutout=9), torch.Generator().manual_seed(6))
+    assert_uniform(draws.cutout, 32 * 32)
+    assert torch.equal(draws.jitter_op.sort(1).values, torch.arange(4, dtype=torch.int32).expand(NUM_DRAWS, 4))
+    op, sign = draws.randaugment_op, draws.randaugment_magnitude < 0
+    fourths = (draws.jitter_change * 10 + 2).floor().clamp(0, 3)  # of −0.2 … 0.2
+    columns = [(draws.crop, 81), (order_number(draws.jitter_op), 24), (draws.flip, 2)]
+    columns += [(column, 4) for column in fourths.T]
+    table = columns + [(column, 14) for column in op.T]
+    # Signs among the images that drew two of them.
+    rows = ((op >= 1) & (op <= 9)).all(1)
+    signed = [(column[rows], count) for column, count in columns]
+    signed += [(column[rows] - 1, 9) for column in op.T] + [(column[rows].int(), 2) for column in sign.T]
+    for column, count in table:
+        assert_uniform(column, count)
+        assert_uniform(column[:-1] * count + column[1:], count**2, sigmas=MANY_SIGMAS)  # nor of the next image's
+    for (one, num_one), (other, num_other) in (*combinations(table, 2), *combinations(signed, 2)):
+        assert_uniform(one * num_other + other, num_one * num_other, sigmas=MANY_SIGMAS)
 
 
 # ------------------------------------------------------------------------------------------------- epochs of batches
@@ -519,36 +338,25 @@ def usual(split):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "chunk_size"), [(64, 64), (64, 128), (64, 1), (50, None), (7, 30), (1, 1), (149, None), (1000, 10)]
+    ("batch_size", "chunk_size", "start"),
+    [(64, 128, 0), (64, 1, 0), (50, None, 0), (7, 30, 0), (1000, 10, 0), (64, 64, 2), (10, 30, 4), (1, 1, 149)],
 )
-def test_neither_batch_nor_chunk_changes_an_image(split, usual, batch_size, chunk_size):
-    loader = TrainLoader(split, batch_size, Augmentation(), seed=3, chunk_size=chunk_size)
-    images, labels = epoch_of(loader, epoch=2)
-    assert torch.equal(labels, usual[1])
-    assert torch.equal(images, usual[0])
-
-
-@pytest.mark.parametrize(("batch_size", "chunk_size", "start"), [(64, None, 1), (64, 64, 2), (10, 30, 4), (1, 1, 149)])
-def test_an_epoch_can_start_in_its_middle(split, usual, batch_size, chunk_size, start):
+def test_neither_batch_nor_chunk_nor_start_changes_an_image(split, usual, batch_size, chunk_size, start):
     loader = TrainLoader(split, batch_size, Augmentation(), seed=3, chunk_size=chunk_size)
     images, labels = epoch_of(loader, epoch=2, start=start)
     assert torch.equal(labels, usual[1][start * batch_size :])
     assert torch.equal(images, usual[0][start * batch_size :])
+    assert list(loader.epoch(2, len(loader))) == []
 
 
-@pytest.mark.parametrize("batch_size", [64, 50])
-def test_an_epoch_that_is_over_has_no_batches_left(split, batch_size):
-    loader = TrainLoader(split, batch_size, Augmentation())
-    assert list(loader.epoch(0, len(loader))) == []
-
-
-def test_every_image_comes_once_an_epoch(split):
-    loader = TrainLoader(split, 64, Augmentation())
-    assert len(loader) == 3
+def test_every_image_comes_once_an_epoch_with_its_label(split):
+    loader = TrainLoader(split, 64, NOTHING, chunk_size=64)
     for epoch in range(3):
         batches = list(loader.epoch(epoch))
         assert [len(images) for images, _ in batches] == [len(labels) for _, labels in batches] == [64, 64, 22]
-        assert torch.cat([labels for _, labels in batches]).sort().values.tolist() == list(range(COUNT))
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        assert labels.sort().values.tolist() == list(range(COUNT))
+        assert torch.equal(images, normalize(torch.from_numpy(split.images)[labels]))
 
 
 def test_at_the_end_crop_and_flip_are_left(split):
@@ -561,11 +369,6 @@ def test_at_the_end_crop_and_flip_are_left(split):
         assert all(map(torch.equal, epoch_of(loader, epoch), epoch_of(expected, epoch))), epoch
 
 
-def test_labels_stay_with_their_images(split):
-    images, labels = epoch_of(TrainLoader(split, 64, NOTHING, chunk_size=64))
-    assert torch.equal(images, normalize(torch.from_numpy(split.images)[labels]))
-
-
 @pytest.mark.parametrize(("seed", "epoch"), [(3, 3), (4, 2), (2, 3), (0, 2), (3, 0)])
 def test_another_epoch_or_seed_is_another_draw(split, usual, seed, epoch):
     images, labels = epoch_of(TrainLoader(split, 64, Augmentation(), seed=seed), epoch=epoch)
@@ -576,15 +379,11 @@ def test_another_epoch_or_seed_is_another_draw(split, usual, seed, epoch):
 
 def test_epochs_repeat_whatever_else_draws(split, usual):
     loader = TrainLoader(split, 64, Augmentation(), seed=3)
-    given = loader.images.clone()
     torch.manual_seed(99)
     before = torch.get_rng_state()
     for _ in range(2):
-        images, labels = epoch_of(loader, epoch=2)
-        assert torch.equal(labels, usual[1])
-        assert torch.equal(images, usual[0])
+        assert all(map(torch.equal, epoch_of(loader, epoch=2), usual))
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(loader.images, given)
     assert torch.equal(loader.images, torch.from_numpy(split.images))
 
 
@@ -595,28 +394,15 @@ def test_batches_are_the_chain_normalised(split, usual):
     assert usual[0].dtype == torch.float32
     assert usual[1].dtype == torch.int64
     ours = (usual[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).mul(255)
-    assert_same_chain(ours.round().to(torch.uint8), theirs, draws[usual[1]])
+    assert_same(ours.round().to(torch.uint8), theirs, chain=True)
 
 
 def test_a_loader_that_works_ahead_gives_the_same_batches(split):
-    given = [TrainLoader(split, 30, Augmentation(), seed=3, chunk_size=60, ahead=ahead) for ahead in (False, True)]
-    for epoch, start in ((0, 0), (1, 0), (2, 0), (2, 2), (3, 0), (7, 1), (8, 0), (0, 0)):
-        (images, labels), (images_ahead, labels_ahead) = (epoch_of(loader, epoch, start) for loader in given)
-        assert torch.equal(images_ahead, images)
-        assert torch.equal(labels_ahead, labels)
-
-
-def test_plan_puts_draws_in_order():
-    generator = torch.Generator().manual_seed(0)
-    draws = transforms.draw(COUNT, 16, Augmentation(), generator)
-    order = torch.randperm(COUNT, generator=generator)
-    plan = transforms.plan(order, draws, 40)
-    assert len(plan) == 4
-    assert torch.equal(plan.index, order)
-    for field in fields(draws):
-        ours, theirs = getattr(plan.draws, field.name), getattr(draws, field.name)[order]
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs), field.name
+    plain, ahead = (
+        TrainLoader(split, 30, Augmentation(), seed=3, chunk_size=60, ahead=ahead) for ahead in (False, True)
+    )
+    for epoch, start in ((0, 0), (1, 0), (2, 0), (2, 2), (3, 0), (7, 1), (8, 0), (9, 1), (0, 0)):
+        assert all(map(torch.equal, epoch_of(ahead, epoch, start), epoch_of(plain, epoch, start)))
 
 
 @pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ((0.0, 0.5, 1.0), (1.0, 0.1, 2.0))])
