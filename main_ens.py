@@ -8,6 +8,7 @@ cached next to the checkpoints, so that a second run is fast.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,20 @@ from common.errors import UserError
 from common.text import counted
 
 import torch
+from torch import Tensor
 
 import dataset
-from dataset import Dataset
-from evaluation import members, metrics, report, text
+from dataset import Dataset, Split
+from evaluation import cost, members, metrics, report, text
 from evaluation.logits import member_logits
 from models.ensemble import average_probs
+from plotting.cost import plot_cost
 from plotting.ensemble import plot_ensemble, plot_mistakes, plot_reliability
 from training.recipe import spelled
 
 FIT = "fit"  # what --temperature takes beside numbers
 MOST = 10**6  # images in a batch or subset
-PLOTS = ("ensemble.png", "reliability.png", "mistakes.png")
+PLOTS = ("ensemble.png", "reliability.png", "mistakes.png", "cost.png")
 
 
 def main() -> int:
@@ -54,23 +57,34 @@ def main() -> int:
         )
     device = set_up_device(options.device)
     precision = pick_precision(options.precision, device)
-    asked = {
-        "precision": precision, "mirrored": options.tta == "flip", "batch_size": options.batch_size,
-        "cached": not options.no_cache,
-    }  # fmt: skip
+
+    def compute_logits(split: Split) -> tuple[Tensor, list[float]]:
+        return member_logits(
+            contents,
+            torch.from_numpy(split.images),
+            device,
+            precision=precision,
+            mirrored=options.tta == "flip",
+            batch_size=options.batch_size,
+            cached=not options.no_cache,
+        )
 
     labels = torch.from_numpy(data.test.labels)
-    logits = member_logits(contents, torch.from_numpy(data.test.images), device, **asked)
+    logits, milliseconds = compute_logits(data.test)
     temperature, fitted_on = options.temperature, None
     if temperature == FIT:
-        held_out = member_logits(contents, torch.from_numpy(data.val.images), device, **asked)
+        held_out, _ = compute_logits(data.val)
         temperature = report.fit_temperature(held_out, torch.from_numpy(data.val.labels), options.average)
         fitted_on = len(data.val)
 
     probs = report.average(logits, options.average, temperature or 1.0)
     result = report.report(probs, labels, members.names([path for path, _ in contents]), data.classes)
-    for row, (path, _) in zip(result["members"], contents, strict=True):
-        row["checkpoint"] = str(path)
+    costs = [
+        {"name": row["name"], "milliseconds": spent, "multiply_adds": logits.shape[1] * members.cost(*member)}
+        for row, spent, member in zip(result["members"], milliseconds, contents, strict=True)
+    ]
+    for row, own, (path, _) in zip(result["members"], costs, contents, strict=True):
+        row |= {"checkpoint": str(path)} | own
     result |= {
         "by_network": report.by_network(result["members"], [content["network"] for _, content in contents]),
         "average": options.average,
@@ -90,10 +104,18 @@ def main() -> int:
             "difference": report.paired(probs.ensemble, before, labels),
         }
 
+    result["subsets"] = cost.subset_rows(logits, labels, costs, options.average, temperature or 1.0)
+    result |= {"cascade": [], "cascade_threshold": None}
+    if len(costs) > 1 and options.average == "softmax" and temperature is None:
+        result["cascade_threshold"] = threshold = pick_threshold(contents, data, costs, compute_logits)
+        thresholds = sorted({*cost.THRESHOLDS, threshold["value"]})
+        result["cascade"] = cost.cascade_rows(probs.members, labels, costs, thresholds)
+    result["doubtful_labels"] = cost.doubtful_labels(probs.ensemble, labels, data.classes)
+
     folder = Path(options.plot_dir)
     with files.replacing(folder / "ensemble.json", "the results") as file:
         file.write((json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
-    plot(folder, result, probs, data)
+    plot(folder, result, probs, data, device)
     print(text.table(result))
     print(text.comparison(result))
     print(f"plots and figures: {', '.join(str(folder / name) for name in (*PLOTS, 'ensemble.json'))}")
@@ -187,8 +209,24 @@ def load_first(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) 
     return data
 
 
-def plot(folder: Path, result: dict[str, Any], probs: report.Probs, data: Dataset) -> None:
-    """Draw the three pictures into `folder`."""
+def pick_threshold(
+    contents: members.Contents, data: Dataset, costs: list[cost.Cost], compute_logits: Callable[[Split], Any]
+) -> dict[str, Any]:
+    """The threshold of the cascade: by validation images that all members share, or else the constant.
+
+    The test images never choose it.
+    """
+    kept_out = [(own["data"]["split"]["val_size"], own["data"]["split"]["split_seed"]) for _, own in contents]
+    if data.val is None or len(set(kept_out)) > 1:
+        return {"value": cost.DEFAULT_THRESHOLD, "chosen_by": "constant"}
+    logits, _ = compute_logits(data.val)
+    probs, labels = report.average(logits, "softmax"), torch.from_numpy(data.val.labels)
+    value = cost.choose_threshold(probs.members, labels, costs, probs.ensemble)
+    return {"value": value, "chosen_by": "validation", "num_images": len(data.val)}
+
+
+def plot(folder: Path, result: dict[str, Any], probs: report.Probs, data: Dataset, device: torch.device) -> None:
+    """Draw the pictures into `folder`."""
     labels = torch.from_numpy(data.test.labels)
     rows = [row | {"probs": own} for row, own in zip(result["members"], probs.members, strict=True)] + [
         result["ensemble"] | {"name": "ensemble", "probs": probs.ensemble}
@@ -220,6 +258,15 @@ def plot(folder: Path, result: dict[str, Any], probs: report.Probs, data: Datase
         ensemble=probs.ensemble.numpy(),
         names=[row["name"] for row in result["members"]],
         classes=data.classes,
+        title=title,
+    )
+    threshold = result["cascade_threshold"]
+    plot_cost(
+        folder / "cost.png",
+        subsets=result["subsets"],
+        cascade=result["cascade"],
+        threshold=threshold["value"] if threshold else None,
+        device=device.type.upper(),
         title=title,
     )
 

@@ -30,7 +30,8 @@ import torch
 import dataset
 from dataset.image_folder import decode_all, pictures_in
 from evaluation import members
-from models.ensemble import Ensemble, average_probs
+from evaluation.cost import DEFAULT_THRESHOLD
+from models.ensemble import Ensemble, average_probs, seen_average
 
 TOP = 3
 # Pixels of a batch, 32 images of 32×32 on the CPU: more would not be faster there, and the first line would come later.
@@ -58,7 +59,11 @@ def main() -> int:
     paths = find_images(options.images)
     checkpoints = members.paths_of(options)
     contents = members.read_all(checkpoints)
-    ensemble = members.build(contents, average=options.average, temperature=options.temperature)
+    threshold = options.threshold if options.cascade else None
+    if options.cascade:
+        contents = members.in_cascade(contents, threshold)
+        checkpoints = [path for path, _ in contents]
+    ensemble = members.build(contents, average=options.average, temperature=options.temperature, cascade=threshold)
     num_classes = len(ensemble.classes)
     top = min(TOP, num_classes) if options.top is None else options.top
     if top > num_classes:
@@ -69,6 +74,7 @@ def main() -> int:
     batch_size = options.batch_size or max(1, BATCH_PIXELS[device.type] // ensemble.image_size**2)
 
     count, skipped, unusual = 0, 0, []
+    saw = dict.fromkeys(members.names(checkpoints), 0)
     with contextlib.ExitStack() as stack:
         writers = []
         if options.json:
@@ -83,6 +89,8 @@ def main() -> int:
                 print(f"skipped: {printable(prediction.error)}", file=sys.stderr)
             else:
                 count += 1
+                for name in prediction.members:
+                    saw[name] += 1
                 if is_unusual(prediction.size, ensemble.image_size):
                     unusual.append(f"{prediction.path} ({'×'.join(map(str, prediction.size))})")
             for write in writers:
@@ -92,6 +100,8 @@ def main() -> int:
     if unusual and str(contents[0][1]["data"]["source"]).lower() in dataset.NAMES:
         print(unusual_note(unusual, ensemble.image_size), file=sys.stderr)
     print(f"{counted(count, 'image')}, {skipped:,} skipped", file=sys.stderr)
+    if options.cascade:
+        print(f"seen by {', '.join(f'{name} {number:,}' for name, number in saw.items())}", file=sys.stderr)
     return 1 if skipped else 0
 
 
@@ -102,6 +112,14 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T",
         help="above 1: less confident probabilities, below 1: more confident (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cascade", action="store_true",
+        help="ask the cheapest network first, and the next ones only about images that are unsure: faster",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threshold", type=float, default=DEFAULT_THRESHOLD, metavar="P",
+        help="of --cascade: sure is an image whose likeliest class has this probability (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--top", type=int, metavar="K", help=f"classes named for each image (default: {TOP})")
     parser.add_argument("--json", metavar="FILE", help="write the predictions there as JSON; - is standard output")
@@ -118,6 +136,8 @@ def parse_flags() -> argparse.Namespace:
     if not options.images:
         raise UserError("no images are given; name image files, or folders of them")
     members.check_temperature(options.temperature)
+    if options.cascade and (options.average != "softmax" or options.temperature != 1.0):
+        raise UserError("--cascade averages softmax outputs as they are; leave out --average logits and --temperature")
     if options.json and options.json == options.csv:
         raise UserError(f"--json and --csv both name {options.json}; give each its own file")
     return options
@@ -162,29 +182,37 @@ def predict(
         pixels = [image[0] for image in decoded if not isinstance(image, UserError)]
         if pixels:
             with explain_out_of_memory(batch_size):
-                logits = member_logits(ensemble, np.stack(pixels), precision)
+                logits, seen = member_logits(ensemble, np.stack(pixels), precision)
             for checkpoint, own in zip(checkpoints, logits, strict=True):
                 members.check_finite(checkpoint, own)
-            probs = average_probs(logits, ensemble.average, ensemble.temperature)
+            if ensemble.cascade is None:
+                probs = average_probs(logits, ensemble.average, ensemble.temperature)
+            else:
+                probs = seen_average(logits, seen)
             tops = iter(votes(probs, ensemble.classes, top))
             # Transposed from [member][image] to [image][member].
             ballots = zip(*(votes(own, ensemble.classes, 1) for own in logits.softmax(2)), strict=True)
+            numbers_seen = iter(seen.tolist())
         for path, image in zip(batch, decoded, strict=True):
             if isinstance(image, UserError):
                 yield Prediction(path, error=str(image))
                 continue
-            ballot = {name: vote for name, (vote,) in zip(names, next(ballots), strict=True)}
+            cast = list(zip(names, next(ballots), strict=True))[: next(numbers_seen)]
+            ballot = {name: vote for name, (vote,) in cast}
             yield Prediction(path, image[1], next(tops), ballot)
 
 
 @torch.inference_mode()
-def member_logits(ensemble: Ensemble, pixels: np.ndarray, precision: str) -> torch.Tensor:
-    """Logits, float64 (M, B, classes) on the CPU, for images, uint8 (B, 3, H, W)."""
+def member_logits(ensemble: Ensemble, pixels: np.ndarray, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, float64 (M, B, classes) on the CPU, for images, uint8 (B, 3, H, W), and how many members saw each."""
     device = next(ensemble.parameters()).device
     images = torch.from_numpy(pixels).to(device, memory_format=torch.channels_last)
     with autocast(device, precision):
-        logits = ensemble.logits(images)
-    return logits.float().cpu().double()
+        if ensemble.cascade is None:
+            logits, seen = ensemble.logits(images), torch.full((len(images),), len(ensemble.members))
+        else:
+            logits, seen = ensemble.logits_in_cascade(images)
+    return logits.float().cpu().double(), seen.cpu()
 
 
 def votes(probs: torch.Tensor, classes: Sequence[str], top: int) -> list[list[Vote]]:

@@ -26,15 +26,15 @@ class ResNeXtRecipe(Recipe):
     )
 
 
-# Batch, rates, average and augmentation are those that a search found for MobileNetV2 (benchmarks/README.md); for this
-# network they are not tried yet.
+# Batch, average and augmentation are those that a search found for MobileNetV2; the rate was tried on a small ResNeXt
+# as well (benchmarks/README.md).
 RECIPE = ResNeXtRecipe(
     name="resnext",  # checkpoints/resnext.pt, plots/resnext.png and .csv
     cardinality=2,  # 2×64d as the baseline, 9.13 M parameters; the paper has 8×64d and 16×64d
     base_width=64,
     epochs=50,  # a quarter of the baseline's, not tried yet
     batch_size=128,  # small batches learn most from an image, and are no slower on a CPU
-    base_lr=0.05,  # for a batch of 64. half of it and twice it did worse
+    base_lr=0.05,  # for a batch of 64, as the paper. half of it did worse, twice it as well within the noise
     base_min_lr=0.0,  # the last steps are the smallest
     warmup=0.15,  # a fraction, so that runs of any length have a warm-up: the peak rate is high
     schedule_step="batch",  # with few epochs, steps of a whole epoch would be coarse

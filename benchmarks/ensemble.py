@@ -61,6 +61,7 @@ from training.signals import StopSignals
 
 TRAINING = {"dense.py": dense, "mobilenetv2.py": mobilenetv2, "resnext.py": resnext}
 TESTING = "main_ens.py"
+OF_ENSEMBLE = ("ensemble.json", "ensemble.png", "cost.png")
 OWN_FLAGS = ("data", "name", "checkpoint_dir", "plot_dir", "resume", "overwrite")  # decide where the files lie
 COMPILE_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 PROGRESS = "progress.json"
@@ -253,13 +254,13 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
         data = main_ens.load_first(members[0], argparse.Namespace(data=None, data_url=None, test_size=None))
         device, images = set_up_device(recipes["dense.py"].device), torch.from_numpy(data.test.images)
         precision = pick_precision("auto", device)
-        own = member_logits(members, images, device, precision=precision).squeeze(1)  # main_ens.py has cached them
-        logits = dict(zip(names([path for path, _ in members]), own, strict=True))
+        own, _ = member_logits(members, images, device, precision=precision)  # main_ens.py has cached them
+        logits = dict(zip(names([path for path, _ in members]), own.squeeze(1), strict=True))
         histories = [read_csv(recipe.csv_path) for recipe in recipes.values()]
         plots = Path(recipes["dense.py"].plot_dir)
         tested = json.loads((plots / "ensemble.json").read_bytes())
         paths = [path for recipe in recipes.values() for path in (recipe.csv_path, recipe.plot_path)]
-        contents = {path.name: path.read_bytes() for path in [*paths, plots / "ensemble.json", plots / "ensemble.png"]}
+        contents = {path.name: path.read_bytes() for path in [*paths, *(plots / name for name in OF_ENSEMBLE)]}
     contents["logits.npz"] = pack_logits(logits, data.test.labels, data.classes)
 
     rows = []

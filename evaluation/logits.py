@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from evaluation.members import build_member, check_finite
 from utils import eval_batch_size, predict
 
 CACHE = ".logits"  # the folder beside the checkpoints
-CACHE_VERSION = 1  # goes up when the same checkpoint and images would give other logits than before
+CACHE_VERSION = 2  # goes up when the same checkpoint and images would give other logits than before
 
 
 def member_logits(
@@ -33,24 +34,26 @@ def member_logits(
     mirrored: bool = False,
     batch_size: int | None = None,
     cached: bool = True,
-) -> Tensor:
+) -> tuple[Tensor, list[float]]:
     """Logits, float32 (M, V, N, C), of M checkpoints for V views of `images`, uint8 (N, 3, H, W).
 
-    `contents` are paths and what `checkpoint.read` gave for them. The views are the image and, where `mirrored`, its
-    mirror image. With `cached`, logits come from the cache where it has them, and that network is not even built.
-    Raises UserError where they are not finite.
+    With them, each member's milliseconds for an image, all views together, when they were computed. `contents` are
+    paths and what `checkpoint.read` gave for them. The views are the image and, where `mirrored`, its mirror image.
+    With `cached`, logits come from the cache where it has them, and that network is not even built. Raises UserError
+    where they are not finite.
     """
     images_digest = hashlib.sha256(repr(tuple(images.shape)).encode())
     images_digest.update(images.numpy())
     asked = images_digest.hexdigest(), device, precision
-    members = []
+    members, milliseconds = [], []
     for path, content in contents:
         views = [
             view_logits(path, content, images, *asked, mirrored=view, batch_size=batch_size, cached=cached)
             for view in ((False, True) if mirrored else (False,))
         ]
-        members.append(torch.stack(views))
-    return torch.stack(members)
+        members.append(torch.stack([logits for logits, _ in views]))
+        milliseconds.append(1000 * sum(seconds for _, seconds in views) / len(images))
+    return torch.stack(members), milliseconds
 
 
 def view_logits(
@@ -64,22 +67,28 @@ def view_logits(
     mirrored: bool,
     batch_size: int | None,
     cached: bool,
-) -> Tensor:
-    """Logits, float32 (N, C), of one checkpoint for one view of images whose digest is `images_digest`."""
+) -> tuple[Tensor, float]:
+    """Logits, float32 (N, C), of one checkpoint for one view of images whose digest is `images_digest`.
+
+    And how many seconds they took, a first batch to warm up left aside.
+    """
     kept = cache_path(path.parent, content["digest"], images_digest, device, precision, mirrored)
-    if cached and (logits := read_cache(kept, len(images), len(content["data"]["classes"]))) is not None:
-        return logits
+    if cached and (found := read_cache(kept, len(images), len(content["data"]["classes"]))) is not None:
+        return found
     member = build_member(path, content).to(device, memory_format=torch.channels_last)
     batch_size = batch_size or eval_batch_size(images, device)
     with explain_out_of_memory(batch_size):
         network = (lambda batch: member(batch.flip(3))) if mirrored else member
+        predict(network, images[:batch_size], device, precision=precision)
+        started = time.perf_counter()
         logits = predict(network, images, device, precision=precision, batch_size=batch_size, label=path.stem)
+        seconds = time.perf_counter() - started
     check_finite(path, logits)
     if cached:
-        write_cache(kept, logits)
+        write_cache(kept, logits, seconds)
     else:
         kept.unlink(missing_ok=True)  # --no-cache also removes the entry it distrusts
-    return logits
+    return logits, seconds
 
 
 def cache_path(
@@ -109,14 +118,14 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def read_cache(path: Path, images: int, classes: int) -> Tensor | None:
-    """The logits kept at `path`, or None where there are none or they are damaged."""
+def read_cache(path: Path, images: int, classes: int) -> tuple[Tensor, float] | None:
+    """The logits kept at `path` and the seconds they took, or None where there are none or they are damaged."""
     try:
         with np.load(path) as kept:
-            logits = kept["logits"]
+            logits, seconds = kept["logits"], float(kept["seconds"])
         if logits.dtype != np.float32 or logits.shape != (images, classes) or not np.isfinite(logits).all():
             raise ValueError(f"found {logits.dtype} {logits.shape}, expected finite float32 {(images, classes)}")
-        return torch.from_numpy(logits)
+        return torch.from_numpy(logits), seconds
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged zip file fails in more ways than numpy and zipfile list
@@ -124,9 +133,9 @@ def read_cache(path: Path, images: int, classes: int) -> Tensor | None:
         return None
 
 
-def write_cache(path: Path, logits: Tensor) -> None:
+def write_cache(path: Path, logits: Tensor, seconds: float) -> None:
     try:
         with files.replacing(path, "the members' logits", shared=True) as file:
-            np.savez(file, logits=logits.numpy())
+            np.savez(file, logits=logits.numpy(), seconds=seconds)
     except UserError as error:
         print(f"warning: {error}. Until then every analysis computes them again", file=sys.stderr)

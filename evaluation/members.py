@@ -23,6 +23,7 @@ from models import NETWORKS
 from models.ensemble import AVERAGES, Ensemble, Member
 from training import checkpoint
 from training.recipe import PRECISION_HELP
+from utils import multiply_adds
 
 TEMPERATURES = (0.05, 20.0)  # outside, the softmax is practically one-hot or uniform
 # The default members, and the scripts that make them.
@@ -31,13 +32,20 @@ SCRIPTS = {"densenet.pt": "dense.py", "mobilenetv2.pt": "mobilenetv2.py", "resne
 Contents = Sequence[tuple[Path, dict[str, Any]]]  # of checkpoints, each with its path
 
 
-def load(paths: Sequence[str | Path], *, average: str = "softmax", temperature: float = 1.0) -> Ensemble:
+def load(
+    paths: Sequence[str | Path], *, average: str = "softmax", temperature: float = 1.0, cascade: float | None = None
+) -> Ensemble:
     """The ensemble of one or more checkpoints, on the CPU, in evaluation mode.
 
-    Raises UserError for a checkpoint that is missing, unusable or given twice, and for members of other classes or
-    another image size than the first.
+    With `cascade`, a threshold, its members come from the cheapest on, and only unsure images go on to the next.
+
+    Raises UserError for a checkpoint that is missing, unusable or given twice, for members of other classes or another
+    image size than the first, and for a threshold outside 0 to 1 or a cascade of one member.
     """
-    return build(read_all(paths), average=average, temperature=temperature)
+    contents = read_all(paths)
+    if cascade is not None:
+        contents = in_cascade(contents, cascade)
+    return build(contents, average=average, temperature=temperature, cascade=cascade)
 
 
 def read_all(paths: Sequence[str | Path]) -> Contents:
@@ -90,11 +98,29 @@ def names(paths: Sequence[Path]) -> list[str]:
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
-def build(contents: Contents, *, average: str = "softmax", temperature: float = 1.0) -> Ensemble:
+def in_cascade(contents: Contents, threshold: float) -> Contents:
+    """The members of a cascade, from the cheapest on. Raises UserError where they, or its threshold, make none."""
+    if not 0 <= threshold <= 1:
+        raise UserError(f"the threshold of the cascade is {threshold:g}; it must be 0 to 1")
+    if len(contents) < 2:
+        raise UserError(f"a cascade needs two members or more; there is {contents[0][0]} alone")
+    return sorted(contents, key=lambda pair: cost(*pair))
+
+
+def cost(path: Path, content: dict[str, Any]) -> int:
+    """Multiply-adds of one image."""
+    return multiply_adds(build_member(path, content).network, content["data"]["image_size"])
+
+
+def build(
+    contents: Contents, *, average: str = "softmax", temperature: float = 1.0, cascade: float | None = None
+) -> Ensemble:
     """The ensemble of checkpoints that `read_all` has read. Raises UserError where weights do not fit their network."""
     members = [build_member(path, content) for path, content in contents]
     data = contents[0][1]["data"]
-    ensemble = Ensemble(members, data["classes"], data["image_size"], average=average, temperature=temperature)
+    ensemble = Ensemble(
+        members, data["classes"], data["image_size"], average=average, temperature=temperature, cascade=cascade
+    )
     return ensemble.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

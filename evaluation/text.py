@@ -53,6 +53,17 @@ def comparison(result: dict[str, Any]) -> str:
         lines.append(f"ensemble against its best member, {best['name']}: {points(best)}")
     for row in result["leave_one_out"]:
         lines.append(f"without {row['without']}: {100 * row['accuracy']:.2f} %, {points(row['versus_ensemble'])}")
+    if result["cascade"]:
+        threshold = result["cascade_threshold"]
+        row = next(row for row in result["cascade"] if row["threshold"] == threshold["value"])
+        by = f"chosen by {threshold['num_images']:,} validation images" if "num_images" in threshold else "the default"
+        whole = result["subsets"][-1]["milliseconds"]
+        seen = ", ".join(f"{name} {100 * share:.0f} %" for name, share in row["seen"].items())
+        lines += [
+            f"cascade at {threshold['value']:g} ({by}): {100 * row['accuracy']:.2f} %, in {row['milliseconds']:.2f} ms "
+            f"an image in place of {whole:.2f}",
+            f"  images seen by {seen}",
+        ]
     if pairs := [value for number, row in enumerate(result["disagreement"]) for value in row[:number]]:
         low, mean, high = (f"{100 * value:.2f}" for value in (min(pairs), sum(pairs) / len(pairs), max(pairs)))
         spread = f" ({low} to {high} %)" if low != high else ""

@@ -36,6 +36,19 @@ def average_logits(logits: Tensor, average: str = "softmax") -> Tensor:
     raise ValueError(f"average is {average!r}; it is one of {', '.join(AVERAGES)}")
 
 
+def cascade_probs(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Probabilities (N, C) of a cascade, and how many members saw each image, int64 (N,), from probabilities (M, N, C).
+
+    An image goes to the next member only while the average of those that have seen it gives no class a probability of
+    `threshold` or more. (Wang et al. 2022, "Wisdom of Committees", arXiv:2012.01988)
+    """
+    counts = torch.arange(1, len(probs) + 1, device=probs.device)
+    averages = probs.cumsum(0) / counts.view(-1, 1, 1)
+    goes_on = (averages[:-1].amax(2) < threshold).long().cumprod(0)
+    seen = 1 + goes_on.sum(0)
+    return averages[seen - 1, torch.arange(probs.shape[1], device=probs.device)], seen
+
+
 class Member(nn.Module):
     """A trained network and the normalisation of its images: uint8 (B, 3, H, W) to logits (B, classes)."""
 
@@ -53,7 +66,9 @@ class Member(nn.Module):
 class Ensemble(nn.Module):
     """Images, uint8 (B, 3, S, S), to probabilities, float32 (B, classes).
 
-    `classes` are their names, `image_size` is S. Raises ValueError for images of another type or shape.
+    `classes` are their names, `image_size` is S. With `cascade`, a threshold, only the images that the first members
+    are unsure of go on to the next ones, as `cascade_probs` says. Raises ValueError for images of another type or
+    shape, and for a cascade of another average than that of the softmax outputs.
     """
 
     def __init__(
@@ -64,11 +79,14 @@ class Ensemble(nn.Module):
         *,
         average: str = "softmax",
         temperature: float = 1.0,
+        cascade: float | None = None,
     ):
         super().__init__()
+        if cascade is not None and (average != "softmax" or temperature != 1.0):
+            raise ValueError("a cascade averages softmax outputs, at a temperature of 1")
         self.members = nn.ModuleList(members)
         self.classes, self.image_size = list(classes), image_size
-        self.average, self.temperature = average, temperature
+        self.average, self.temperature, self.cascade = average, temperature, cascade
 
     def forward(self, images: Tensor) -> Tensor:
         size = self.image_size
@@ -77,8 +95,29 @@ class Ensemble(nn.Module):
                 f"images are {images.dtype} of shape {tuple(images.shape)}; expected torch.uint8, values 0 to 255, of "
                 f"shape (B, 3, {size}, {size})"
             )
+        if self.cascade is not None:
+            return seen_average(*self.logits_in_cascade(images))
         return average_probs(self.logits(images).float(), self.average, self.temperature)
 
     def logits(self, images: Tensor) -> Tensor:
         """Of each member, (M, B, classes)."""
         return torch.stack([member(images) for member in self.members])
+
+    def logits_in_cascade(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each member, float32 (M, B, classes), 0 where it did not see an image; and how many saw each, (B,)."""
+        rows = torch.arange(len(images), device=images.device)
+        seen = torch.zeros_like(rows)
+        logits = torch.zeros(len(self.members), len(images), len(self.classes), device=images.device)
+        for number, member in enumerate(self.members):
+            logits[number, rows] = member(images[rows]).float()
+            seen[rows] += 1
+            rows = rows[seen_average(logits[:, rows], seen[rows]).amax(1) < self.cascade]
+            if not len(rows):
+                break
+        return logits, seen
+
+
+def seen_average(logits: Tensor, seen: Tensor) -> Tensor:
+    """Probabilities (N, C): the mean of the first `seen` (N,) members' softmax outputs, from logits (M, N, C)."""
+    has_seen = torch.arange(len(logits), device=logits.device)[:, None] < seen
+    return (logits.softmax(2) * has_seen[..., None]).sum(0) / seen[:, None]

@@ -104,14 +104,14 @@ def plot_mistakes(
     classes: Sequence[str],
     title: str,
 ) -> Figure:
-    """Draw the images that the ensemble is surest of and wrong about, with each member's prediction.
+    """Draw the mistakes whose true class the ensemble finds least probable, with each member's prediction.
 
     `images` are uint8 (N, 3, H, W), `labels` (N,) their true classes as integers. `members` (M, N, C) and `ensemble`
     (N, C) are probabilities, `names` the members' and `classes` the classes'.
     """
-    predicted, confidence = ensemble.argmax(axis=1), ensemble.max(axis=1)
-    wrong = np.flatnonzero(predicted != labels)
-    surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES_SHOWN]
+    wrong = np.flatnonzero(ensemble.argmax(axis=1) != labels)
+    of_label = ensemble[wrong, labels[wrong]]
+    surest = wrong[np.argsort(of_label, kind="stable")][:MISTAKES_SHOWN]
     lines = -(-len(surest) // MISTAKES_PER_LINE)
 
     # In inches, so that the text beside the images changes neither their size nor their place.
@@ -120,8 +120,8 @@ def plot_mistakes(
     figure.suptitle(short(title, 104), fontsize=15, y=1 - 0.2 / height, va="top")
     said = "no image was mistaken"
     if lines:
-        which = f"the {len(surest)} surest" if len(surest) < len(wrong) else "the surest first"
-        said = f"{len(wrong):,} mistakes, {which}: true class → predicted class, and its probability"
+        which = f"{len(surest)} whose given" if len(surest) < len(wrong) else "first those whose given"
+        said = f"{len(wrong):,} mistakes, {which} label is least probable: label → predicted class, and its probability"
     figure.text(0.5, 1 - 0.55 / height, said, ha="center", va="top")
     for number, image in enumerate(surest):
         row, column = divmod(number, MISTAKES_PER_LINE)

@@ -237,7 +237,7 @@ def measured(tmp_path_factory):
 def test_ensemble(measured):
     output = measured.folder / "out"
     pictures_and_histories = [f"{name}.{kind}" for name in MEMBERS for kind in ("csv", "png")]
-    expected = [*pictures_and_histories, "ensemble.json", "ensemble.png", "logits.npz", "result.json"]
+    expected = [*pictures_and_histories, *ensemble.OF_ENSEMBLE, "logits.npz", "result.json"]
     assert files_in(output) == sorted(expected)
     result = json.loads((output / "result.json").read_text())
     assert {"device", "versions", "commit", "command", "data", "flags", "ensemble", "not_training"} <= result.keys()

@@ -15,7 +15,6 @@ from command_line import changed, forbid_building, overflow
 import models
 from evaluation import logits as logits_cache
 from evaluation import members
-from evaluation.logits import member_logits
 from training import checkpoint, loop
 
 CPU = torch.device("cpu")
@@ -33,6 +32,22 @@ def contents(tiny, tiny_recipe, tiny_data):
 @pytest.fixture
 def images():
     return torch.randint(0, 256, (11, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def member_logits(*arguments, **settings):
+    """The logits, without the time they took."""
+    return logits_cache.member_logits(*arguments, **settings)[0]
+
+
+def test_the_time_they_took_is_kept_with_them(contents, images, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(logits_cache.time, "perf_counter", lambda: now.append(now[-1] + 0.22) or now[-1])
+    asked = (contents, images, CPU)
+    _, milliseconds = logits_cache.member_logits(*asked, mirrored=True)
+    assert milliseconds == pytest.approx([40.0, 40.0])  # 11 images, two views of 0.22 s
+    forbid_building(monkeypatch)
+    assert logits_cache.member_logits(*asked, mirrored=True)[1] == milliseconds
+    assert logits_cache.member_logits(*asked)[1] == pytest.approx([20.0, 20.0])
 
 
 def kept(contents):

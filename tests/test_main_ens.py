@@ -86,6 +86,7 @@ def test_what_is_stored_and_printed(folder, tested):
     assert set(result) == {
         "members", "ensemble", "best_member", "versus_members", "leave_one_out", "disagreement", "confusions",
         "by_network", "average", "temperature", "tta", "precision", "data", "num_images",
+        "subsets", "cascade", "cascade_threshold", "doubtful_labels",
     }  # fmt: skip
     assert (result["temperature"], result["tta"], result["by_network"]) == (None, None, [])
     assert [(member["name"], Path(member["checkpoint"])) for member in result["members"]] == [
@@ -148,6 +149,33 @@ def held_out(folder):
     for seed, name in enumerate(names):
         trained(folder, mobilenetv2, *easy, "--name", name, "--seed", str(seed))
     return [f"checkpoints/{name}.pt" for name in names]
+
+
+def test_subsets_and_the_cascade_are_those_of_the_module(folder, tested):
+    printed, result = tested
+    whole, threshold = result["subsets"][-1], result["cascade_threshold"]
+    assert (len(result["subsets"]), whole["members"]) == (7, list(MEMBERS))
+    assert (whole["accuracy"], whole["loss"]) == (result["ensemble"]["accuracy"], result["ensemble"]["loss"])
+    for name in ("milliseconds", "multiply_adds"):
+        assert whole[name] == pytest.approx(sum(member[name] for member in result["members"]))
+        assert whole[name] > 0
+    assert threshold == {"value": 0.9, "chosen_by": "constant"}
+    test, paths = digits(), [folder / "checkpoints" / f"{name}.pt" for name in MEMBERS]
+    for row in result["cascade"]:
+        with torch.inference_mode():
+            probs = members.load(paths, cascade=row["threshold"])(torch.from_numpy(test.images)).numpy()
+        assert row["loss"] == loss(probs, test.labels)
+        assert row["accuracy"] == pytest.approx((probs.argmax(1) == test.labels).mean(), abs=1e-6)
+    assert f"cascade at 0.9 (the default): {100 * row['accuracy']:.2f} %" in printed
+    assert len(result["doubtful_labels"]) == 50
+
+
+def test_validation_images_choose_the_threshold_of_the_cascade(folder, held_out):
+    done, result = analysed(folder, *held_out)
+    value = result["cascade_threshold"]["value"]
+    assert result["cascade_threshold"] == {"value": value, "chosen_by": "validation", "num_images": 100}
+    assert f"cascade at {value:g} (chosen by 100 validation images)" in done.stdout
+    assert analysed(folder, *held_out, "--temperature", "fit")[1]["cascade"] == []
 
 
 def test_seeds_of_one_network_with_a_temperature_fitted_on_the_validation_images_alone(folder, held_out):
