@@ -1,4 +1,4 @@
-"""Measure how fast the files that export.py writes run on the CPU, beside the PyTorch module they were made from.
+"""Measure how fast an ensemble runs: the files that export.py writes beside the PyTorch module, or the cascade.
 
 torch   models.ensemble.Ensemble, as members.load gives it
 onnx    the ONNX file in onnxruntime, with as many threads as PyTorch takes
@@ -8,6 +8,11 @@ All take uint8 images and give probabilities, for each network alone and for the
 of full size and untrained: the weights change nothing about the speed. Latency is the time for one image; throughput is
 that of a batch of 64. The three take turns, round by round, so that whatever else the machine does meets all; the first
 call of a turn is not counted.
+
+With --cascade, trained checkpoints are asked for the test images of their data instead, as predict.py does: the whole
+ensemble and the cascade of the same members, in turn, in batches, in the precision that --precision auto takes.
+
+    python benchmarks/deploy.py --cascade checkpoints/*.pt --output benchmarks/results/cascade.json
 """
 
 import argparse
@@ -27,10 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors
 from common.command_line import Parser
-from common.device import set_up_device
+from common.device import autocast, pick_precision, set_up_device
 
 import export
+import main_ens
 from benchmarks import harness
+from evaluation import members, metrics
+from evaluation.cost import DEFAULT_THRESHOLD
 from models import NETWORKS
 from models.ensemble import Ensemble, Member
 from utils import MEAN, STD
@@ -45,9 +53,13 @@ def main() -> int:
     options = parse_flags()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    device = set_up_device("cpu")
+    if options.cascade:
+        results = harness.provenance(device) | measure_cascade(options, device)
+        harness.write_results(results, options.output)
+        return 0
     for name in export.FORMATS:
         export.require(name)
-    device = set_up_device("cpu")
 
     networks = {}
     print("| network | run by | MB | latency, ms | 95 % within, ms | ratio | images/s | ratio |")
@@ -106,6 +118,43 @@ def measure(ensemble: Ensemble, rounds: int) -> dict[str, dict[str, Any]]:
     }
 
 
+def measure_cascade(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Accuracy and milliseconds an image of the whole ensemble and of the cascade, and the ratio of the medians."""
+    contents = members.read_all(options.cascade)
+    data = main_ens.load_first(contents[0], argparse.Namespace(data=None, data_url=None, test_size=None))
+    rows = np.random.default_rng(0).permutation(len(data.test))[: options.images]
+    images, labels = torch.from_numpy(data.test.images[rows]), torch.from_numpy(data.test.labels[rows])
+    precision = pick_precision("auto", device)
+    ensembles = {
+        "whole": members.load(options.cascade),
+        "cascade": members.load(options.cascade, cascade=options.threshold),
+    }
+    milliseconds, figures = {name: [] for name in ensembles}, {}
+    for number in range(options.rounds + 1):  # the first one warms up
+        for name, ensemble in ensembles.items():
+            started = time.perf_counter()
+            with torch.inference_mode(), autocast(device, precision):
+                probs = torch.cat([ensemble(batch) for batch in images.split(options.batch_size)])
+            if number:
+                milliseconds[name].append(1000 * (time.perf_counter() - started) / len(images))
+            figures[name] = {"accuracy": metrics.accuracy(probs, labels)}
+    for name, spent in milliseconds.items():
+        figures[name] |= {"milliseconds": statistics.median(spent), "rounds": spent}
+        print(f"{name}: {100 * figures[name]['accuracy']:.2f} %, {figures[name]['milliseconds']:.2f} ms an image")
+    ratio = figures["cascade"]["milliseconds"] / figures["whole"]["milliseconds"]
+    print(f"the cascade at {options.threshold:g} takes {ratio:.2f} of the time")
+    return {
+        "data": data.source,
+        "num_images": len(images),
+        "batch_size": options.batch_size,
+        "precision": precision,
+        "members": members.names(options.cascade),
+        "threshold": options.threshold,
+        **figures,
+        "ratio": ratio,
+    }
+
+
 def time_calls(run: Callable[[Tensor], Tensor], images: Tensor, calls: int) -> list[float]:
     """Seconds of each call, after one that is not counted."""
     run(images)
@@ -123,6 +172,12 @@ def parse_flags() -> argparse.Namespace:
     known = [ENSEMBLE, *NETWORKS]
     parser.add_argument("--networks", nargs="+", choices=known, default=known, help="(default: all)")
     parser.add_argument("--rounds", type=harness.positive, default=5, help="turns of each (default: %(default)s)")
+    parser.add_argument("--cascade", nargs="+", type=Path, default=[], metavar="CHECKPOINT", help="measure the cascade")
+    parser.add_argument(
+        "--threshold", type=float, default=DEFAULT_THRESHOLD, help="its threshold (default: %(default)s)"
+    )
+    parser.add_argument("--images", type=harness.positive, default=2000, help="of --cascade (default: %(default)s)")
+    parser.add_argument("--batch-size", type=harness.positive, default=512, help="of --cascade (default: %(default)s)")
     parser.add_argument("--threads", type=harness.positive, help="threads on the CPU (default: PyTorch's own choice)")
     return parser.parse_args()
 

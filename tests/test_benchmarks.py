@@ -385,6 +385,17 @@ def test_flags_that_cannot_work_are_named_at_once(tmp_path, flags, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_cascade_is_measured_beside_the_whole(measured):
+    paths = [f"checkpoints/{name}.pt" for name in MEMBERS]
+    flags = ["--threshold", 0.2, "--images", 60, "--batch-size", 20, "--rounds", 1, "--output", "c.json"]
+    done = run(measured.folder / "work", "deploy.py", "--cascade", *paths, *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((measured.folder / "work" / "c.json").read_text())
+    assert (result["threshold"], result["num_images"], result["members"]) == (0.2, 60, MEMBERS)
+    assert result["ratio"] == result["cascade"]["milliseconds"] / result["whole"]["milliseconds"]
+    assert f"cascade: {100 * result['cascade']['accuracy']:.2f} %" in done.stdout
+
+
 def test_deploy(tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
