@@ -1,27 +1,30 @@
-"""Count what a training step must do at least, for an image of 32×32: operations, bytes, and the floors they set.
+"""Count what a training step does for an image of 32×32: operations, bytes, and the speed limits that follow.
 
 Operations: those of convolutions and matrix products, forward and backward.
 
-Bytes: activations in bfloat16, each read or written once by each kernel that has to.
+Bytes, of activations in bfloat16, traced through PyTorch's own operators; each reads its inputs and writes its outputs:
 
-separate    every convolution and every norm is a kernel of its own. Forward, each reads its input and writes its
-            output. Backward, a norm reads its output's gradient and its input, and writes the input's gradient; a
-            convolution reads its output's gradient twice, for the input's gradient, which it writes, and together with
-            its input for the weights'. ReLU, pooling and additions are taken as fused into their neighbours.
-fused       the same, but norms are free: computed on the way into or out of the convolutions beside them.
+eager       every operator is a kernel of its own, ReLU, addition and concatenation too. A norm reads its input twice
+            (statistics, then values), and its backward pass reads input and gradient twice. The backward pass of a
+            convolution reads the gradient twice, for the input's and for the weights'.
+fused       only the convolutions: all else is computed on the way into or out of them.
 
-Weights, momentum and the optimiser are left out: at 512 images a step they are below one byte in a hundred.
+Weights and the optimizer are left out: at 512 images a step they are below one byte in a hundred.
 
-The floors follow from the two rates given; the defaults are what an H100 of 80 GB reaches in practice: 790 TFLOP/s in
+The limits follow from the two rates given; the defaults are what an H100 of 80 GB reaches in practice: 790 TFLOP/s in
 bfloat16 (989 on the data sheet) and 3.0 TB/s (3.35 on the data sheet).
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,19 +48,19 @@ def main() -> int:
             raise errors.UserError(f"--{name} is {getattr(options, name):g}; it must be above 0")
 
     networks = {name: count(name) for name in NETWORKS}
-    print("| an image of 32×32 | GFLOP | MB | MB, norms fused | images/s: operations | bytes | bytes, norms fused |")
+    print("| an image of 32×32 | GFLOP | MB, eager | MB, fused | images/s: operations | bytes, eager | bytes, fused |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for name, counted in networks.items():
-        floors = {
+        limits = {
             "operations": options.flops / counted["flops"],
-            "separate": options.bandwidth / counted["bytes_separate"],
+            "eager": options.bandwidth / counted["bytes_eager"],
             "fused": options.bandwidth / counted["bytes_fused"],
         }
-        counted["images_per_second"] = floors
+        counted["images_per_second"] = limits
         print(
-            f"| {name} | {counted['flops'] / 1e9:.2f} | {counted['bytes_separate'] / 1e6:.1f} | "
-            f"{counted['bytes_fused'] / 1e6:.1f} | {floors['operations']:,.0f} | {floors['separate']:,.0f} | "
-            f"{floors['fused']:,.0f} |"
+            f"| {name} | {counted['flops'] / 1e9:.2f} | {counted['bytes_eager'] / 1e6:.1f} | "
+            f"{counted['bytes_fused'] / 1e6:.1f} | {limits['operations']:,.0f} | {limits['eager']:,.0f} | "
+            f"{limits['fused']:,.0f} |"
         )
     rates = {"flops_per_second": options.flops, "bytes_per_second": options.bandwidth}
     harness.write_results(harness.provenance(torch.device("cpu")) | rates | {"networks": networks}, options.output)
@@ -66,26 +69,44 @@ def main() -> int:
 
 def count(name: str) -> dict[str, Any]:
     """Operations and bytes of a training step for one image."""
-    model = NETWORKS[name](10)
-    moved = {nn.Conv2d: [0, 0], nn.BatchNorm2d: [0, 0]}  # numbers that go in and come out
-
-    def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        moved[type(module)][0] += inputs[0].numel()
-        moved[type(module)][1] += output.numel()
-
-    handles = [module.register_forward_hook(note) for module in model.modules() if type(module) in moved]
-    model.eval()(torch.zeros(1, 3, 32, 32))
-    for handle in handles:
-        handle.remove()
-
-    (conv_in, conv_out), (norm_in, norm_out) = moved.values()
-    convolutions = BYTES * ((conv_in + conv_out) + (conv_out + conv_in) + (conv_out + conv_in))
-    norms = BYTES * ((norm_in + norm_out) + (norm_out + norm_in + norm_in))
+    # What two more images add: the weights, which are read once for all, drop out.
+    numbers = trace(name, 4) - trace(name, 2)
+    by_operator = {operator: BYTES * number // 2 for operator, number in numbers.most_common() if number}
+    convolutions = by_operator["convolution"] + by_operator["convolution_backward"]
     return {
         "flops": harness.flops_per_image(name),
-        "bytes_separate": convolutions + norms,
+        "bytes_eager": sum(by_operator.values()),
         "bytes_fused": convolutions,
+        "bytes_by_operator": by_operator,
     }
+
+
+def trace(name: str, batch_size: int) -> Counter:
+    """Numbers that each operator of a step reads and writes."""
+    with torch.device("meta"), Traffic() as traffic:
+        logits = NETWORKS[name](10)(torch.empty(batch_size, 3, 32, 32))
+        F.cross_entropy(logits, torch.empty(batch_size, dtype=torch.long)).backward()
+    return traffic.numbers
+
+
+class Traffic(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            read, written = ([value.numel() for value in tree_leaves(part) if isinstance(value, Tensor)]
+                             for part in ((args, kwargs), result))  # fmt: skip
+            name = function._schema.name.split("::")[1]
+            if name == "convolution_backward":
+                read = [2 * read[0], read[1]]
+            elif "batch_norm" in name:
+                passes_over = read[:2] if "backward" in name else read[:1]
+                read, written = [2 * number for number in passes_over], written[:1]
+            self.numbers[name] += sum(read) + sum(written)
+        return result
 
 
 if __name__ == "__main__":
