@@ -4,6 +4,7 @@ The way of a batch: `dataset.load` gives uint8 arrays; `TrainLoader` keeps them 
 some thousand images at a time (dataset/transforms.py), cuts the result into batches and normalises each.
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -190,15 +191,26 @@ def predict(
 
     None where `stop()` became true first. `label` is that of a progress bar; without one there is none.
     """
-    parts = max(1, -(-len(images) // (batch_size or eval_batch_size(images, device))))
+    batches = images.split(batch_size or eval_batch_size(images, device))
     logits = []
-    batches = images.tensor_split(parts)  # of equal size: cuDNN tries its algorithms out on each size
-    for batch in tqdm(batches, desc=label, unit=" batches", leave=False, disable=None if label else True):
-        if stop():
-            return None
-        with autocast(device, precision):
-            logits.append(network(batch.to(device, memory_format=torch.channels_last)).float())
+    with without_cudnn_search():
+        for batch in tqdm(batches, desc=label, unit=" batches", leave=False, disable=None if label else True):
+            if stop():
+                return None
+            with autocast(device, precision):
+                logits.append(network(batch.to(device, memory_format=torch.channels_last)).float())
     return torch.cat(logits).cpu()
+
+
+@contextlib.contextmanager
+def without_cudnn_search() -> Iterator[None]:
+    """Have cuDNN take its usual algorithms: a search, for each size of batch, costs more than evaluation would gain."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def eval_batch_size(images: Tensor, device: torch.device) -> int:

@@ -80,9 +80,9 @@ def main() -> int:
     for round_number in range(1, options.rounds + 1):
         for name in options.networks:
             for kind, choice in jobs(options, recipes[name]):
-                result = in_a_process(name, kind, choice, device)
-                measured[name].append(result)
-                print(f"round {round_number}, {name}, {line(result)}", flush=True)
+                if result := in_a_process(name, kind, choice, device, one_of_several=bool(options.compile)):
+                    measured[name].append(result)
+                    print(f"round {round_number}, {name}, {line(result)}", flush=True)
     networks = {name: summary(recipes[name], results) for name, results in measured.items()}
     results = harness.provenance(device) | {
         "data": options.data,
@@ -115,8 +115,13 @@ def jobs(options: argparse.Namespace, recipe: Recipe) -> Iterator[tuple[str, str
             yield kind, None
 
 
-def in_a_process(name: str, kind: str, choice: str | None, device: torch.device) -> dict[str, Any]:
-    """What `measure` returns in a new process, with this one's flags. Ends this one with the other's exit status."""
+def in_a_process(
+    name: str, kind: str, choice: str | None, device: torch.device, *, one_of_several: bool
+) -> dict[str, Any] | None:
+    """What `measure` returns in a new process, with this one's flags.
+
+    Where that fails, it ends this one with the other's exit status; None for one of several ways to run a step.
+    """
     command = [sys.executable, __file__, *sys.argv[1:], "--measure", name, kind, "--device", device.type]
     if choice:
         command += ["--compile", choice]
@@ -131,8 +136,10 @@ def in_a_process(name: str, kind: str, choice: str | None, device: torch.device)
         print(text, flush=True)
     if done.returncode < 0:
         raise UserError(f"{name}, {kind}: the process was killed by signal {-done.returncode}; {SMALLER}")
+    if done.returncode and choice and one_of_several:
+        return None  # it has said why
     if done.returncode:
-        sys.exit(done.returncode)  # it has said why
+        sys.exit(done.returncode)
     return json.loads(result)
 
 
@@ -193,7 +200,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     except torch.OutOfMemoryError:
         raise UserError(f"{name}, {kind}: no device memory for batches of {batch_size}; {SMALLER}") from None
     if kind in OURS:
-        result |= {"asked": recipe.compile, "choice": trainer.fast_step.choice, "precision": recipe.precision}
+        result |= {"choice": trainer.fast_step.choice, "precision": recipe.precision}
     return result
 
 
@@ -286,17 +293,16 @@ def peak_memory(device: torch.device) -> int | None:
 def summary(recipe: Recipe, results: list[dict[str, Any]]) -> dict[str, Any]:
     """A network's part of the JSON, out of what its processes measured.
 
-    Of ours, `compile` has the figures of every way of running a step that was asked for, and the network itself those
-    of the recipe's own or, where that was not measured, of the fastest.
+    Of ours, `compile` has the figures of every way of running a step that was taken, and the network itself those of
+    the recipe's own or, where that was not measured, of the fastest.
     """
     network: dict[str, Any] = {}
     by_kind = {kind: [result for result in results if result["kind"] == kind] for kind in KINDS}
     if ours := by_kind["ours"]:
-        ways = {}
-        for asked in dict.fromkeys(result["asked"] for result in ours):
-            group = [result for result in ours if result["asked"] == asked]
-            fell_back = any(result["choice"] != asked for result in group)  # to eager mode, whose figures these are
-            ways[asked] = pooled(group) | {"fell_back": fell_back}
+        ways = {
+            way: pooled([result for result in ours if result["choice"] == way])
+            for way in dict.fromkeys(result["choice"] for result in ours)
+        }
         choice = max(ways, key=lambda name: (name == recipe.compile, ways[name]["images_per_second"]))
         network |= {"compile_choice": choice, **{name: ways[choice][name] for name in FIGURES}, "compile": ways}
     for kind in RIVALS:
@@ -377,8 +383,7 @@ def cells(network: dict[str, Any]) -> dict[str, str]:
         column["ours, --compile"] = network["compile_choice"]
         for choice, way in network["compile"].items():
             if choice != network["compile_choice"]:
-                text = "fell back" if way["fell_back"] else spelled(way["images_per_second"])
-                column[f"ours, --compile {choice}, images/s"] = text
+                column[f"ours, --compile {choice}, images/s"] = spelled(way["images_per_second"])
     return column
 
 

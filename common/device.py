@@ -121,11 +121,16 @@ def kilobytes(path: str | Path, name: str) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left, in whichever of its ways PyTorch says so."""
+    """Whether the device or the host had no memory left, in whichever of its ways PyTorch says so.
+
+    Where memory runs out while a CUDA graph is captured, the end of the capture fails in turn, and its error comes out.
+    """
     signs = ("out of memory", "ALLOC_FAILED", "not enough memory", "DefaultCPU")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 @contextlib.contextmanager

@@ -79,10 +79,10 @@ def test_train(tmp_path):
     network = result["networks"]["mobilenetv2"]
     rate = network["images_per_second"]
     assert network["batch_size"] == 24
-    assert network["compile"]["graph"]["fell_back"]  # on the CPU this way is not to be had
+    assert list(network["compile"]) == ["none"], "on the CPU there are no graphs"
     assert network["compile_choice"] == "none"
     assert network["compile"]["none"]["images_per_second"] == rate
-    assert network["data_share"] == 1 - rate / network["compile"]["none"]["windows_on_chunk"][0]
+    assert network["data_share"] == 1 - rate / statistics.median(network["compile"]["none"]["windows_on_chunk"])
     for kind, batch_size in (("ours_float32", 24), ("baseline", 64), ("tuned_bfloat16", 16)):
         assert network[kind]["batch_size"] == batch_size
         assert network["ratios"][kind] == rate / network[kind]["images_per_second"]
@@ -163,20 +163,19 @@ def test_operations_of_an_image_are_about_three_times_the_forward_pass():
         assert 2.9 < harness.flops_per_image(recipe.network) / counter.get_total_flops() <= 3
 
 
-def measurement(asked, choice, rate):
+def measurement(choice, rate):
     return {
-        "kind": "ours", "precision": "float32", "asked": asked, "choice": choice, "windows": [rate, rate + 1, rate + 5],
+        "kind": "ours", "precision": "float32", "choice": choice, "windows": [rate, rate + 1, rate + 5],
         "windows_on_chunk": [2 * rate], "batch_size": 8, "start_up_seconds": rate, "peak_memory_bytes": 1000 + rate,
     }  # fmt: skip
 
 
-def test_rounds_are_pooled_by_what_was_asked_for():
-    rounds = [measurement("none", "none", 10), measurement("graph", "none", 90), measurement("none", "none", 12)]
-    network = train.summary(train.RECIPES["densenet"], rounds)
+def test_rounds_are_pooled_by_the_way_of_running_a_step():
+    network = train.summary(
+        train.RECIPES["densenet"], [measurement("none", 10), measurement("graph", 90), measurement("none", 12)]
+    )
     assert network["compile_choice"] == "graph", "the fastest, where the recipe's own was not measured"
-    assert network["compile"]["graph"]["fell_back"]
     figures = network["compile"]["none"]
-    assert not figures["fell_back"]
     assert figures["windows"] == [10, 11, 15, 12, 13, 17]
     assert figures["images_per_second"] == 12.5
     assert figures["start_up_seconds"] == 11

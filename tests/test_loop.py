@@ -171,13 +171,17 @@ def test_predict_keeps_its_batches_small_for_large_images(tiny, monkeypatch):
     monkeypatch.setitem(utils.EVAL_PIXELS, "cpu", 4 * 8 * 8)
     sizes = []
 
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+
     def network(batch):
         sizes.append(len(batch))
+        assert not torch.backends.cudnn.benchmark, "each size would be searched for the fastest algorithm"
         return torch.zeros(len(batch), 3)
 
     predict(network, torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"))
     predict(network, torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.device("cpu"))
-    assert sizes == [3, 3, 3, 1, 1], "in equal parts"
+    assert sizes == [4, 4, 1, 1, 1]
+    assert torch.backends.cudnn.benchmark
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -34,8 +34,8 @@ class ModelEma:
         torch._foreach_add_(self.own, change)
 
     def state_dict(self) -> dict[str, Tensor]:
-        for own, new in self.counters:
-            own.copy_(new)
+        if self.counters:
+            torch._foreach_copy_(*map(list, zip(*self.counters, strict=True)))
         return self.model.state_dict()
 
 

@@ -71,12 +71,9 @@ class Trainer:
         steps = len(self.loader)
         self.pace = messages.Pace(run.epoch * steps + run.step, recipe.epochs * steps)
         self.batch_images = 0  # in the parts of the batch of all processes together
-        network, choice = self.model, pick_compile(recipe.compile, device)
-        if distributed.world_size() > 1:
-            network, choice = wrap_ddp(self.model), without_graph(choice, device)
-        self.fast_step = FastStep(
-            self.step, network, self.state, choice=choice, batch_size=self.loader.own_size, device=device
-        )
+        network = wrap_ddp(self.model) if distributed.world_size() > 1 else self.model
+        choice = pick_compile(recipe.compile, device)
+        self.fast_step = FastStep(self.step, network, self.state, choice=choice, batch_size=self.loader.own_size)
 
     def step(self, images: Tensor, labels: Tensor, network: nn.Module) -> None:
         """A training step. Nothing here waits for the device or branches on its numbers: a CUDA graph can record it."""
@@ -352,15 +349,6 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PyTorch 2.11 has no newer name
         # The first process's statistics are kept: no need to copy them at every step.
         return DistributedDataParallel(model, broadcast_buffers=False)
-
-
-def without_graph(choice: str, device: torch.device) -> str:
-    """What --compile comes to with several processes, whose step is not recorded."""
-    if device.type != "cuda" or choice not in ("graph", "both"):
-        return choice
-    instead = {"graph": "none", "both": "inductor"}[choice]
-    distributed.print_rank0(f"--compile {choice} works with one process only; using {instead}")
-    return instead
 
 
 def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
