@@ -24,6 +24,7 @@ class ResNeXtRecipe(Recipe):
     base_width: int = flag(
         "channels of each group in the first stage, d in the paper", group="network", at_least=1, at_most=1024
     )
+    dense: bool = flag("compute grouped convolutions as dense ones, which some GPUs do faster", fixed=False)
 
 
 # Batch, average and augmentation are those that a search found for MobileNetV2; the rate was tried on a small ResNeXt
@@ -32,6 +33,7 @@ RECIPE = ResNeXtRecipe(
     name="resnext",  # checkpoints/resnext.pt, plots/resnext.png and .csv
     cardinality=2,  # 2×64d as the baseline, 9.13 M parameters; the paper has 8×64d and 16×64d
     base_width=64,
+    dense=False,  # on a CPU groups are the faster way; on a GPU that is not measured yet (benchmarks/convolutions.py)
     epochs=50,  # a quarter of the baseline's, not tried yet
     batch_size=128,  # small batches learn most from an image, and are no slower on a CPU
     base_lr=0.05,  # for a batch of 64, as the paper. half of it did worse, twice it as well within the noise
@@ -64,7 +66,8 @@ def main() -> int:
         recipe = recipe.resumed(previous)
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
-        model = resnext29(len(data.classes), cardinality=recipe.cardinality, base_width=recipe.base_width)
+        sizes = recipe.network_arguments()  # cardinality and base_width
+        model = resnext29(len(data.classes), **sizes, dense=recipe.dense)
         run = fit(model, data, recipe, previous, plotter(recipe))
     return run.exit_status
 

@@ -5,18 +5,41 @@ arXiv:1611.05431. The network of its section 5.3, which the authors made for CIF
 flags (the paper's are 8×64d and 16×64d). The weights start as models/__init__.py says.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class GroupedConv2d(nn.Conv2d):
+    """3×3 in groups; with `dense`, the same by a convolution over all channels whose other weights are 0.
+
+    That has `groups` times as many operations, but in bfloat16 and channels-last cuDNN may be many times slower on
+    groups (github.com/pytorch/pytorch/pull/99773); benchmarks/convolutions.py measures both.
+    """
+
+    def __init__(self, channels: int, *, groups: int, stride: int, dense: bool):
+        super().__init__(channels, channels, 3, stride, padding=1, groups=groups, bias=False)
+        self.dense = dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.dense:
+            return super().forward(x)
+        size = self.weight.shape[1]  # of a group
+        blocks = [
+            F.pad(block, (0, 0, 0, 0, number * size, (self.groups - 1 - number) * size))
+            for number, block in enumerate(self.weight.split(size))
+        ]
+        return F.conv2d(x, torch.cat(blocks), None, self.stride, self.padding)
 
 
 class Bottleneck(nn.Module):
     """1×1, grouped 3×3, 1×1, each with its norm, added to a shortcut (figure 3c)."""
 
-    def __init__(self, in_channels: int, width: int, out_channels: int, *, groups: int, stride: int):
+    def __init__(self, in_channels: int, width: int, out_channels: int, *, groups: int, stride: int, dense: bool):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=groups, bias=False)
+        self.conv2 = GroupedConv2d(width, groups=groups, stride=stride, dense=dense)
         self.norm2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(out_channels)
@@ -36,7 +59,7 @@ class Bottleneck(nn.Module):
 class ResNeXt(nn.Module):
     """Images, float (B, 3, H, W), to logits (B, num_classes): a 3×3 stem and three stages of three blocks."""
 
-    def __init__(self, cardinality: int, base_width: int, num_classes: int):
+    def __init__(self, cardinality: int, base_width: int, num_classes: int, *, dense: bool):
         super().__init__()
         self.stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(64)
@@ -44,9 +67,10 @@ class ResNeXt(nn.Module):
         for stage in range(3):
             # Halving the resolution doubles the width, of the groups and of the output alike.
             width, out_channels = cardinality * base_width * 2**stage, 256 * 2**stage
-            for block in range(3):
-                stride = 2 if stage and block == 0 else 1
-                blocks.append(Bottleneck(in_channels, width, out_channels, groups=cardinality, stride=stride))
+            for number in range(3):
+                stride = 2 if stage and number == 0 else 1
+                block = Bottleneck(in_channels, width, out_channels, groups=cardinality, stride=stride, dense=dense)
+                blocks.append(block)
                 in_channels = out_channels
         self.stages = nn.Sequential(*blocks)
         self.classifier = nn.Linear(in_channels, num_classes)
@@ -56,11 +80,13 @@ class ResNeXt(nn.Module):
         return self.classifier(self.stages(x).mean((2, 3)))
 
 
-def resnext29(num_classes: int = 10, *, cardinality: int = 2, base_width: int = 64) -> ResNeXt:
+def resnext29(num_classes: int = 10, *, cardinality: int = 2, base_width: int = 64, dense: bool = False) -> ResNeXt:
     """Build a ResNeXt-29; 2×64d has 9,130,314 parameters, 8×64d 34,426,698, 16×64d 68,155,210.
+
+    `dense` computes the grouped convolutions as GroupedConv2d says; parameters and outputs are the same.
 
     Raises ValueError for a cardinality or base width below 1.
     """
     if cardinality < 1 or base_width < 1:
         raise ValueError(f"cardinality × base_width is {cardinality}×{base_width}d; both are 1 or more")
-    return ResNeXt(cardinality, base_width, num_classes)
+    return ResNeXt(cardinality, base_width, num_classes, dense=dense)
