@@ -26,29 +26,29 @@ class MobileNetV2Recipe(Recipe):
 RECIPE = MobileNetV2Recipe(
     name="mobilenetv2",  # checkpoints/mobilenetv2.pt, plots/mobilenetv2.png and .csv
     width=1.0,  # the paper's baseline: 2.24 M parameters
-    epochs=80,  # it learns more slowly than the others and costs less; tried so far: 8
-    batch_size=128,  # small batches learn most from an image, and are no slower on a CPU
-    base_lr=0.05,  # for a batch of 64. Half of it and twice it did worse in the search (benchmarks/README.md)
-    base_min_lr=0.0,  # the last steps are the smallest
-    warmup=0.15,  # a fraction, so that runs of any length have a warm-up: the peak rate is high
-    schedule_step="batch",  # with few epochs, steps of a whole epoch would be coarse
-    momentum=0.9,  # as the paper
+    epochs=80,  # cheaper per epoch than the others; tried so far: 8
+    batch_size=128,  # small batches need fewer epochs and are as fast on a CPU
+    base_lr=0.05,  # for a batch of 64; 0.025 and 0.1 were worse in the search (benchmarks/README.md)
+    base_min_lr=0.0,  # the cosine ends at 0
+    warmup=0.15,  # a fraction of the run: the peak learning rate needs a warm-up
+    schedule_step="batch",  # once an epoch is too coarse for few epochs
+    momentum=0.9,  # as in the paper
     nesterov=True,  # SGD's usual form for CIFAR since Wide ResNets (arXiv:1605.07146)
     weight_decay=1e-3,  # the best of 5e-4, 1e-3 and 2e-3 in the search
     decay_norms=False,  # norms and biases need no regularization (He et al. 2019, arXiv:1812.01187)
-    label_smoothing=0.0,  # 0.1 cost accuracy and loss in the search; the ensemble's average softens already
-    ema_horizon=0.025,  # the last 2.5 % of the run, where the learning rate is near 0; 0.1 did worse
+    label_smoothing=0.0,  # 0.1 was worse in the search
+    ema_horizon=0.025,  # EMA over the last 2.5 % of the run; 0.1 was worse
     crop_padding=4,
-    brightness=0.1,  # weaker augmentation than the baseline's, whose strength cost 2 to 3 points in short runs
+    brightness=0.1,  # weaker than the baseline's, which lost 2 to 3 points in short runs
     contrast=0.1,
     saturation=0.1,
     hue=0.05,
     flip=0.5,
     randaugment_ops=1,
     randaugment_magnitude=5,
-    cutout=0,  # RandAugment leaves little for it to add
-    augment_until=0.85,  # crop and flip alone at the end (He et al. 2019, arXiv:1909.09148): 4 points in short runs
-    compile="auto",  # a graph needs no compiler; which way is fastest is not measured yet
+    cutout=0,  # off: RandAugment is enough
+    augment_until=0.85,  # then crop and flip only (He et al. 2019, arXiv:1909.09148): +4 points in short runs
+    compile="auto",  # a CUDA graph on a GPU; the other modes are not measured yet
 )
 
 

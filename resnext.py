@@ -27,36 +27,36 @@ class ResNeXtRecipe(Recipe):
     dense: bool = flag("compute grouped convolutions as dense ones, which some GPUs do faster", fixed=False)
 
 
-# Batch, average and augmentation are those that a search found for MobileNetV2; the rate was tried on a small ResNeXt
-# as well (benchmarks/README.md).
+# Batch size, EMA and augmentation are from MobileNetV2's search; the learning rate was also tried on a small ResNeXt
+# (benchmarks/README.md).
 RECIPE = ResNeXtRecipe(
     name="resnext",  # checkpoints/resnext.pt, plots/resnext.png and .csv
-    cardinality=2,  # 2×64d as the baseline, 9.13 M parameters; the paper has 8×64d and 16×64d
+    cardinality=2,  # 2×64d as in the baseline, 9.13 M parameters; the paper has 8×64d and 16×64d
     base_width=64,
-    dense=False,  # on a CPU groups are the faster way; on a GPU that is not measured yet (benchmarks/convolutions.py)
-    epochs=50,  # a quarter of the baseline's, not tried yet
-    batch_size=128,  # small batches learn most from an image, and are no slower on a CPU
-    base_lr=0.05,  # for a batch of 64, as the paper. half of it did worse, twice it as well within the noise
-    base_min_lr=0.0,  # the last steps are the smallest
-    warmup=0.15,  # a fraction, so that runs of any length have a warm-up: the peak rate is high
-    schedule_step="batch",  # with few epochs, steps of a whole epoch would be coarse
-    momentum=0.9,  # as the paper
-    nesterov=True,  # as the authors' code, after fb.resnet.torch
-    weight_decay=5e-4,  # as the paper
+    dense=False,  # groups are faster on a CPU; not measured on a GPU yet (benchmarks/convolutions.py)
+    epochs=50,  # the baseline has 200; 50 is not tried yet
+    batch_size=128,  # small batches need fewer epochs and are as fast on a CPU
+    base_lr=0.05,  # for a batch of 64, as in the paper; 0.025 was worse, 0.1 equal within noise
+    base_min_lr=0.0,  # the cosine ends at 0
+    warmup=0.15,  # a fraction of the run: the peak learning rate needs a warm-up
+    schedule_step="batch",  # once an epoch is too coarse for few epochs
+    momentum=0.9,  # as in the paper
+    nesterov=True,  # as in the authors' code (fb.resnet.torch)
+    weight_decay=5e-4,  # as in the paper
     decay_norms=False,  # norms and biases need no regularization (He et al. 2019, arXiv:1812.01187)
-    label_smoothing=0.0,  # 0.1 cost accuracy and loss in the search; the ensemble's average softens already
-    ema_horizon=0.025,  # the last 2.5 % of the run, where the learning rate is near 0; 0.1 did worse
-    crop_padding=4,  # as the paper
-    brightness=0.1,  # weaker augmentation than the baseline's, whose strength cost 2 to 3 points in short runs
+    label_smoothing=0.0,  # 0.1 was worse in the search
+    ema_horizon=0.025,  # EMA over the last 2.5 % of the run; 0.1 was worse
+    crop_padding=4,  # as in the paper
+    brightness=0.1,  # weaker than the baseline's, which lost 2 to 3 points in short runs
     contrast=0.1,
     saturation=0.1,
     hue=0.05,
     flip=0.5,
     randaugment_ops=1,
     randaugment_magnitude=5,
-    cutout=0,  # RandAugment leaves little for it to add
-    augment_until=0.85,  # crop and flip alone at the end (He et al. 2019, arXiv:1909.09148): 4 points in short runs
-    compile="auto",  # a graph needs no compiler; which way is fastest is not measured yet
+    cutout=0,  # off: RandAugment is enough
+    augment_until=0.85,  # then crop and flip only (He et al. 2019, arXiv:1909.09148): +4 points in short runs
+    compile="auto",  # a CUDA graph on a GPU; the other modes are not measured yet
 )
 
 

@@ -1,7 +1,7 @@
 """What the scripts share: images on the device, augmented batches of them, a network's logits, the cosine schedule.
 
-The way of a batch: `dataset.load` gives uint8 arrays; `TrainLoader` keeps them on the device as one tensor, augments
-some thousand images at a time (dataset/transforms.py), cuts the result into batches and normalises each.
+Path of a batch: `dataset.load` gives uint8 arrays; `TrainLoader` keeps them on the device as one tensor, augments
+thousands of images at a time (dataset/transforms.py), cuts the result into batches and normalises each.
 """
 
 import contextlib
@@ -27,11 +27,10 @@ from dataset import Split, transforms
 MEAN = (0.4914, 0.4824, 0.4467)
 STD = (0.2471, 0.2436, 0.2616)
 
-# Pixels augmented in one go: small enough on the CPU to stay near its caches, large enough on a GPU that starting the
-# operators costs nothing beside running them. 1,024 and 16,384 images of 32×32.
+# Pixels per augmentation chunk: fits the CPU's caches; on a GPU, large enough to hide kernel launches. 1,024 and 16,384
+# images of 32×32.
 CHUNK_PIXELS = {"cpu": 2**20, "cuda": 16 * 2**20, "mps": 4 * 2**20}
-# Pixels evaluated in one go: 512 images of 32×32 on the CPU; on a GPU more, since starting the operators takes longer
-# than running them on few images.
+# Pixels per evaluation batch: 512 images of 32×32 on the CPU.
 EVAL_PIXELS = {"cpu": 2**19, "cuda": 2**21, "mps": 2**20}
 
 
@@ -41,7 +40,7 @@ def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, 
     return images.to(torch.float32, memory_format=torch.channels_last).sub_(shift).div_(scale)
 
 
-@functools.cache  # a copy to the device for every batch would make the host wait each time
+@functools.cache  # copying them for every batch would synchronise
 def _in_grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).mul_(255).view(1, 3, 1, 1)
 
@@ -96,9 +95,9 @@ class TrainLoader:
             for settings in (augmentation, augmentation.crop_and_flip())
         }
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        self.own_size = len(range(batch_size)[self.share(batch_size)])
+        self.local_batch_size = len(range(batch_size)[self.share(batch_size)])
         chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.size**2
-        self.chunk_size = max(1, chunk_size // self.own_size) * self.own_size
+        self.chunk_size = max(1, chunk_size // self.local_batch_size) * self.local_batch_size
         ahead = self.device.type == "cuda" if ahead is None else ahead
         self.thread = ThreadPoolExecutor(1, "plan") if ahead else None
         self.planned: dict[int, Future] = {}  # by epoch
@@ -121,7 +120,8 @@ class TrainLoader:
         if self.thread:
             self.planned = {epoch + 1: self.thread.submit(self.plan, epoch + 1)}
         for images, labels in self.chunks(plan.to(self.device), self.augmenter(epoch)):
-            for batch, targets in zip(images.split(self.own_size), labels.split(self.own_size), strict=True):
+            size = self.local_batch_size
+            for batch, targets in zip(images.split(size), labels.split(size), strict=True):
                 yield normalize(batch), targets
 
     def share(self, count: int) -> slice:
@@ -133,8 +133,8 @@ class TrainLoader:
     def augmenter(self, epoch: int) -> transforms.Augmenter:
         return self.augmenters[self.settings(epoch)]
 
-    def images_in(self, step: int) -> int:
-        """How many images a step's batch has, in all processes together."""
+    def global_batch_size(self, step: int) -> int:
+        """Images of a step's batch, over all processes."""
         return min(self.batch_size, self.num_images - step * self.batch_size)
 
     def plan(self, epoch: int, start: int = 0) -> transforms.Plan:
@@ -169,7 +169,7 @@ class TrainLoader:
                     ready = augment_beside(number + 1)
                 yield chunk
         finally:
-            training.wait_stream(self.stream)  # which may still read the plan when the epoch is broken off
+            training.wait_stream(self.stream)  # it may still read the plan if the epoch ends early
 
     def chunk(self, plan: transforms.Plan, number: int, augmenter: transforms.Augmenter) -> tuple[Tensor, Tensor]:
         index = plan.index[number * plan.chunk : (number + 1) * plan.chunk]
@@ -189,7 +189,7 @@ def predict(
 ) -> Tensor | None:
     """Logits of `network`, which takes uint8 (B, 3, H, W), for `images` of that kind: float32 (N, classes) on the CPU.
 
-    None where `stop()` became true first. `label` is that of a progress bar; without one there is none.
+    None if `stop()` returned true. `label`: of a progress bar; None for no bar.
     """
     batches = images.split(batch_size or eval_batch_size(images, device))
     logits = []
@@ -218,7 +218,7 @@ def eval_batch_size(images: Tensor, device: torch.device) -> int:
 
 
 def multiply_adds(model: nn.Module, image_size: int) -> int:
-    """Of one image's forward pass, in convolutions and matrix products."""
+    """Multiply-adds of one image's forward pass (convolutions and matrix products)."""
     images = torch.empty(1, 3, image_size, image_size, device="meta")  # shapes suffice to count
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(model).to("meta").eval()(images)
@@ -229,23 +229,25 @@ def multiply_adds(model: nn.Module, image_size: int) -> int:
 class CosineSchedule:
     """The learning rate of every step: a linear warm-up, then cosine annealing.
 
-    From `lr` to `min_lr`, Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts; the climb over the first part
-    of the run, `warmup`, is that of Goyal et al. 2017, arXiv:1706.02677. `each` says when the rate changes: "epoch" or
-    "batch".
+    Warm-up over the first part of the run, `warmup` (Goyal et al. 2017, arXiv:1706.02677), then from `lr` to `min_lr`
+    without restarts (Loshchilov and Hutter 2017, arXiv:1608.03983). `each`: the rate changes every "epoch" or "batch".
     """
 
     lr: float
     min_lr: float
     epochs: int
+    steps_per_epoch: int
     warmup: float = 0.0
     each: str = "epoch"
 
-    def __call__(self, epoch: int, step: int, steps: int) -> float:
-        """The rate of step `step` of the `steps` in epoch `epoch`, the first two counted from 0."""
-        done, stride = (epoch * steps + step, 1) if self.each == "batch" else (epoch * steps, steps)
-        total = self.epochs * steps
-        climb = self.warmup * total
-        if done < climb:
-            return self.lr * min(1.0, (done + stride) / climb)
-        turn = (done - climb) / (total - climb)
-        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * turn)) / 2
+    def __call__(self, epoch: int, step: int) -> float:
+        """The learning rate of step `step` of epoch `epoch`, both from 0."""
+        step, stride = epoch * self.steps_per_epoch + step, 1
+        if self.each == "epoch":
+            step, stride = epoch * self.steps_per_epoch, self.steps_per_epoch
+        total_steps = self.epochs * self.steps_per_epoch
+        warmup_steps = self.warmup * total_steps
+        if step < warmup_steps:
+            return self.lr * min(1.0, (step + stride) / warmup_steps)
+        progress = (step - warmup_steps) / (total_steps - warmup_steps)
+        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2

@@ -93,11 +93,11 @@ def train_baseline(options: argparse.Namespace) -> list[Point]:
     loader = torchvision_loader(data.train, settings, batch_size=BASELINE_BATCH_SIZE, workers=WORKERS["baseline"])
     model = NETWORKS[recipe.network](len(data.classes), **recipe.network_arguments()).train()
     optimizer = plain_optimizer(model)
-    schedule = CosineSchedule(BASELINE["base_lr"], BASELINE["base_min_lr"], BASELINE["epochs"])
+    schedule = CosineSchedule(BASELINE["base_lr"], BASELINE["base_min_lr"], BASELINE["epochs"], len(loader))
     points: list[Point] = []
     for epoch in range(BASELINE["epochs"]):
         for group in optimizer.param_groups:
-            group["lr"] = schedule(epoch, 0, 1)
+            group["lr"] = schedule(epoch, 0)
         for step, (images, labels) in enumerate(loader, 1):  # noqa: B007, used below
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()

@@ -205,14 +205,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(model: nn.Module, split: Split, recipe: Recipe, device: torch.device) -> tuple[Trainer, Step, Batches]:
-    """As loop.fit and loop.one_epoch, but for the progress bar, which waits for the device once a second."""
+    """As loop.fit and loop.train_and_evaluate, but for the progress bar, which waits for the device once a second."""
     model.to(device, memory_format=torch.channels_last).train()
     run = Run(model, make_optimizer(model, recipe, device), make_ema(model, recipe, split))
     trainer = Trainer(run, split, recipe, device)
     done = itertools.count()
 
     def step(images: Tensor, labels: Tensor) -> None:
-        trainer.train(*divmod(next(done), len(trainer.loader)), images, labels)
+        trainer.train_step(*divmod(next(done), len(trainer.loader)), images, labels)
 
     epochs = (trainer.loader.epoch(epoch) for epoch in itertools.count())
     return trainer, step, itertools.chain.from_iterable(epochs)

@@ -84,9 +84,5 @@ def resnext29(num_classes: int = 10, *, cardinality: int = 2, base_width: int = 
     """Build a ResNeXt-29; 2×64d has 9,130,314 parameters, 8×64d 34,426,698, 16×64d 68,155,210.
 
     `dense` computes the grouped convolutions as GroupedConv2d says; parameters and outputs are the same.
-
-    Raises ValueError for a cardinality or base width below 1.
     """
-    if cardinality < 1 or base_width < 1:
-        raise ValueError(f"cardinality × base_width is {cardinality}×{base_width}d; both are 1 or more")
     return ResNeXt(cardinality, base_width, num_classes, dense=dense)

@@ -92,6 +92,21 @@ def test_train(tmp_path):
     assert f"| ours, images/s | {train.spelled(rate)} |" in done.stdout
 
 
+def test_convolutions(tmp_path):
+    small = ["--networks", "resnext29", "--batch-size", 2, "--rounds", 1]
+    done = run(tmp_path, "convolutions.py", *small, "--output", "c.json")
+    assert done.returncode == 0, done.stderr
+    network = json.loads((tmp_path / "c.json").read_text())["networks"]["resnext29"]
+    assert sum(row["count"] for row in network["convolutions"]) == 1 + 9 * 3 + 3
+    grouped = [row for row in network["convolutions"] if row["shape"][4] == 2]
+    assert sum(row["count"] for row in grouped) == 9
+    assert all(row["channels_last dense"] > 0 for row in grouped)
+    dense = network["milliseconds"]["contiguous dense"]
+    assert dense == pytest.approx(
+        sum(row["count"] * row.get("contiguous dense", row["contiguous grouped"]) for row in network["convolutions"])
+    )
+
+
 def test_bfloat16_is_measured_where_a_processor_is_fast_in_it(monkeypatch):
     for there, number in ((True, 5), (False, 3)):
         monkeypatch.setattr(train, "cpu_has_bfloat16", lambda there=there: there)

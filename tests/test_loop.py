@@ -115,7 +115,8 @@ def test_weights_and_curves_are_those_of_a_naive_loop(
     assert expected[-1]["train_loss"] < 0.95 * expected[0]["train_loss"], "the network ought to have learned"
     for name, value in model.state_dict().items():
         torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(run.eval_model.state_dict()[name], tested[name], rtol=1e-5, atol=1e-6)
+        if name != "norm.num_batches_tracked":  # which the average does not need
+            torch.testing.assert_close(run.eval_model.state_dict()[name], tested[name], rtol=1e-5, atol=1e-6)
     assert all(row["seconds"] > 0 and row["images_per_second"] > 0 for row in run.history)
     assert read_csv(csv_path) == checkpoint.read(path)["history"] == run.history
     if not val:
@@ -123,16 +124,16 @@ def test_weights_and_curves_are_those_of_a_naive_loop(
 
 
 def test_the_last_of_200_epochs_trains_at_0_000101():
-    schedule = CosineSchedule(0.01, 0.0001, 200)
-    assert schedule(0, 0, 782) == schedule(0, 781, 782) == 0.01
-    assert f"{schedule(199, 0, 782):.6f}" == "0.000101"
+    schedule = CosineSchedule(0.01, 0.0001, 200, 782)
+    assert schedule(0, 0) == schedule(0, 781) == 0.01
+    assert f"{schedule(199, 0):.6f}" == "0.000101"
 
 
 @pytest.mark.parametrize("each", ["epoch", "batch"])
 @pytest.mark.parametrize("warmup", [0.0, 0.2, 0.25])
 def test_the_rate_climbs_and_then_falls_without_a_leap(each, warmup):
-    schedule = CosineSchedule(0.08, 0.0008, 10, warmup, each)
-    rates = [schedule(epoch, step, 5) for epoch in range(10) for step in range(5)]
+    schedule = CosineSchedule(0.08, 0.0008, 10, 5, warmup, each)
+    rates = [schedule(epoch, step) for epoch in range(10) for step in range(5)]
     changes = 10 if each == "epoch" else 50
     top = rates.index(max(rates))
     assert rates[top] == pytest.approx(0.08)
@@ -499,7 +500,7 @@ def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path,
 
 def test_images_that_were_split_off_for_the_test_are_told_once(train, tiny_data, capsys):
     train(replace(tiny_data(), test_split=0.25), split_seed=3)
-    said = "25 % of each class are the test images, since made up has none of its own"
+    said = "25 % of each class is the test set; made up has none"
     said += " (--test-split 0.25, --split-seed 3)"
     assert capsys.readouterr().out.splitlines().count(said) == 1
 
@@ -702,7 +703,7 @@ def test_a_script_trains_and_then_minds_its_checkpoint(script, tmp_path):
 
     status, _, err = script("--name", "small")
     assert status == 2
-    assert err.startswith("error: checkpoints/small.pt exists already; --resume continues from it, --overwrite starts")
+    assert err.startswith("error: checkpoints/small.pt exists already; --resume continues from it, --overwrite")
     status, out, err = script("--name", "small", "--resume", "--base-lr", "0.02")
     assert status == 2
     assert "--base-lr: 0.05 in the checkpoint, 0.02 now" in err

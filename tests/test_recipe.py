@@ -17,13 +17,13 @@ by_script = pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for 
 # All flags that may differ from the checkpoint's when a run is resumed: none of them changes what is trained.
 FREE = {
     "device", "deterministic", "compile", "data", "data_url", "name", "checkpoint_dir", "plot_dir", "reference",
-    "resume", "overwrite", "dry_run", "tensorboard", "epochs",
+    "resume", "overwrite", "dry_run", "tensorboard", "epochs", "dense",
 }  # fmt: skip
 # Values of flags for which "twice as much and one" would be refused.
 ANOTHER = {
     "depth": 37, "recipe": "baseline", "base_min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
     "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_horizon": 0.5, "device": "cpu",
-    "deterministic": True, "sync_bn": True,
+    "deterministic": True, "sync_bn": True, "dense": True,
     "compile": "none", "precision": "float32", "hue": 0.1, "flip": 0.25,
     "augment_until": 0.5, "test_split": 0.5, "randaugment_magnitude": 3, "resume": True, "overwrite": True,
     "tensorboard": True, "dry_run": True,
@@ -147,8 +147,7 @@ def test_a_value_out_of_range_is_refused_by_flag_and_value(arguments):
         (["--base-min-lr", "0.2"], "--base-min-lr 0.2 is above --base-lr 0.05"),
         (["--base-lr", "0.00005", "--base-min-lr", "0.0001"], "--base-min-lr 0.0001 is above --base-lr 5e-05"),
         (["--momentum", "0", "--nesterov"], "--nesterov needs a --momentum above 0"),
-        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
-        (["--data", "photos", "--data-url", "http://x/"], "--data-url 'http://x/' is for CIFAR"),
+        (["--resume", "--overwrite"], "give only one of them"),
         (["--crop-padding", "33"], "--crop-padding 33 is above --image-size 32"),
         (["--image-size", "8", "--cutout", "9"], "--cutout 9 is above --image-size 8"),
         (["--data", ""], "--data is ''"),

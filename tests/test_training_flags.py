@@ -60,7 +60,7 @@ def test_a_flag_that_differs_and_fewer_epochs_are_refused(train, capsys):
         train(resume=True, epochs=1, given=frozenset({"epochs"}))
     capsys.readouterr()
     train(resume=True, epochs=4, given=frozenset({"epochs"}))
-    assert "4 epochs in place of 2" in capsys.readouterr().out
+    assert "4 epochs instead of 2" in capsys.readouterr().out
 
 
 def test_init_starts_from_the_weights_of_a_checkpoint(train, tmp_path, tiny_data, capsys):
@@ -84,7 +84,7 @@ def test_init_starts_from_the_weights_of_a_checkpoint(train, tmp_path, tiny_data
     other = start(two, name="other")
     assert torch.equal(other["conv.weight"], theirs["conv.weight"])
     assert other["classifier.weight"].shape == (2, 4)
-    assert "with a new classifier for 2 classes in place of its 3" in capsys.readouterr().out
+    assert "with a new classifier for 2 classes instead of its 3" in capsys.readouterr().out
 
     with pytest.raises(UserError, match=r"--init .*first\.pt holds tiny \(channels 4\), not tiny \(channels 5\)"):
         start(tiny_data(), name="wide", channels=5)
@@ -97,7 +97,7 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(train, tmp_path, cap
     said = capsys.readouterr().out
     multiply_adds = 64 * (3 * 4 * 9) + 4 * 3  # the convolution on 8×8 pixels, and the classifier
     assert f"2 layers with weights, {multiply_adds / 1e6:,.1f} M multiply-adds" in said
-    assert "images/s in the second step" in said
+    assert "images/s in the last step" in said
     assert "3 epochs take about" in said
     assert run.history == []
     assert list(tmp_path.iterdir()) == []
@@ -132,7 +132,7 @@ def test_a_growing_loss_is_warned_of_once(tiny_recipe, capsys):
     assert warnings(2.0, 1.0, 2.5, 2.6, 1.0).count("grown to 2.500") == 1
     once = warnings(9.0, 9.5)  # from the start worse than guessing, which has log(10) = 2.3
     assert once.count("warning") == 1
-    assert "--base-lr than 0.8; the highest rate in force is 0.05" in once
+    assert "--base-lr below 0.8; the peak learning rate is 0.05" in once
     assert warnings(1.2 * 1.5 * math.log(3) - 0.01, num_classes=3) == ""
 
 
@@ -163,7 +163,7 @@ def test_the_time_to_go_is_said_after_a_minute(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
     now[0] += 60
     assert pace.left(40) == pace.left(40) == "48.0 min"
-    assert capsys.readouterr().out == "about 48.0 min to go\n"
+    assert capsys.readouterr().out == "about 48.0 min left\n"
 
 
 def test_training_works_in_a_thread(train):

@@ -1,4 +1,4 @@
-"""The checkpoint of a run: one file that describes itself, written whole or not at all, read without trusting it.
+"""The checkpoint of a run: one self-describing file, written atomically and validated on reading.
 
 The file is what `torch.save` writes, a zip archive, with the SHA-256 of all its bytes as the archive's comment. So
 `torch.load(path, weights_only=True)` reads it too, while `read` also notices a truncated file or a flipped bit.
@@ -83,7 +83,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged, its bytes do not match their digest; train again, or take another copy")
     try:
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader trips over a made-up file in many ways
+    except Exception as error:  # torch.load raises many exception types for malformed files
         raise UserError(f"{foreign} ({first_line(error)})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
         raise UserError(foreign)
@@ -124,8 +124,8 @@ def truncated(path: str | Path, raw: bytes) -> str | None:
 
 
 def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
-    """The checkpoint's content: the network, how it came to be, and all that a resumed run needs."""
-    last, average = run.model.state_dict(), run.ema.state_dict() if run.ema else None
+    """The checkpoint's content: the network, its training, and all that a resumed run needs."""
+    last, average = run.model.state_dict(), run.ema.model.state_dict() if run.ema else None
     tested = average if run.ema else last
     return {
         "network": {
@@ -153,7 +153,7 @@ def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "training": {
-            # Where they are not the chosen ones already: the last weights, and their moving average.
+            # The last weights and their moving average; None if "model" already holds them.
             "model": last if run.best or run.ema else None,
             "average": average if run.best else None,
             "best": {"epoch": run.best["epoch"], "accuracy": run.best["accuracy"]} if run.best else None,
@@ -167,14 +167,14 @@ def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
 
 
 def restore(run: "Run", content: dict[str, Any], path: Path) -> None:
-    """Put a new run where the checkpoint's was. Raises UserError where the content does not fit it."""
+    """Restore a run's state from a checkpoint. Raises UserError if the content does not fit it."""
     training = content["training"]
     with usable(path):
         run.model.load_state_dict(dict(training["model"] or content["model"]))
         if run.ema:
             run.ema.model.load_state_dict(dict(training["average"] or content["model"]))
-        for number, own in run.optimizer.state_dict()["state"].items():
-            for name, tensor in own.items():
+        for number, state in run.optimizer.state_dict()["state"].items():
+            for name, tensor in state.items():
                 tensor.copy_(training["optimizer"][number][name])
         run.history = content["history"]
         run.epoch, run.step = training["epoch"], training["step"]
@@ -184,26 +184,26 @@ def restore(run: "Run", content: dict[str, Any], path: Path) -> None:
 
 
 def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
-    """Give a new model the weights of --init; where those are of other classes, the classifier stays as it is.
+    """Give a new model the weights of --init; if the classes differ, the classifier keeps its initial weights.
 
     Returns a line that says so. Raises UserError for a checkpoint of another network.
     """
     content = read(recipe.init)
     network = {"name": recipe.network, "arguments": recipe.network_arguments()}
     with usable(recipe.init):
-        theirs = content["network"] | {"arguments": dict(content["network"]["arguments"])}
-        num_classes = theirs["arguments"].pop("num_classes")
-        if theirs != network:
-            raise UserError(f"--init {recipe.init} holds {spelled_network(theirs)}, not {spelled_network(network)}")
-        weights, said = dict(content["model"]), f"starting from the weights of {recipe.init}"
+        init_network = content["network"] | {"arguments": dict(content["network"]["arguments"])}
+        num_classes = init_network["arguments"].pop("num_classes")
+        if init_network != network:
+            raise UserError(f"--init {recipe.init} holds {network_text(init_network)}, not {network_text(network)}")
+        weights, message = dict(content["model"]), f"starting from the weights of {recipe.init}"
         if content["data"]["classes"] != list(classes):
-            weights |= {name: own for name, own in model.state_dict().items() if name.startswith("classifier.")}
-            said += f", with a new classifier for {len(classes)} classes in place of its {num_classes}"
+            weights |= {name: value for name, value in model.state_dict().items() if name.startswith("classifier.")}
+            message += f", with a new classifier for {len(classes)} classes instead of its {num_classes}"
         model.load_state_dict(weights)
-    return said
+    return message
 
 
-def spelled_network(network: dict[str, Any]) -> str:
+def network_text(network: dict[str, Any]) -> str:
     return f"{network['name']} ({', '.join(f'{name} {value}' for name, value in network['arguments'].items())})"
 
 
@@ -223,8 +223,8 @@ def copied_to_host(value: Any) -> Any:
 def previous_run(recipe: Recipe) -> Iterator[dict[str, Any] | None]:
     """The checkpoint to resume from, or None for a new run; within the block no other process writes it.
 
-    Raises UserError where a checkpoint would be overwritten unasked, is one of another recipe or of an earlier format,
-    and where another process is writing it.
+    Raises UserError if a checkpoint would be replaced without --overwrite, is of another recipe or an earlier format,
+    or is being written by another process.
     """
     if recipe.dry_run:
         yield None
@@ -243,7 +243,9 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
     if recipe.overwrite or not path.exists():
         return None
     if not recipe.resume:
-        raise UserError(f"{path} exists already; --resume continues from it, --overwrite starts afresh, --name renames")
+        raise UserError(
+            f"{path} exists already; --resume continues from it, --overwrite replaces it, --name saves to another file"
+        )
     content = read(path)
     if content["version"] < VERSION:
         raise UserError(
@@ -251,7 +253,7 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
             f"one (format {VERSION}) cannot resume; train again with --name or --overwrite"
         )
     if content["network"]["name"] != recipe.network:
-        raise UserError(f"{path} holds a {content['network']['name']}, not a {recipe.network}; --name another file")
+        raise UserError(f"{path} holds a {content['network']['name']}, not a {recipe.network}; use another --name")
     trained, epochs = content["training"]["epoch"] + bool(content["training"]["step"]), content["recipe"]["epochs"]
     if recipe.is_given("epochs") and recipe.epochs != epochs:
         if recipe.epochs < trained:
@@ -259,18 +261,18 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
                 f"--resume --epochs {recipe.epochs}: {path} is in epoch {trained} already; give as many or more"
             )
         print(
-            f"{recipe.epochs} epochs in place of {epochs}: the learning rate goes on by the schedule of {recipe.epochs}"
+            f"{recipe.epochs} epochs instead of {epochs}: the learning rate follows the {recipe.epochs}-epoch schedule"
         )
     if differences := recipe.differences(content["recipe"]):
         raise UserError(
-            f"--resume: {path} was trained by another recipe:\n  " + "\n  ".join(differences) + "\nLeave "
+            f"--resume: {path} was trained with another recipe:\n  " + "\n  ".join(differences) + "\nLeave "
             "these flags out, or start another run with --name or --overwrite"
         )
     return content
 
 
 def check_files(recipe: Recipe) -> None:
-    """See now, and not at the end of the first epoch or of the last, that all can be read and written."""
+    """Fail now, not after an epoch, if a file cannot be read or written."""
     files.check_writable(recipe.checkpoint_dir, "the checkpoint")
     files.check_writable(recipe.plot_dir, "the plots")
     if recipe.reference:

@@ -14,10 +14,10 @@ from common.errors import UserError, first_line
 import torch
 from torch import Tensor, nn
 
-WARM_UP = 3  # runs before a recording, for cuDNN and cuBLAS to choose their algorithms and take their memory
+WARM_UP = 3  # runs before a recording, for cuDNN and cuBLAS to choose algorithms and allocate memory
 
 
-# Takes images, labels, and the network to call in place of the plain one, whose weights it has.
+# Takes images, labels, and a network that shares the model's weights.
 Step = Callable[[Tensor, Tensor, nn.Module], None]
 
 
@@ -54,7 +54,7 @@ class FastStep:
     ):
         self.step, self.model, self.state, self.choice, self.batch_size = step, model, state, choice, batch_size
         self.prepared: dict[int, Callable[[Tensor, Tensor], None]] = {}  # by the batch's size
-        # The graphs never run at once: they share their memory.
+        # The graphs never run concurrently: they share one pool.
         self.pool = torch.cuda.graph_pool_handle() if choice in ("graph", "both") else None
         self.compiled = torch.compile(model, dynamic=False) if choice in ("inductor", "both") else None
 
@@ -68,7 +68,7 @@ class FastStep:
         plain = functools.partial(self.step, network=self.model)
         if self.choice == "none":
             return plain
-        # For an epoch's last batch, of its own size, a second compilation would not pay.
+        # The smaller last batch runs uncompiled: compiling twice costs more than it saves.
         network = self.compiled if self.compiled is not None and len(images) == self.batch_size else self.model
         if network is self.model and not self.pool:
             return plain
@@ -93,7 +93,7 @@ class FastStep:
     def record(self, images: Tensor, labels: Tensor, network: nn.Module) -> Callable[[Tensor, Tensor], None]:
         """Capture a step on the buffers `images` and `labels`; return a function that fills them and replays it."""
         current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        with torch.cuda.stream(current):  # a recording that fails leaves its own stream in force
+        with torch.cuda.stream(current):  # a failed capture does not restore the current stream
             side.wait_stream(current)
             try:
                 with torch.cuda.stream(side):

@@ -2,10 +2,10 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import distributed
+from common.device import kilobytes
 from common.text import duration
 
 import torch
@@ -23,8 +23,8 @@ def try_out(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> N
     device, loader = trainer.device, trainer.loader
     for step, batch in zip(range(2), loader.epoch(0), strict=False):
         started = time.perf_counter()
-        trainer.train(0, step, *batch)
-        trainer.sums.read(0, step + 1, lambda step: trainer.lr(0, step))  # waits for the device
+        trainer.train_step(0, step, *batch)
+        trainer.sums.read(0, step + 1)  # waits for the device
         step_seconds = time.perf_counter() - started
     model, part = run.eval_model.eval(), images[: eval_batch_size(images, device)]
     started = time.perf_counter()
@@ -34,7 +34,7 @@ def try_out(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> N
     layers = sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in run.model.modules())
     lines = [
         f"{layers} layers with weights, {multiply_adds(run.model, recipe.image_size) / 1e6:,.1f} M multiply-adds",
-        f"{loader.batch_size / step_seconds:,.0f} images/s in the second step, {peak_memory(device)}",
+        f"{loader.batch_size / step_seconds:,.0f} images/s in the last step, {peak_memory(device)}",
         f"{recipe.epochs} epochs take about {duration(recipe.epochs * (len(loader) * step_seconds + test_seconds))}",
     ]
     distributed.print_rank0("\n".join(lines))
@@ -42,9 +42,7 @@ def try_out(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> N
 
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of device memory at most"
+        return f"peak device memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
     if sys.platform != "linux":
-        return "memory not measured"
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
-    return f"{peak / 2**20:.1f} GiB of memory at most"
+        return "peak memory not measured"
+    return f"peak memory {kilobytes('/proc/self/status', 'VmHWM') / 2**20:.1f} GiB"

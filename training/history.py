@@ -1,4 +1,4 @@
-"""The history of a run: one row for each epoch, kept as a CSV file, printed, and written for TensorBoard."""
+"""The history of a run, one row for each epoch: as a CSV file, as a plot, and for TensorBoard."""
 
 import contextlib
 import csv
@@ -47,45 +47,30 @@ def write_csv(history: list[dict], path: str | Path) -> None:
 def read_csv(path: str | Path) -> list[dict]:
     """Read a history that `write_csv` wrote: one dict an epoch, `epoch` an int and everything else a float.
 
-    Columns that are not in `COLUMNS` are ignored. Raises `UserError` for a file that is missing or unreadable, has
-    no epochs or lacks a column, and for a cell that is not a number.
+    Columns that are not in `COLUMNS` are ignored. Raises UserError for a file that is missing, unreadable, without
+    epochs or without a column, and for a cell that is not a number.
     """
+    line = 1
     try:
         # utf-8-sig: a spreadsheet may have put a byte order mark before the first column's name.
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            missing = [name for name in COLUMNS if name not in columns and name not in OPTIONAL_COLUMNS]
-            if missing:
-                raise UserError(
-                    f"{path}: no column {', '.join(missing)} in its first line; "
-                    "expected a history as the training scripts write it"
-                )
-            wanted = [name for name in COLUMNS if name in columns]
-            history = [parse_row(row, wanted, where=f"{path}, line {reader.line_num}") for row in reader]
+            reader = csv.DictReader(file, strict=True)
+            columns = [name for name in COLUMNS if name in (reader.fieldnames or [])]
+            if missing := set(COLUMNS) - set(OPTIONAL_COLUMNS) - set(columns):
+                raise ValueError(f"no column {', '.join(sorted(missing))}")
+            history = []
+            for row in reader:
+                line = reader.line_num
+                if None in row or None in row.values():
+                    raise ValueError("not as many cells as in the first line")
+                history.append({name: int(row[name]) if name == "epoch" else float(row[name]) for name in columns})
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror or error}); expected the CSV file of a run"
-        ) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file ({error})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); expected the CSV file of a run") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}, line {line}: {error}; expected a history as the training scripts write it") from None
     if not history:
         raise UserError(f"{path}: has no epochs; expected one line for each below the first")
     return history
-
-
-def parse_row(row: dict, columns: list[str], *, where: str) -> dict:
-    """One line of a history as numbers."""
-    if None in row:
-        raise UserError(f"{where}: more cells than the first line has columns")
-    numbers = {}
-    for name in columns:
-        try:
-            numbers[name] = int(row[name]) if name == "epoch" else float(row[name])
-        except (TypeError, ValueError):
-            kind = "a whole number" if name == "epoch" else "a number"
-            raise UserError(f"{where}, column {name}: found {row[name]!r}, expected {kind}") from None
-    return numbers
 
 
 def plotter(recipe: Recipe) -> Callable[[list[dict]], None]:

@@ -1,15 +1,14 @@
 """Training: a step, an epoch, a run.
 
-What `fit` promises: the checkpoint is whole at every moment; Ctrl-C and SIGTERM lose no more than the step in flight, a
-kill no more than the epoch (on a GPU no more than two, since an epoch is saved while the next one is trained); and a
-run that was stopped and resumed ends, on the CPU, with the very bits of one that was not.
+`fit` guarantees: the checkpoint is always complete; Ctrl-C, SIGTERM and SIGHUP stop after the current step and save; a
+kill loses at most the current epoch (on a GPU two, because saving overlaps training); on the CPU a resumed run is
+bit-identical to an uninterrupted one.
 """
 
-import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,16 +34,16 @@ from utils import CosineSchedule, TrainLoader, eval_batch_size, normalize, predi
 
 @dataclass
 class Run:
-    """How far a training run is; what `fit` returns."""
+    """State of a training run; what `fit` returns."""
 
     model: nn.Module
     optimizer: Optimizer
     ema: ModelEma | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # a row for each whole epoch, see history.COLUMNS
     epoch: int = 0  # whole epochs done
-    step: int = 0  # steps done of the next one
-    sums: list[float] | None = None  # of those steps: summed loss, correct predictions, and how many steps they are
-    seconds: float = 0.0  # spent on them
+    step: int = 0  # steps done in the current one
+    sums: list[float] | None = None  # their summed loss and correct predictions
+    seconds: float = 0.0  # their duration
     best: dict[str, Any] | None = None  # with a validation split: accuracy, epoch and weights of the best epoch
     stopped_by: int | None = None  # the signal that ended the run early
 
@@ -64,24 +63,24 @@ class Trainer:
     def __init__(self, run: Run, train: Split, recipe: Recipe, device: torch.device):
         self.model, self.optimizer, self.ema, self.device = run.model, run.optimizer, run.ema, device
         self.loader = train_loader(recipe, train, device)
-        self.schedule = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, recipe.warmup, recipe.schedule_step)
-        self.lr_tensor = run.optimizer.param_groups[0]["lr"]  # of all groups
-        self.label_smoothing, self.precision = recipe.label_smoothing, pick_precision(recipe.precision, device)
-        self.sums = RunningSums(device)
         steps = len(self.loader)
+        self.lr = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, steps, recipe.warmup, recipe.schedule_step)
+        self.lr_tensor = run.optimizer.param_groups[0]["lr"]  # shared by all parameter groups
+        self.label_smoothing, self.precision = recipe.label_smoothing, pick_precision(recipe.precision, device)
+        self.sums = RunningSums(device, self.lr)
         self.pace = messages.Pace(run.epoch * steps + run.step, recipe.epochs * steps)
-        self.batch_images = 0  # in the parts of the batch of all processes together
+        self.global_batch_size = 0  # images of the current batch, over all processes
         network = wrap_ddp(self.model) if distributed.world_size() > 1 else self.model
-        choice = pick_compile(recipe.compile, device)
-        self.fast_step = FastStep(self.step, network, self.state, choice=choice, batch_size=self.loader.own_size)
+        choice, batch_size = pick_compile(recipe.compile, device), self.loader.local_batch_size
+        self.fast_step = FastStep(self.step, network, self.state, choice=choice, batch_size=batch_size)
 
     def step(self, images: Tensor, labels: Tensor, network: nn.Module) -> None:
-        """A training step. Nothing here waits for the device or branches on its numbers: a CUDA graph can record it."""
+        """One training step, without host-device synchronisation, so that a CUDA graph can capture it."""
         with autocast(self.device, self.precision):
             logits = network(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)  # in float32, by autocast
         if distributed.world_size() > 1:  # DDP averages the gradients of parts that may differ by an image
-            loss = loss * (len(labels) * distributed.world_size() / self.batch_images)
+            loss = loss * (len(labels) * distributed.world_size() / self.global_batch_size)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -89,66 +88,63 @@ class Trainer:
             self.ema.update()
         self.sums.add(logits.detach(), labels)
 
-    def train(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> None:
-        """Step `step` of epoch `epoch`, both from 0, in the way that --compile names."""
+    def train_step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> None:
+        """Run one step in the mode of --compile; `epoch` and `step` count from 0."""
         self.lr_tensor.fill_(self.lr(epoch, step))
         if self.ema:
-            self.ema.set_weight(epoch * len(self.loader) + step)
-        self.batch_images = self.loader.images_in(step)
+            self.ema.set_update_rate(epoch * len(self.loader) + step)
+        self.global_batch_size = self.loader.global_batch_size(step)
         self.fast_step(images, labels)
-
-    def lr(self, epoch: int, step: int) -> float:
-        return self.schedule(epoch, step, len(self.loader))
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
         buffers = [value for state in self.optimizer.state.values() for value in state.values()]
-        ema = self.ema.own if self.ema else []
-        return [*self.model.state_dict().values(), *buffers, *ema, self.sums.values]
+        averages = self.ema.averages if self.ema else []
+        return [*self.model.state_dict().values(), *buffers, *averages, self.sums.values]
 
 
 def train_epoch(run: Run, trainer: Trainer, stop: StopSignals) -> None:
-    """Train the epoch that `run` is in, from its step on, to its end or to a signal; `run` says how far it got."""
+    """Train the current epoch, from the run's step on, to its end or to a signal; `run` holds how far it got."""
     started = time.monotonic() - run.seconds
-    loader, sums, lr = trainer.loader, trainer.sums, functools.partial(trainer.lr, run.epoch)
+    loader, sums = trainer.loader, trainer.sums
     sums.start(run.sums, run.step)
     run.model.train()
     with messages.ProgressBar(loader, run.epoch, run.step, trainer.pace) as bar:
         for images, labels in loader.epoch(run.epoch, run.step):
-            trainer.train(run.epoch, run.step, images, labels)
+            trainer.train_step(run.epoch, run.step, images, labels)
             run.step += 1
-            bar.update(run.step, lambda: sums.read(run.epoch, run.step, lr))
+            bar.show(run.step, lambda: sums.read(run.epoch, run.step))
             if stop.in_any_process():
                 break
-    run.sums = [*distributed.all_reduce_sum(sums.read(run.epoch, run.step, lr)), float(run.step)]
+    run.sums = distributed.all_reduce_sum(sums.read(run.epoch, run.step))
     run.seconds = time.monotonic() - started
 
 
 def evaluate(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]], stop: StopSignals) -> dict | None:
-    """Loss and accuracy of the run's model on each split, or None where a signal came first."""
+    """Loss and accuracy of the run's model on each split; None if a signal came first."""
     rank, world_size = distributed.rank(), distributed.world_size()
     distributed.copy_buffers(run.eval_model)
     model = run.eval_model.eval()
     row = {}
     for name, (images, labels) in splits.items():
-        own = distributed.share(len(labels), rank, world_size)
+        part = distributed.share(len(labels), rank, world_size)
         logits = predict(
             lambda batch: model(normalize(batch)),
-            images[own],
+            images[part],
             trainer.device,
             precision=trainer.precision,
-            # A smaller --batch-size is to take less memory here as well.
+            # A smaller --batch-size also reduces memory here.
             batch_size=min(eval_batch_size(images, trainer.device), 4 * trainer.loader.batch_size),
-            # With several processes no stop: they would have to stop at the same batch.
+            # Several processes would have to stop at the same batch.
             stop=lambda: world_size == 1 and stop,
             label=name if distributed.is_main_process() else None,
         )
         if logits is None:
             return None
-        loss_sum = F.cross_entropy(logits.double(), labels[own], reduction="sum").item()
-        num_correct = float((logits.argmax(1) == labels[own]).sum())
+        loss_sum = F.cross_entropy(logits.double(), labels[part], reduction="sum").item()
+        num_correct = float((logits.argmax(1) == labels[part]).sum())
         loss_sum, num_correct = distributed.all_reduce_sum([loss_sum, num_correct])
-        if not math.isfinite(loss_sum):  # the last step's loss can still be finite while the weights it leaves are not
+        if not math.isfinite(loss_sum):  # the last update can break the weights after a finite loss
             step = run.step - 1
             error = not_finite(f"{name} loss", run.epoch, step, trainer.lr(run.epoch, step))
             raise distributed.error_in_all(str(error))
@@ -156,13 +152,15 @@ def evaluate(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]
     return row
 
 
-def one_epoch(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]], stop: StopSignals) -> dict | None:
-    """Train the epoch that `run` is in and evaluate the splits: the row of its history, or None after a signal."""
+def train_and_evaluate(
+    run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]], stop: StopSignals
+) -> dict | None:
+    """Train the current epoch and evaluate the splits: the epoch's row of the history; None after a signal."""
     train_epoch(run, trainer, stop)
     num_steps, num_images = len(trainer.loader), trainer.loader.num_images
     if run.step < num_steps:
         return None
-    # A run that was stopped during its evaluation resumes here, with no step left.
+    # A run that was stopped during evaluation resumes here, with no step left.
     started = time.monotonic()
     evaluated = evaluate(run, trainer, splits, stop)
     if evaluated is None:
@@ -196,7 +194,8 @@ def fit(
         distributed.from_main_process(lambda: checkpoint.check_files(recipe))
     device = set_up_device(recipe.device, deterministic=recipe.deterministic)
     recipe = replace(recipe, precision=precision_of(recipe, previous, device))
-    in_force = replace(recipe, batch_size=min(recipe.batch_size, len(data.train)))  # no rate for a larger batch
+    # The learning rate is scaled by the real batch size.
+    effective = replace(recipe, batch_size=min(recipe.batch_size, len(data.train)))
     if recipe.sync_bn:
         model = synchronized(model, device)
     with (
@@ -206,21 +205,21 @@ def fit(
         checkpoint.Saver(recipe, in_background=device.type == "cuda") as saver,
     ):
         model.to(device, memory_format=torch.channels_last)
-        run = Run(model, make_optimizer(model, recipe, device), make_ema(model, in_force, data.train))
+        run = Run(model, make_optimizer(model, recipe, device), make_ema(model, effective, data.train))
         if previous:
             saver.restore(run, previous)
-        trainer = Trainer(run, data.train, in_force, device)
-        messages.announce(run, data, in_force, device)
-        report = messages.EpochReport(in_force, len(data.classes), log, draw)
+        trainer = Trainer(run, data.train, effective, device)
+        messages.announce(run, data, effective, device)
+        report = messages.EpochReport(effective, len(data.classes), log, draw)
         splits = {"test": data.test} if data.val is None else {"test": data.test, "val": data.val}
         splits = {
             name: (torch.from_numpy(s.images).to(device), torch.from_numpy(s.labels)) for name, s in splits.items()
         }
         if recipe.dry_run:
-            dry_run.try_out(run, trainer, splits["test"][0], in_force)
+            dry_run.try_out(run, trainer, splits["test"][0], effective)
             return run
         while run.epoch < recipe.epochs and run.stopped_by is None:
-            row = one_epoch(run, trainer, splits, stop)
+            row = train_and_evaluate(run, trainer, splits, stop)
             if row is not None:
                 finish_epoch(run, row)
             saver.save(run, data)
@@ -238,7 +237,7 @@ def finish_epoch(run: Run, row: dict[str, Any]) -> None:
     run.history.append(row)
     run.epoch, run.step, run.sums, run.seconds = run.epoch + 1, 0, None, 0.0
     if "val_accuracy" in row and (run.best is None or row["val_accuracy"] > run.best["accuracy"]):
-        weights = checkpoint.copied_to_host(dict((run.ema or run.model).state_dict()))
+        weights = checkpoint.copied_to_host(dict(run.eval_model.state_dict()))
         run.best = {"epoch": run.epoch, "accuracy": row["val_accuracy"], "model": weights}
 
 
@@ -257,9 +256,9 @@ def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Optimizer:
-    """SGD whose learning rate is a tensor on the device, for a CUDA graph to read what the schedule has set.
+    """SGD whose learning rate is a tensor on the device, so that a CUDA graph reads what the schedule has set.
 
-    Its momentum starts at zero instead of with the first gradient, which comes to the same.
+    Its momentum starts at zero instead of with the first gradient, which is equivalent.
     """
     norms_and_biases = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [
@@ -273,7 +272,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Op
 
 
 def make_buffers(optimizer: Optimizer) -> None:
-    """Have the optimizer make its buffers, such as the momentum, all zero: a CUDA graph needs their addresses."""
+    """Allocate the optimizer's buffers, all zero: a CUDA graph needs fixed addresses."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -287,11 +286,8 @@ def make_buffers(optimizer: Optimizer) -> None:
 def make_ema(model: nn.Module, recipe: Recipe, train: Split) -> ModelEma | None:
     if not recipe.ema_horizon:
         return None
-    return ModelEma(model, ema_decay(recipe.ema_horizon, total_steps(recipe, train)))
-
-
-def total_steps(recipe: Recipe, train: Split) -> int:
-    return recipe.epochs * steps_per_epoch(len(train), recipe.batch_size)
+    total_steps = recipe.epochs * steps_per_epoch(len(train), recipe.batch_size)
+    return ModelEma(model, ema_decay(recipe.ema_horizon, total_steps))
 
 
 def precision_of(recipe: Recipe, previous: dict[str, Any] | None, device: torch.device) -> str:
@@ -304,15 +300,16 @@ def precision_of(recipe: Recipe, previous: dict[str, Any] | None, device: torch.
 class RunningSums:
     """Summed loss, correct predictions, and number of steps before the first non-finite loss, on the device.
 
-    Reading them synchronizes the host with the device; adding does not.
+    Reading them synchronizes the host with the device; adding does not. `lr` gives the learning rate of a step.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, lr: Callable[[int, int], float]):
+        self.lr = lr
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.values = torch.zeros(3, dtype=dtype, device=device)
 
     def start(self, values: list[float] | None, step: int) -> None:
-        """Continue at `step` from `values`, loss and correct predictions of all processes, each with an equal part."""
+        """Continue at `step` from the totals of all processes, split equally."""
         parts = [value / distributed.world_size() for value in (values or (0.0, 0.0))[:2]]
         self.values.copy_(torch.tensor([*parts, float(step)], dtype=self.values.dtype))
 
@@ -321,16 +318,13 @@ class RunningSums:
         loss_sum, num_correct, finite_steps = self.values.unbind()
         loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
         num_correct += (logits.argmax(1) == labels).sum()
-        finite_steps += loss_sum.isfinite()  # once it is not, it never is again
+        finite_steps += loss_sum.isfinite()  # a non-finite sum stays non-finite
 
-    def read(self, epoch: int, step: int, lr: Callable[[int], float]) -> list[float]:
-        """Summed loss and correct predictions.
-
-        Raises UserError where a loss before `step` was not finite; `lr` gives the learning rate of a step.
-        """
+    def read(self, epoch: int, step: int) -> list[float]:
+        """Summed loss and correct predictions. Raises UserError if a loss before `step` was not finite."""
         loss_sum, num_correct, finite_steps = self.values.tolist()
         if finite_steps < step:
-            raise not_finite("loss", epoch, int(finite_steps), lr(int(finite_steps)))
+            raise not_finite("loss", epoch, int(finite_steps), self.lr(epoch, int(finite_steps)))
         return [loss_sum, num_correct]
 
 
@@ -355,7 +349,7 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with batch-norms over the images of all processes."""
     if device.type != "cuda" or distributed.world_size() == 1:
         found = f"{distributed.world_size()} on {device.type.upper()}"
-        raise distributed.error_in_all(f"--sync-bn is for several processes on CUDA, and here is {found}; leave it out")
+        raise distributed.error_in_all(f"--sync-bn needs several processes on CUDA; found {found}; leave it out")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
@@ -363,25 +357,26 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any] | None) -> None:
-    """Raise UserError, in all processes, for what cannot be trained."""
-    if problem := next(problems(model, data, recipe, previous), None):
+    """Raise UserError, in all processes, if the run cannot be trained."""
+    if problem := problem_with(model, data, recipe, previous):
         raise distributed.error_in_all(problem)
 
 
-def problems(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any] | None) -> Iterator[str]:
+def problem_with(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any] | None) -> str | None:
     with torch.device("meta"):
         expected = NETWORKS[recipe.network](len(data.classes), **recipe.network_arguments()).state_dict()
     if {name: value.shape for name, value in model.state_dict().items()} != {
         name: value.shape for name, value in expected.items()
     }:
-        yield f"the model is not the {recipe.network} of the recipe; a checkpoint of it could not be loaded"
+        return f"the model is not the {recipe.network} of the recipe; a checkpoint of it could not be loaded"
     if previous and previous["data"]["digest"] != data.digest:
-        yield (
+        return (
             f"--resume: --data {data.source} does not hold the images that {recipe.checkpoint_path} was trained on "
             f"(--data {previous['data']['source']}); give those, or start another run with --name or --overwrite"
         )
     if min(recipe.batch_size, len(data.train)) < 2 * (world_size := distributed.world_size()):
-        yield (
+        return (
             f"--batch-size {recipe.batch_size} of {len(data.train):,} images leaves fewer than two for each of "
             f"{world_size} processes, and batch norm needs two; give more, or start fewer processes"
         )
+    return None

@@ -40,23 +40,20 @@ def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) ->
     )
     if data.test_split is not None:
         say(
-            f"{100 * data.test_split:.0f} % of each class are the test images, since {data.source} has none of its own "
+            f"{100 * data.test_split:.0f} % of each class is the test set; {data.source} has none "
             f"(--test-split {data.test_split:g}, --split-seed {recipe.split_seed})"
         )
     if recipe.recipe == "baseline":
         say("the baseline's recipe")
     if distributed.world_size() > 1:
-        say(
-            f"batches of {recipe.batch_size} in all processes together, learning rates {recipe.lr:g} and "
-            f"{recipe.min_lr:g}"
-        )
+        say(f"batches of {recipe.batch_size} images, over all processes")
     if recipe.batch_size != REFERENCE_BATCH:
         say(
             f"learning rates {recipe.base_lr:g} and {recipe.base_min_lr:g} for a batch of {REFERENCE_BATCH} become "
             f"{recipe.lr:g} and {recipe.min_lr:g} for a batch of {recipe.batch_size} (in proportion, Goyal et al. 2017)"
         )
     if run.epoch == recipe.epochs:
-        say(f"{recipe.checkpoint_path} is finished: all {recipe.epochs} epochs are done, nothing is left to train")
+        say(f"{recipe.checkpoint_path} is finished: all {recipe.epochs} epochs are done; nothing to train")
     elif run.epoch or run.step:
         say(f"resuming from {recipe.checkpoint_path}: epoch {run.epoch + 1}, step {run.step + 1}")
 
@@ -70,7 +67,7 @@ def announce_stop(run: "Run", recipe: Recipe, num_steps: int) -> None:
 
 
 class EpochReport:
-    """What the main process says, logs and draws of each epoch; drawing takes no more than 5 % of the time."""
+    """Prints, logs and plots each epoch, in the main process; plotting takes at most 5 % of the time."""
 
     def __init__(
         self,
@@ -80,7 +77,7 @@ class EpochReport:
         draw: Callable[[list[dict[str, Any]]], object],
     ):
         self.recipe, self.log, self.draw = recipe, log, draw
-        self.high_loss = 1.5 * math.log(num_classes)  # guessing has two thirds of it
+        self.high_loss = 1.5 * math.log(num_classes)  # 1.5 × the loss of uniform guessing
         self.drawn, self.drawing_seconds = time.monotonic(), 1.0
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
@@ -93,13 +90,13 @@ class EpochReport:
             self.plot(history)
 
     def warn_of_growing_loss(self, history: list[dict[str, Any]]) -> None:
-        """Once, where the loss is well above that of the first epoch, or of guessing."""
+        """Once, if the loss is well above that of the first epoch, or of uniform guessing."""
         losses = [row["train_loss"] for row in history]
         limit = 1.2 * min(losses[0], self.high_loss)
         if losses[-1] > limit >= max(losses[:-1], default=0):
             print(
-                f"warning: the training loss has grown to {losses[-1]:.3f}. If it stays so, start again with a lower "
-                f"--base-lr than {self.recipe.base_lr:g}; the highest rate in force is {self.recipe.lr:g}",
+                f"warning: the training loss has grown to {losses[-1]:.3f}. If it stays high, start again with "
+                f"--base-lr below {self.recipe.base_lr:g}; the peak learning rate is {self.recipe.lr:g}",
                 file=sys.stderr,
             )
 
@@ -135,44 +132,36 @@ class Pace:
 
     def __init__(self, steps_done: int, total_steps: int):
         self.first, self.total, self.started = steps_done, total_steps, time.monotonic()
-        self.is_said = False
+        self.printed = False
 
     def left(self, steps_done: int) -> str:
         seconds = time.monotonic() - self.started
         left = duration((self.total - steps_done) * seconds / (steps_done - self.first))
-        if seconds >= 60 and not self.is_said and distributed.is_main_process():
-            self.is_said = True
-            tqdm.write(f"about {left} to go")
+        if seconds >= 60 and not self.printed and distributed.is_main_process():
+            self.printed = True
+            tqdm.write(f"about {left} left")
         return left
 
 
-class ProgressBar:
-    """The bar of an epoch; once a second it shows loss and accuracy, for which the host waits for the device."""
+class ProgressBar(tqdm):
+    """The bar of an epoch; once a second it reads loss and accuracy, which synchronizes with the device."""
 
     def __init__(self, loader: TrainLoader, epoch: int, step: int, pace: Pace):
-        self.loader, self.pace, self.steps_before, num_images = loader, pace, epoch * len(loader), loader.num_images
-        self.bar = tqdm(
-            total=num_images, initial=min(step * loader.batch_size, num_images), desc=f"epoch {epoch + 1}",
-            unit=" images", unit_scale=True, leave=False, disable=None if distributed.is_main_process() else True,
-        )  # fmt: skip
+        self.loader, self.pace, self.steps_before = loader, pace, epoch * len(loader)
         self.last_read = time.monotonic()
+        seen = min(step * loader.batch_size, loader.num_images)
+        super().__init__(
+            total=loader.num_images, initial=seen, desc=f"epoch {epoch + 1}", unit=" images", unit_scale=True,
+            leave=False, disable=None if distributed.is_main_process() else True,
+        )  # fmt: skip
 
-    def __enter__(self) -> "ProgressBar":
-        self.bar.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.__exit__(*error)
-
-    def update(self, steps: int, sums: Callable[[], list[float]]) -> None:
+    def show(self, steps: int, sums: Callable[[], list[float]]) -> None:
         if time.monotonic() - self.last_read < 1:
             return
         loss_sum, num_correct = sums()  # of this process's part
         seen = min(steps * self.loader.batch_size, self.loader.num_images)
-        own = seen / distributed.world_size()
+        part = seen / distributed.world_size()
         left = self.pace.left(self.steps_before + steps)
-        self.bar.set_postfix_str(
-            f"loss {loss_sum / own:.4f}, accuracy {num_correct / own:.2%}, run: {left} left", False
-        )
-        self.bar.update(seen - self.bar.n)
+        self.set_postfix_str(f"loss {loss_sum / part:.4f}, accuracy {num_correct / part:.2%}, run: {left} left", False)
+        self.update(seen - self.n)
         self.last_read = time.monotonic()

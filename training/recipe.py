@@ -1,6 +1,7 @@
 """The hyperparameters that every script fills in, and the flags made from them."""
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -25,12 +26,9 @@ REFERENCE_BATCH = 64
 RECIPES = ("ours", "baseline")
 # How a training step runs: in eager mode, as one CUDA graph, through torch.compile, or the last two together.
 COMPILE = ("auto", "none", "graph", "inductor", "both")
-PRECISION_HELP = (
-    "bfloat16: convolutions and matrix products in it, the rest in float32 (autocast); auto takes it where it is "
-    "faster: on CUDA, and on a CPU with instructions for it"
-)
+PRECISION_HELP = "bfloat16: autocast; auto: bfloat16 on CUDA and on CPUs with bfloat16 instructions, else float32"
 SCHEDULE_STEPS = ("epoch", "batch")
-# The baseline's recipe, the same for its three networks; --recipe baseline puts it in place of a script's own.
+# The baseline's recipe, the same for its three networks; --recipe baseline takes it instead of the script's own.
 BASELINE = {
     "epochs": 200, "batch_size": 64, "base_lr": 0.01, "base_min_lr": 0.0001, "warmup": 0.0, "schedule_step": "epoch",
     "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True, "label_smoothing": 0.0,
@@ -51,10 +49,7 @@ def flag(
     choices: Sequence[Any] | None = None,
     fixed: bool = True,
 ) -> Any:
-    """A field that becomes `--its-name`.
-
-    `fixed` says that the value decides what is trained: a resumed run has it as the checkpoint has it.
-    """
+    """A field that becomes `--its-name`. `fixed`: a resumed run must keep the checkpoint's value."""
     metadata = {
         "help": help, "group": group, "at_least": at_least, "at_most": at_most, "above": above, "choices": choices,
         "fixed": fixed,
@@ -62,52 +57,53 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
+augmentation_flag = functools.partial(flag, group="augmentation", at_least=0)
+data_flag = functools.partial(flag, group="data")
+files_flag = functools.partial(flag, group="files", fixed=False)
+FACTOR_HELP = "ColorJitter: factor from 1 − this to 1 + this"
+MAX_SEED = 2**63 - 1
+
+
 RecipeT = typing.TypeVar("RecipeT", bound="Recipe")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that decides a training run. A script gives the fields without a default; each field is also a flag.
+    """Everything that defines a training run. A script gives the fields without a default; each field is also a flag.
 
-    A script's own subclass adds its network's sizes as fields of the group "network".
+    A script's subclass adds its network's sizes as fields of the group "network".
 
     Raises UserError for a value out of range.
     """
 
     network: ClassVar[str] = ""  # key of models.NETWORKS
 
-    recipe: str = flag("ours, or baseline: the baseline's values, except for flags given", "ours", choices=RECIPES)
+    recipe: str = flag("ours, or baseline: that project's values; given flags override them", "ours", choices=RECIPES)
     epochs: int = flag(
-        "passes over the training images; a resumed run can be given more", at_least=1, at_most=10**6, fixed=False
+        "passes over the training images; can be raised with --resume", at_least=1, at_most=10**6, fixed=False
     )
-    batch_size: int = flag("images in a step", at_least=2, at_most=10**6)
+    batch_size: int = flag("images per step, over all processes", at_least=2, at_most=10**6)
     base_lr: float = flag(
         f"peak learning rate for a batch size of {REFERENCE_BATCH}; scaled linearly with --batch-size",
         above=0,
         at_most=1e30,
     )
-    base_min_lr: float = flag(f"learning rate at the end of the cosine, for a batch of {REFERENCE_BATCH}", at_least=0)
-    warmup: float = flag(
-        "fraction of the run for the linear warm-up of the learning rate, before the cosine", at_least=0, at_most=0.9
-    )
-    schedule_step: str = flag("the learning rate changes with each epoch or each batch", choices=SCHEDULE_STEPS)
+    base_min_lr: float = flag(f"final learning rate, for a batch size of {REFERENCE_BATCH}", at_least=0)
+    warmup: float = flag("fraction of the run in which the learning rate rises linearly", at_least=0, at_most=0.9)
+    schedule_step: str = flag("update the learning rate every epoch or every batch", choices=SCHEDULE_STEPS)
     momentum: float = flag("momentum of SGD", at_least=0, at_most=1)
-    nesterov: bool = flag("Nesterov's momentum")
+    nesterov: bool = flag("Nesterov momentum")
     weight_decay: float = flag("weight decay of SGD", at_least=0)
     decay_norms: bool = flag("also apply weight decay to norm layers and biases")
     label_smoothing: float = flag("fraction of each target spread evenly over all classes", at_least=0, at_most=1)
     ema_horizon: float = flag(
-        "test and save an EMA of the weights over about this fraction of the run; 0: no EMA",
-        at_least=0,
-        at_most=1,
+        "test and save an EMA of the weights over about this fraction of the run; 0: no EMA", at_least=0, at_most=1
     )
-    init: str | None = flag(
-        "start from the weights of this checkpoint; a classifier for other classes is made anew", None
-    )
-    seed: int = flag("seed of the weights, the images' order and their augmentation", 0, at_least=0, at_most=2**63 - 1)
-    device: str = flag("auto takes CUDA, else MPS, else the CPU", "auto", choices=DEVICES, fixed=False)
+    init: str | None = flag("start from this checkpoint's weights; new classifier if the classes differ", None)
+    seed: int = flag("seed of the weights, the images' order and augmentation", 0, at_least=0, at_most=MAX_SEED)
+    device: str = flag("auto: CUDA, else MPS, else the CPU", "auto", choices=DEVICES, fixed=False)
     deterministic: bool = flag("bit-identical runs on CUDA too, which is slower", False, fixed=False)
-    sync_bn: bool = flag("with several processes on CUDA: SyncBatchNorm, over the images of all of them", False)
+    sync_bn: bool = flag("SyncBatchNorm (several processes on CUDA)", False)
     compile: str = flag(
         "a step as one CUDA graph, through torch.compile (inductor), or both; none: eager mode; auto: graph "
         "on CUDA, none elsewhere",
@@ -116,80 +112,61 @@ class Recipe:
     )
     precision: str = flag(PRECISION_HELP, "auto", choices=PRECISIONS)
 
-    crop_padding: int = flag("RandomCrop: zeros around the image, in pixels", group="augmentation", at_least=0)
-    brightness: float = flag(
-        "ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0, at_most=100
-    )
-    contrast: float = flag(
-        "ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0, at_most=100
-    )
-    saturation: float = flag(
-        "ColorJitter: factors from 1 − this to 1 + this", group="augmentation", at_least=0, at_most=100
-    )
-    hue: float = flag("ColorJitter: hue shift from −this to +this", group="augmentation", at_least=0, at_most=0.5)
-    flip: float = flag("RandomHorizontalFlip: probability", group="augmentation", at_least=0, at_most=1)
-    randaugment_ops: int = flag("RandAugment: operations for each image", group="augmentation", at_least=0, at_most=100)
-    randaugment_magnitude: int = flag("RandAugment: strength", group="augmentation", at_least=0, at_most=30)
-    cutout: int = flag("Cutout: side of a square greyed out, in pixels", group="augmentation", at_least=0)
-    augment_until: float = flag(
-        "fraction of the run, rounded up to whole epochs, after which only crop and flip are applied",
-        group="augmentation",
-        at_least=0,
-        at_most=1,
+    crop_padding: int = augmentation_flag("RandomCrop: zeros around the image, in pixels")
+    brightness: float = augmentation_flag(FACTOR_HELP, at_most=100)
+    contrast: float = augmentation_flag(FACTOR_HELP, at_most=100)
+    saturation: float = augmentation_flag(FACTOR_HELP, at_most=100)
+    hue: float = augmentation_flag("ColorJitter: hue shift from −this to +this", at_most=0.5)
+    flip: float = augmentation_flag("RandomHorizontalFlip: probability", at_most=1)
+    randaugment_ops: int = augmentation_flag("RandAugment: operations for each image", at_most=100)
+    randaugment_magnitude: int = augmentation_flag("RandAugment: strength", at_most=30)
+    cutout: int = augmentation_flag("Cutout: side of the grey square, in pixels; 0: off")
+    augment_until: float = augmentation_flag(
+        "fraction of the run, rounded up to whole epochs, after which only crop and flip are applied", at_most=1
     )
 
-    data: str = flag(
-        "cifar10, cifar100, digits, or a folder of images (see README)", "cifar10", group="data", fixed=False
-    )
-    data_url: str | None = flag("where to look first for the CIFAR archive", None, group="data", fixed=False)
-    image_size: int = flag("side of the images, in pixels", 32, group="data", at_least=8, at_most=4096)
-    train_size: int | None = flag(
-        "number of training images, balanced over the classes", None, group="data", at_least=1
-    )
-    test_size: int | None = flag("number of test images, balanced over the classes", None, group="data", at_least=1)
-    val_size: int = flag("number of training images to hold out to choose the best epoch", 0, group="data", at_least=0)
-    test_split: float = flag(
+    data: str = data_flag("cifar10, cifar100, digits, or a folder of images (see README)", "cifar10", fixed=False)
+    data_url: str | None = data_flag("where to look first for the CIFAR archive", None, fixed=False)
+    image_size: int = data_flag("side of the images, in pixels", 32, at_least=8, at_most=4096)
+    train_size: int | None = data_flag("number of training images, balanced over the classes", None, at_least=1)
+    test_size: int | None = data_flag("number of test images, balanced over the classes", None, at_least=1)
+    val_size: int = data_flag("number of training images to hold out, to choose the best epoch", 0, at_least=0)
+    test_split: float = data_flag(
         "fraction of each class for testing, for digits and for class folders without a test folder",
         0.2,
-        group="data",
         above=0,
         at_most=0.9,
     )
-    split_seed: int = flag("seed of the subsets and hold-outs above", 0, group="data", at_least=0, at_most=2**63 - 1)
+    split_seed: int = data_flag("seed of the subsets and hold-outs above", 0, at_least=0, at_most=MAX_SEED)
 
-    name: str = flag("name of the run's files", group="files", fixed=False)
-    checkpoint_dir: str = flag("folder of the checkpoint", "checkpoints", group="files", fixed=False)
-    plot_dir: str = flag("folder of the picture and its CSV", "plots", group="files", fixed=False)
-    reference: str | None = flag("CSV of another run, drawn faintly behind", None, group="files", fixed=False)
-    resume: bool = flag("continue from the checkpoint, if there is one", False, group="files", fixed=False)
-    overwrite: bool = flag("start a new run and replace the existing checkpoint", False, group="files", fixed=False)
-    dry_run: bool = flag(
-        "two steps and a batch of test images: size, memory, speed, expected time; saves nothing",
-        False,
-        group="files",
-        fixed=False,
+    name: str = files_flag("name of the run's files")
+    checkpoint_dir: str = files_flag("folder of the checkpoint", "checkpoints")
+    plot_dir: str = files_flag("folder of the plot and its CSV", "plots")
+    reference: str | None = files_flag("CSV of another run, plotted dashed", None)
+    resume: bool = files_flag("continue from the checkpoint, if there is one", False)
+    overwrite: bool = files_flag("start a new run and replace the existing checkpoint", False)
+    dry_run: bool = files_flag(
+        "two steps and one test batch: prints size, memory, speed and expected time; saves nothing", False
     )
-    tensorboard: bool = flag("also write the curves for TensorBoard", False, group="files", fixed=False)
+    tensorboard: bool = files_flag("also write the curves for TensorBoard", False)
 
     given: frozenset[str] | None = field(default=None, repr=False, compare=False)
-    """The names of the fields that flags gave; None where the recipe was not made by flags, and all count as given."""
+    """The fields set by flags; None without a command line, where all count as given."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
             check(item, getattr(self, item.name))
         if self.base_min_lr > self.base_lr:
             raise UserError(
-                f"--base-min-lr {self.base_min_lr:g} is above --base-lr {self.base_lr:g}; the cosine goes down"
+                f"--base-min-lr {self.base_min_lr:g} is above --base-lr {self.base_lr:g}; it must not be larger"
             )
         if self.nesterov and not self.momentum:
             raise UserError("--nesterov needs a --momentum above 0; give one, or --no-nesterov")
-        if self.data_url is not None and not self.data.lower().startswith("cifar"):
-            raise UserError(f"--data-url {self.data_url!r} is for CIFAR, not for --data {self.data!r}; leave one out")
         for name in ("crop_padding", "cutout"):
             if getattr(self, name) > self.image_size:
                 raise UserError(
-                    f"{spelled(name)} {getattr(self, name)} is above --image-size {self.image_size}; nothing of an "
-                    "image might be left"
+                    f"{spelled(name)} {getattr(self, name)} is above --image-size {self.image_size}; it could "
+                    "remove the whole image"
                 )
         for name in ("data", "data_url", "init", "checkpoint_dir", "plot_dir", "reference"):
             value = getattr(self, name)
@@ -200,21 +177,21 @@ class Recipe:
         if len(os.fsencode(self.name)) > 200:
             raise UserError(f"--name {self.name!r} is too long to name a file; take 200 bytes or fewer")
         if self.resume and self.overwrite:
-            raise UserError("--resume and --overwrite exclude each other: continue from the checkpoint, or replace it?")
+            raise UserError("--resume continues from the checkpoint, --overwrite replaces it; give only one of them")
 
     @property
     def lr(self) -> float:
-        """The highest learning rate in force: in proportion to the batch (Goyal et al. 2017, arXiv:1706.02677)."""
+        """Peak learning rate, scaled with the batch size (Goyal et al. 2017, arXiv:1706.02677)."""
         return self.base_lr * self.batch_size / REFERENCE_BATCH
 
     @property
     def min_lr(self) -> float:
-        """The lowest learning rate of the cosine in force."""
+        """Final learning rate, scaled likewise."""
         return self.base_min_lr * self.batch_size / REFERENCE_BATCH
 
     @property
     def crop_and_flip_from(self) -> int:
-        """The first epoch, from 0, whose images are cropped and flipped alone."""
+        """The first epoch (from 0) with crop and flip only."""
         return math.ceil(self.augment_until * self.epochs)
 
     @property
@@ -242,9 +219,9 @@ class Recipe:
         return self.given is None or name in self.given
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """The values given that would train otherwise than `other`, another recipe's `as_dict()`, one line each.
+        """Given values that differ from `other`, another recipe's `as_dict()`, and change the training, one line each.
 
-        A precision of "auto" is whichever the other has.
+        A precision of "auto" is the other's.
         """
         return [
             f"{spelled(item.name)}: {other.get(item.name)} in the checkpoint, {getattr(self, item.name)} now"
@@ -254,7 +231,7 @@ class Recipe:
         ]
 
     def resumed(self: "RecipeT", previous: dict[str, Any] | None) -> "RecipeT":
-        """This recipe, with the values of the checkpoint `previous` wherever no flag gives another."""
+        """This recipe, with the checkpoint's values for all that no flag has set."""
         if previous is None:
             return self
         kept = [item.name for item in flags(self) if item.metadata["fixed"] or item.name in ("epochs", "data")]
@@ -264,7 +241,7 @@ class Recipe:
 
 def load_data(recipe: Recipe) -> Dataset:
     """The images that a recipe's flags name, as arrays on the host."""
-    with distributed.local_rank_zero_first():  # what it downloads and decodes, the others find there
+    with distributed.local_rank_zero_first():  # the other processes reuse what it downloads and decodes
         return dataset.load(
             recipe.data,
             image_size=recipe.image_size,
@@ -286,7 +263,7 @@ def flags(recipe: Recipe | type[Recipe]) -> list[Field]:
 
 
 def check(item: Field, value: Any) -> None:
-    """Raise UserError where a value is outside what its field allows."""
+    """Raise UserError if a value is outside what its field allows."""
     if value is None:
         return
     rules = item.metadata
@@ -306,10 +283,10 @@ def check(item: Field, value: Any) -> None:
 
 
 def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = None) -> RecipeT:
-    """The script's recipe, or with --recipe baseline the baseline's, with the values that the command line gives.
+    """The script's recipe, or with --recipe baseline the baseline's, with the values from the command line.
 
-    Ends the process with status 2, after a line that names the flag, where a flag is unknown or not of its type.
-    Raises UserError for a value out of range.
+    An unknown flag or a value of the wrong type ends the process with status 2 and a line that names it. Raises
+    UserError for a value out of range.
     """
     parser = Parser(description)
     argv = sys.argv[1:] if argv is None else argv
@@ -317,7 +294,7 @@ def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = 
         recipe = replace(recipe, recipe="baseline", **BASELINE)
     types_of = typing.get_type_hints(type(recipe))
     groups: dict[str, Any] = {}
-    # The network's own flags first: they are what sets one script apart from the others.
+    # The network's own flags first: the scripts differ by these.
     for item in sorted(flags(recipe), key=lambda item: item.metadata["group"] != "network"):
         rules, default = item.metadata, getattr(recipe, item.name)
         if rules["group"] not in groups:

@@ -9,10 +9,10 @@ from common.errors import ending_signals
 
 
 class StopSignals:
-    """Within the block the first of these signals is noted, for the loop to stop at; the second one exits at once.
+    """Within the block the first signal sets a flag that the loop checks; the second one exits at once.
 
     torchrun passes on what the terminal has sent already, so under it a second signal changes nothing. In a thread,
-    where Python handles no signals, none is noted.
+    where Python handles no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -38,6 +38,6 @@ class StopSignals:
 
     def in_any_process(self) -> bool:
         """Whether any process got a signal; all processes must ask at the same place."""
-        if number := int(distributed.all_reduce_max(self.number or 0)):  # not reset here: one may have come meanwhile
-            self.number = number
+        if number := int(distributed.all_reduce_max(self.number or 0)):
+            self.number = number  # never reset: a signal may have arrived since the exchange
         return bool(number)
