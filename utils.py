@@ -69,7 +69,7 @@ class TrainLoader:
     From epoch `crop_and_flip_from` on, only crop and flip are applied.
 
     `ahead` (by default on CUDA) keeps the work off the critical path: a thread draws for the next epoch while this one
-    is trained, and the device augments the next chunk beside the training steps on this one.
+    is trained, and the device augments the next chunk in parallel with the training steps on this one.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class TrainLoader:
             return
         training = torch.cuda.current_stream(self.device)
 
-        def augment_beside(number: int) -> tuple[Tensor, Tensor]:
+        def augment_in_parallel(number: int) -> tuple[Tensor, Tensor]:
             # Wait for the work queued on the training stream so far: the plan's copy, and the last use of the previous
             # chunk, whose memory the next one may reuse.
             self.stream.wait_stream(training)
@@ -161,12 +161,12 @@ class TrainLoader:
                 return self.chunk(plan, number, augmenter)
 
         try:
-            ready = augment_beside(0)
+            ready = augment_in_parallel(0)
             for number in range(len(plan)):
                 chunk = ready
                 training.wait_stream(self.stream)
                 if number + 1 < len(plan):
-                    ready = augment_beside(number + 1)
+                    ready = augment_in_parallel(number + 1)
                 yield chunk
         finally:
             training.wait_stream(self.stream)  # it may still read the plan if the epoch ends early

@@ -1,4 +1,4 @@
-"""Measure how fast augmented batches come: this project's loader beside the usual one.
+"""Measure how fast augmented batches come: this project's loader and the usual one.
 
 ours         utils.TrainLoader: all images of a chunk at once, on the device, in this process
 torchvision  the way it is usually written: transforms on one PIL image at a time, in a DataLoader with two processes
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def pick_images(options: argparse.Namespace) -> Split:
-    """As many training images as --images says. Raises UserError where there are not so many."""
+    """As many training images as --images says. Raises UserError if there are not so many."""
     train = dataset.load(options.data, image_size=options.image_size).train
     count = min(IMAGES, len(train)) if options.images is None else options.images
     return harness.some_of(train, count, at_least=BATCH_SIZE, source=options.data)

@@ -1,4 +1,4 @@
-"""Measure how fast an ensemble runs: the files that export.py writes beside the PyTorch module, or the cascade.
+"""Measure how fast an ensemble runs: the files that export.py writes and the PyTorch module, or the cascade.
 
 torch   models.ensemble.Ensemble, as members.load gives it
 onnx    the ONNX file in onnxruntime, with as many threads as PyTorch takes

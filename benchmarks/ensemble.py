@@ -202,7 +202,7 @@ def run_all(
 def run_together(commands: dict[str, list[str]], work: Path, progress: Progress, stop: Callable[[], Any]) -> None:
     """Run commands at the same time, with `progress` as their account; when `stop` says so, have them save and end.
 
-    Raises UserError where one fails; the others then save and end.
+    Raises UserError if one fails; the others then save and end.
     """
     environment = os.environ | {name: str(work / "compiled" / name.lower()) for name in COMPILE_CACHES}
     before, elapsed_before = {name: progress.seconds.get(name, 0.0) for name in commands}, progress.elapsed
@@ -210,7 +210,7 @@ def run_together(commands: dict[str, list[str]], work: Path, progress: Progress,
     running = {}
     try:
         for name, command in commands.items():
-            # In a session of its own: the terminal's Ctrl-C comes to this process alone, and no script hears it twice.
+            # In a session of its own: the terminal's Ctrl-C comes to this process only.
             running[name] = subprocess.Popen(command, cwd=work, env=environment, start_new_session=True)
             progress.starts[name] = progress.starts.get(name, 0) + 1
         while running:
@@ -312,7 +312,7 @@ class Scores:
 
 
 def read_scores(folder: str) -> Scores:
-    """Raises UserError where the folder has no logits.npz, or another than this benchmark writes."""
+    """Raises UserError if the folder has no logits.npz, or another than this benchmark writes."""
     path = Path(folder) / "logits.npz"
     try:
         with np.load(path) as arrays:
@@ -332,7 +332,7 @@ def read_scores(folder: str) -> Scores:
 def compare(ours: Scores, theirs: Scores) -> dict[str, Any]:
     """What accuracy and loss of `ours` are above those of `theirs`, with 95 % intervals over the test images.
 
-    A row for each member that both have, and one for the ensemble. Raises UserError where the labels differ.
+    A row for each member that both have, and one for the ensemble. Raises UserError if the labels differ.
     """
     if ours.classes != theirs.classes or not torch.equal(ours.labels, theirs.labels):
         raise UserError(
@@ -399,7 +399,7 @@ def read_flags() -> argparse.Namespace:
     for name in TRAINING:
         parser.add_argument(
             f"--{Path(name).stem}", type=shlex.split, default=[], metavar="FLAGS",
-            help=f"flags for {name} alone, in quotes: --{Path(name).stem}='--epochs 10'",
+            help=f"flags for {name} only, in quotes: --{Path(name).stem}='--epochs 10'",
         )  # fmt: skip
     parser.add_argument("--against", metavar="FOLDER", help="another run's --output, to compare with")
     parser.add_argument("--score", metavar="FOLDER", help="run nothing: compare this --output with that of --against")

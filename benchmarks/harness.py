@@ -1,4 +1,4 @@
-"""What the benchmarks share: some of a data set's images, and what every one writes beside its figures.
+"""What the benchmarks share: some of a data set's images, and what every one writes with its numbers.
 
 That is the machine, the versions, the commit and the command.
 """
@@ -89,7 +89,7 @@ def command() -> str:
 def some_of(train: Split, count: int, *, at_least: int, source: str) -> Split:
     """`count` of the training images of --data `source`, of all classes.
 
-    Raises UserError where there are not so many, or `count` is below `at_least`.
+    Raises UserError if there are not so many, or `count` is below `at_least`.
     """
     if len(train) < at_least:
         raise UserError(f"--data {source} has {len(train)} training images; expected {at_least} or more")
@@ -114,7 +114,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def write_results(results: dict[str, Any], path: str | Path) -> None:
-    """Raises UserError where the file cannot be written."""
+    """Raises UserError if the file cannot be written."""
     with files.replacing(path, "the results") as file:
         file.write((json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
 

@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def train(options: argparse.Namespace, flags: str, seed: int) -> dict[str, float]:
-    """The last epoch's figures of one run. Raises UserError where the script fails."""
+    """The last epoch's figures of one run. Raises UserError if the script fails."""
     with tempfile.TemporaryDirectory(prefix="search-") as folder:
         command = [
             sys.executable, str(harness.ROOT / options.script), *shlex.split(flags), "--seed", str(seed),

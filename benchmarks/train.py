@@ -1,4 +1,4 @@
-"""Measure training end to end (augmentation, step, optimiser): this project's beside a plain loop, on one device.
+"""Measure training end to end (augmentation, step, optimizer): this project's loop and plain ones, on one device.
 
 ours      the script's own recipe, network and batch size, through loop.Trainer, as loop.fit does it; ours_float32
           is the same with --precision float32, for where the recipe's own comes to bfloat16

@@ -20,7 +20,7 @@ BLOCKS = {
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 1×1 convolution to 4·k channels, norm, ReLU, 3×3 convolution to k, beside the input."""
+    """Norm, ReLU, 1×1 convolution to 4·k channels, norm, ReLU, 3×3 convolution to k, concatenated to the input."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()
@@ -53,7 +53,7 @@ class DenseNet(nn.Module):
     def __init__(self, blocks: tuple[int, ...], growth_rate: int, num_classes: int):
         super().__init__()
         channels = 2 * growth_rate
-        # Departure from the ImageNet network: 3×3 at stride 1 in place of 7×7 at stride 2, and no norm, ReLU or
+        # Departure from the ImageNet network: 3×3 at stride 1 instead of 7×7 at stride 2, and no norm, ReLU or
         # max-pool behind it, so that the first block sees every pixel.
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
         for number, num_layers in enumerate(blocks):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 # Table 2: expansion t, channels c, blocks n, stride s of the first block.
 STAGES = (
     (1, 16, 1, 1),
-    (6, 24, 2, 1),  # departure from the ImageNet network: stride 1 in place of 2
+    (6, 24, 2, 1),  # departure from the ImageNet network: stride 1 instead of 2
     (6, 32, 3, 2),
     (6, 64, 4, 2),
     (6, 96, 3, 1),
@@ -97,7 +97,7 @@ class MobileNetV2(nn.Module):
     def __init__(self, width: float, num_classes: int):
         super().__init__()
         channels = scaled(32, width)
-        # Departure from the ImageNet network: stride 1 in place of 2.
+        # Departure from the ImageNet network: stride 1 instead of 2.
         layers: list[nn.Module] = [*conv_norm(3, channels, 3), nn.ReLU6()]
         for expansion, stage_channels, num_blocks, stride in STAGES:
             for block in range(num_blocks):

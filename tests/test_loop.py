@@ -444,7 +444,7 @@ def test_a_rate_far_too_high_is_noticed_in_the_first_epoch(train, tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "flags", "instead"),
-    [(signal.SIGINT, {}, ""), (signal.SIGTERM, {"overwrite": True}, " in place of --overwrite")],
+    [(signal.SIGINT, {}, ""), (signal.SIGTERM, {"overwrite": True}, " instead of --overwrite")],
 )
 def test_a_signal_ends_after_the_step_and_says_how_to_go_on(train, path, capsys, number, flags, instead):
     before = signal.getsignal(number)

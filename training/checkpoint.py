@@ -42,7 +42,7 @@ SPLIT_FLAGS = ("split_seed", "train_size", "val_size", "test_size", "test_split"
 def write(path: str | Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values to `path`, replacing what was there in one step.
 
-    Raises UserError where the file cannot be written; what was there before is then as it was.
+    Raises UserError if the file cannot be written; what was there before is then as it was.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)

@@ -39,7 +39,7 @@ class FastStep:
     `step` may only change the tensors that `state` returns, always the same ones. At the first batch of each size the
     step is compiled or captured by running it; then the state is restored, so that this trains nothing.
 
-    Raises UserError where that fails. It does not go on in eager mode: on PyTorch 2.11 a capture that failed leaves the
+    Raises UserError if that fails. It does not go on in eager mode: on PyTorch 2.11 a capture that failed leaves the
     memory allocator as if it were still captured (github.com/pytorch/pytorch/issues/180395).
     """
 

@@ -28,11 +28,11 @@ OPTIONAL_COLUMNS = ("val_loss", "val_accuracy")
 
 
 def write_csv(history: list[dict], path: str | Path) -> None:
-    """Write a run's history, one row an epoch; an older file at `path` is replaced whole or left as it was.
+    """Write a run's history atomically, one row an epoch.
 
-    The columns are `COLUMNS`, the validation's only where the history has them. Accuracies are fractions; `seconds` is
-    the epoch's duration, evaluation included; `images_per_second` is the rate of its training alone. Numbers are
-    written so that `read_csv` gives back exactly the same ones. Raises `UserError` if the file cannot be written.
+    The columns are `COLUMNS`, without the validation's if the history has none. Accuracies are fractions; `seconds` is
+    the epoch's duration, evaluation included; `images_per_second` is the training speed, evaluation excluded.
+    `read_csv` gives back exactly the same numbers. Raises UserError if the file cannot be written.
     """
     columns = [name for name in COLUMNS if name not in OPTIONAL_COLUMNS or any(name in row for row in history)]
     text = io.StringIO()

@@ -59,7 +59,7 @@ def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) ->
 
 
 def announce_stop(run: "Run", recipe: Recipe, num_steps: int) -> None:
-    instead = " in place of --overwrite" if recipe.overwrite else ""
+    instead = " instead of --overwrite" if recipe.overwrite else ""
     distributed.print_rank0(
         f"stopped in epoch {run.epoch + 1} after step {run.step} of {num_steps}, saved to {recipe.checkpoint_path}; "
         f"the same command with --resume{instead} continues from there"
