@@ -80,7 +80,7 @@ def balanced_rows(
 ) -> np.ndarray:
     """Pick `size` rows at random so that any two classes' counts differ by at most one.
 
-    labels: (N,). stream: seed of the random choice and its number. least: the smallest size allowed. spare: how many
+    labels: (N,). stream: a seed and the number of the random choice. least: the smallest size allowed. spare: how many
     rows of each class must be left. Returns int64 (size,), ascending. Raises UserError, which names `flag`, for a size
     that is impossible.
     """
