@@ -127,7 +127,7 @@ def in_a_process(
         command += ["--compile", choice]
     command += ["--started", str(time.time())]
     environment = dict(os.environ)
-    if kind not in OURS and environment.get("GOMP_SPINCOUNT") == common.SPINS:
+    if kind not in OURS and environment.get("GOMP_SPINCOUNT") == common.SPIN_COUNT:
         del environment["GOMP_SPINCOUNT"]  # it is a part of ours
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.splitlines()

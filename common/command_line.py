@@ -7,9 +7,9 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with the description as it is written and errors in one line.
+    """argparse's parser, which prints the description unchanged and an error as one line.
 
-    A flag that is unknown is answered with those that are spelled most like it.
+    The error for an unknown flag names the flags with the most similar names.
     """
 
     def __init__(self, description: str | None):

@@ -1,4 +1,4 @@
-"""The device that a script runs on: which one, in which precision, and what to say when its memory runs out."""
+"""The device that a script runs on, its precision, and the error if its memory runs out."""
 
 import contextlib
 import ctypes
@@ -17,27 +17,29 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def set_up_device(name: str, *, deterministic: bool = False) -> torch.device:
-    """The device that --device names, and the settings of this process that make it fast.
+    """Resolve --device, and apply the settings of this process that make the device fast.
 
     `auto` takes CUDA, then MPS, then the CPU. `deterministic`: runs on CUDA are bit-identical, but slower; on the
     CPU they always are. On the CPU, freed memory is kept for reuse, and allocating more than is free is an error.
 
-    Raises UserError where there is no such device.
+    Raises UserError if this machine has no such device.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    modules = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+    available = [kind for kind, module in modules.items() if module.is_available()]
     if name == "auto":
-        name = next(kind for kind, is_there in there.items() if is_there)
-    if not there[name]:
-        have = ", ".join(kind for kind, is_there in there.items() if is_there)
-        raise UserError(f"--device {name}: PyTorch {torch.__version__} finds no such device here, only {have}")
+        name = available[0]
+    if name not in available:
+        raise UserError(
+            f"--device {name}: PyTorch {torch.__version__} finds no such device, only {', '.join(available)}"
+        )
     if name == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-        # The sizes stay the same for a whole run: try which algorithm is fastest, where the choice may differ by run.
+        torch.set_float32_matmul_precision("high")  # TF32 for the operators that autocast leaves in float32
+        # The sizes stay the same for a whole run: time the algorithms, unless every run must take the same one.
         torch.backends.cudnn.benchmark = not deterministic
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a guard for code that reads such memory
+            torch.utils.deterministic.fill_uninitialized_memory = False  # only helps to find bugs
     if name == "cpu":
         keep_freed_memory()
         refuse_missing_memory()
@@ -45,10 +47,10 @@ def set_up_device(name: str, *, deterministic: bool = False) -> torch.device:
 
 
 def pick_precision(choice: str, device: torch.device) -> str:
-    """What --precision comes to: "float32" or "bfloat16".
+    """Resolve --precision: "float32" or "bfloat16".
 
-    `auto` takes bfloat16 on CUDA and on a CPU with instructions for it; without them it is slower than float32, by up
-    to 499 times (github.com/pytorch/pytorch/issues/146508).
+    `auto` takes bfloat16 on CUDA and on a CPU with instructions for it. Without them bfloat16 is up to 499 times slower
+    than float32 (github.com/pytorch/pytorch/issues/146508).
     """
     if choice != "auto":
         return choice
@@ -59,31 +61,31 @@ def pick_precision(choice: str, device: torch.device) -> str:
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16 numbers, and PyTorch may use them.
 
-    ATEN_CPU_CAPABILITY=avx2 in the environment, PyTorch's own variable, forbids it.
+    PyTorch's environment variable ATEN_CPU_CAPABILITY=avx2 forbids it.
     """
-    there = torch.cpu.get_capabilities()
-    if there.get("avx2") and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    capabilities = torch.cpu.get_capabilities()
+    if capabilities.get("avx2") and torch.backends.cpu.get_cpu_capability() == "AVX2":
         return False
-    return any(there.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep large blocks that PyTorch frees, for the next layer to take.
+    """Make the C library keep large blocks that PyTorch frees, for reuse by the next layer.
 
-    By default glibc hands each back to the system, which then clears every page anew: an eighth to a third of the time
-    of a training step on two cores (benchmarks/memory.py). Other C libraries are left as they are.
+    By default glibc returns each block to the system, which then clears every page again: an eighth to a third of the
+    time of a training step on two cores (benchmarks/memory.py). Other C libraries are not changed.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         mallopt(m_trim_threshold, -1)  # never shrink the heap
-        mallopt(m_mmap_max, 0)  # take no block from outside it
+        mallopt(m_mmap_max, 0)  # allocate every block in the heap
 
 
 def refuse_missing_memory() -> None:
-    """On Linux, let an allocation beyond the free memory fail, so that an error can say so.
+    """On Linux, make an allocation beyond the free memory fail, so that an error can report it.
 
-    By default Linux grants any amount and kills the process, without a word, when it comes to use it.
+    By default Linux grants any amount and kills the process without a message when the memory is used.
     """
     if sys.platform != "linux":
         return
@@ -96,7 +98,7 @@ def refuse_missing_memory() -> None:
 
 
 def free_memory(root: str | Path = "/") -> int:
-    """Bytes that this process can still take on Linux: what the machine has, and what its container allows."""
+    """Bytes that this process can still allocate on Linux: the free memory of the machine, or of its container."""
     root = Path(root)
     free = [kilobytes(root / "proc/meminfo", "MemAvailable") * 1024]
     cgroups = root / "sys/fs/cgroup"
@@ -105,25 +107,25 @@ def free_memory(root: str | Path = "/") -> int:
         (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
     ):
         try:
-            # The page cache counts as used, and is given back when memory is needed.
+            # The page cache counts as used, but is freed when memory is needed.
             cache = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             reclaimable = int(cache.get("total_inactive_file", cache.get("inactive_file", 0)))
             free.append(int((folder / limit).read_text()) - int((folder / used).read_text()) + reclaimable)
-        except (OSError, ValueError):  # no such version here, or "max"
+        except (OSError, ValueError):  # another version of cgroups, or "max"
             continue
     return max(0, min(free))
 
 
 def kilobytes(path: str | Path, name: str) -> int:
-    """A number of kB from a file of /proc, by the name that begins its line."""
+    """The number of kB in the line of a /proc file that begins with `name`."""
     lines = Path(path).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left, in whichever of its ways PyTorch says so.
+    """Whether the device or the host had no memory left, however PyTorch reports it.
 
-    Where memory runs out while a CUDA graph is captured, the end of the capture fails in turn, and its error comes out.
+    If memory runs out while a CUDA graph is captured, the end of the capture fails as well, and raises another error.
     """
     signs = ("out of memory", "ALLOC_FAILED", "not enough memory", "DefaultCPU")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -135,23 +137,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch_size: int) -> Iterator[None]:
-    """Turn PyTorch's errors about memory into one that names --batch-size and a smaller one."""
+    """Turn PyTorch's errors about memory into a UserError that names --batch-size and a smaller value."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         on_host = isinstance(error, MemoryError) or "not enough memory" in str(error) or "DefaultCPU" in str(error)
-        room = ""
+        memory = "memory" if on_host else "device memory"
         if not on_host and torch.cuda.is_available():
-            room = f" of {torch.cuda.get_device_properties('cuda').total_memory / 2**30:.1f} GiB"
+            memory += f" ({torch.cuda.get_device_properties('cuda').total_memory / 2**30:.1f} GiB)"
         smaller = f"--batch-size {batch_size // 2}" if batch_size >= 4 else "smaller images or a smaller network"
-        raise UserError(
-            f"--batch-size {batch_size}: the {'memory' if on_host else 'device memory'}{room} is too small for it; "
-            f"try {smaller}"
-        ) from None
+        raise UserError(f"--batch-size {batch_size}: out of {memory}; try {smaller}") from None
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """With "bfloat16", convolutions and matrix products take and give it; the weights stay in float32."""
+    """bfloat16 autocast if `precision` is "bfloat16"; the weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,4 +1,4 @@
-"""Several processes that train one network together, as torchrun starts them: one for each GPU, or some on a CPU.
+"""Several processes, started by torchrun, that train one network together: one for each GPU, or several on a CPU.
 
 Without torchrun there is one process, of rank 0, and nothing here has any effect.
 """
@@ -19,8 +19,8 @@ from torch import nn
 
 # One process decodes the images while the others wait for it.
 TIMEOUT = timedelta(minutes=30)
-# Seconds to wait before exiting after another process died: torchrun polls ten times a second and reports the process
-# that exits first, which should be the one at fault.
+# Seconds to wait before exiting after another process died. torchrun polls ten times a second and reports the process
+# that exits first, which should be the one that failed.
 EXIT_DELAY = 1
 
 
@@ -42,7 +42,7 @@ def is_main_process() -> bool:
 
 
 def print_rank0(*text: object) -> None:
-    """Print, in the first process alone; a standard output that nobody reads any more stops no run."""
+    """Print from rank 0 only; a closed stdout does not stop the run."""
     if is_main_process():
         try:
             print(*text, flush=True)
@@ -54,7 +54,7 @@ def print_rank0(*text: object) -> None:
 def processes(device: str) -> Iterator[None]:
     """Initialize torch.distributed within the block, under torchrun; `device` is the value of --device.
 
-    Raises UserError where there are more processes on a machine than GPUs, on MPS, and where another process is gone.
+    Raises UserError for more processes on a machine than GPUs, for MPS, and if another process of the run is lost.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -62,16 +62,16 @@ def processes(device: str) -> Iterator[None]:
     local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if device == "mps":
-        raise UserError(f"--device mps has one GPU, for one process; torchrun has started {local_world_size}")
+        raise UserError(f"--device mps has one GPU, for one process; torchrun started {local_world_size}")
     if on_cuda:
         if local_world_size > torch.cuda.device_count():
             raise UserError(
-                f"torchrun --nproc_per_node={local_world_size}: there are {torch.cuda.device_count()} GPUs here, and "
-                "each process needs its own; start as many, or give --device cpu"
+                f"torchrun --nproc_per_node={local_world_size}: this machine has {torch.cuda.device_count()} GPUs, and "
+                "each process needs one; start fewer processes, or give --device cpu"
             )
         torch.cuda.set_device(local_rank)
     store, rank, world_size = next(dist.rendezvous("env://"))
-    if local_world_size == world_size:  # after a restart, torchrun's store still has the dead processes' addresses
+    if local_world_size == world_size:  # after a restart, torchrun's store still has the old processes' addresses
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
@@ -95,30 +95,30 @@ def from_main_process(function: Callable[[], Any]) -> Any:
     """Call `function` in rank 0 only; return its result, or raise its UserError, in all processes."""
     if world_size() == 1:
         return function()
-    found: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # the result, the error message
     if is_main_process():
         try:
-            found[0] = function()
+            outcome[0] = function()
         except UserError as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    if found[1] is not None:
-        raise error_in_all(found[1])
-    return found[0]
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise error_in_all(outcome[1])
+    return outcome[0]
 
 
 def error_in_all(message: str) -> UserError:
-    """The error to raise where every process finds the same mistake: the first one prints it."""
+    """The error to raise if every process finds the same mistake; only rank 0 prints it."""
     return UserError(message, silent=not is_main_process())
 
 
 def share(count: int, rank: int, world_size: int) -> slice:
-    """The part of `count` things that falls to a process; two parts differ by one at most."""
+    """The slice of `count` items that process `rank` takes; lengths differ by at most one."""
     return slice(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:
-    """Each value's sum over the processes, in float64."""
+    """The sum of each value over the processes, in float64."""
     return _reduced(values, dist.ReduceOp.SUM)
 
 
@@ -129,13 +129,13 @@ def all_reduce_max(value: float) -> float:
 def _reduced(values: list[float], operation: dist.ReduceOp) -> list[float]:
     if world_size() == 1:
         return values
-    together = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(together, operation)
-    return together.tolist()
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, operation)
+    return tensor.tolist()
 
 
 def copy_buffers(model: nn.Module) -> None:
-    """Give every process the first one's batch-norm statistics."""
+    """Copy rank 0's batch-norm statistics to every process."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -143,7 +143,7 @@ def copy_buffers(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def explain_lost_processes() -> Iterator[None]:
-    """Turn what is raised where another process of the run is gone into a UserError."""
+    """Turn the error of a lost process into a UserError."""
     try:
         yield
     except RuntimeError as error:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake of the user's, or of the machine around the program: bad flag, bad file, no network, full disk.
+    """An error of the user or the environment: bad flag, bad file, no network, full disk.
 
-    The message names the file or flag, what was found, what was expected, and what to do. `silent` says that another
-    process prints it.
+    The message names the file or flag, what was found, what was expected, and what to do. `silent`: another process
+    prints it.
     """
 
     def __init__(self, message: str, *, silent: bool = False):
@@ -21,12 +21,12 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, or its type where it says nothing."""
+    """The first line of an error's message, or its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def ending_signals() -> list[int]:
-    """SIGTERM and, where there is one and nohup does not ignore it, SIGHUP, which a closed terminal sends."""
+    """SIGTERM, and SIGHUP, which a closed terminal sends, if the system has it and nohup does not ignore it."""
     hangup = getattr(signal, "SIGHUP", None)
     return [signal.SIGTERM, *([hangup] if hangup and signal.getsignal(hangup) != signal.SIG_IGN else [])]
 
@@ -34,14 +34,14 @@ def ending_signals() -> list[int]:
 def run(main: Callable[[], int | None]) -> None:
     """Call a script's `main` and end the process with its exit status.
 
-    A UserError ends with status 2, a Ctrl-C with 130, and a standard output that nobody reads any more with 141, all
-    without a traceback; a SIGTERM with 143 and a SIGHUP with 129, after the clean-up that `finally` blocks promise.
+    The status is 2 for a UserError, 130 for Ctrl-C and 141 for a broken pipe, all without a traceback. It is 143 for
+    SIGTERM and 129 for SIGHUP, after the `finally` blocks have run.
     """
     for number in ending_signals():
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a class's name need not fit the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a class name's letters
     try:
         status = main()
         sys.stdout.flush()
@@ -56,13 +56,13 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        status = 128 + 13  # as a shell shows SIGPIPE, which Windows does not have
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python still flushes it at exit
+        status = 128 + 13  # a shell's status for SIGPIPE, which Windows lacks
         if error.errno == errno.ENOSPC:
-            print(f"error: standard output could not be written ({error.strerror}); free that place", file=sys.stderr)
+            print(f"error: standard output could not be written ({error.strerror}); free disk space", file=sys.stderr)
             status = 2
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # A thread of Gloo's that hands a tensor back while Python takes itself down would abort the process.
+        # A Gloo thread that releases a tensor during Python's shutdown would abort the process.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status or 0)

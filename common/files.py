@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written atomically, locks, and a check that a folder is writable."""
 
 import os
 import sys
@@ -15,18 +15,18 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def replacing(path: str | Path, what: str, *, shared: bool = False) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; when the block ends without an error, it takes the place of `path`.
+    """Open a temporary file next to `path`; it replaces `path` when the block ends without an error.
 
-    The folder is made where it is missing. After an error `path` is as it was and the temporary file is gone; after a
-    kill the next write to the same path removes it, since it has the same name. `shared` says that several
-    processes may write the same file at once: each then has a temporary file of its own.
+    A missing folder is created. After an error, `path` is unchanged and the temporary file is deleted; after a
+    kill, the next write to the same path overwrites and deletes it. `shared`: several processes may write the
+    same file at once, so each has its own temporary file.
 
-    Raises UserError, naming `what` and `path`, where the file system refuses and where a folder or device lies there.
+    Raises UserError, which names `what` and `path`, if the file system fails or `path` is a folder or device.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part" if shared else f".{path.name}.part")
     try:
-        if path.exists() and not path.is_file():  # the super-user would put a file in the place of /dev/null
+        if path.exists() and not path.is_file():  # root could replace /dev/null
             raise OSError("it is not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -37,26 +37,24 @@ def replacing(path: str | Path, what: str, *, shared: bool = False) -> Iterator[
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except BrokenPipeError:  # of another file: this one is no pipe
+    except BrokenPipeError:  # from another file: this one is not a pipe
         raise
     except OSError as error:
         raise _not_written(path, what, error) from None
 
 
 def _not_written(path: Path, what: str, error: OSError) -> UserError:
-    return UserError(
-        f"{path}: {what} could not be written ({error.strerror or error}); free that place or name another"
-    )
+    return UserError(f"{path}: {what} could not be written ({error.strerror or error}); free space or use another path")
 
 
 @contextmanager
 def locked(path: str | Path, what: str, *, wait: bool = True) -> Iterator[None]:
-    """Let one process at a time into the block; the others wait, after a line on stderr that names `what`.
+    """Let one process at a time enter the block; the others wait, after a line on stderr that names `what`.
 
-    Without `wait` they get a UserError. The lock is a file beside `path`, held through the operating system, which
-    frees it when its process dies. Where there is no such lock (some network file systems), all get in at once.
+    Without `wait` they raise a UserError. The lock is a file next to `path`. The operating system releases it when its
+    process dies. If the file system has no locks (some network file systems), nothing is locked.
 
-    Raises UserError, naming `what` and `path`, where the lock file cannot be made.
+    Raises UserError, which names `what` and `path`, if the lock file cannot be created.
     """
     path = Path(path)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
@@ -67,7 +65,7 @@ def locked(path: str | Path, what: str, *, wait: bool = True) -> Iterator[None]:
         except Timeout:
             if not wait:
                 raise UserError(
-                    f"{path}: another process is writing {what} there; wait for it to end, or name another file"
+                    f"{path}: another process is writing {what} there; wait for it to end, or use another path"
                 ) from None
             print(f"another process is busy with {what}: waiting for it to end", file=sys.stderr)
             lock.acquire()
@@ -78,16 +76,16 @@ def locked(path: str | Path, what: str, *, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows keeps a file that is open
-            os.unlink(lock.lock_file)  # whoever waits for this one finds it removed, and takes the next
+        with suppress(OSError):  # Windows does not delete an open file
+            os.unlink(lock.lock_file)  # a waiting process notices this and locks a new file
         lock.release()
 
 
 def check_writable(folder: str | Path, what: str) -> None:
-    """Make `folder` where it is missing, and raise UserError where no file can be written there."""
+    """Create `folder` if it is missing. Raises UserError if no file can be written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # leaves nothing there, not even after a kill
+        with tempfile.TemporaryFile(dir=folder):  # leaves no file behind, not even after a kill
             pass
     except OSError as error:
         raise _not_written(Path(folder), what, error) from None

@@ -1,4 +1,4 @@
-"""Quantities as a person reads them."""
+"""Quantities in readable form."""
 
 
 def duration(seconds: float) -> str:

@@ -8,8 +8,6 @@ import shlex
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,12 @@ from common import files
 from common.errors import UserError, first_line
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
-from .image_folder import room_for, to_array
+from .image_folder import resize_all
 from .splits import Split
 
-# By name: torchvision's class, and where its archive lies. The official host comes last: since June 2026 it has been
-# throttled to some 60 kB/s (pytorch/vision#9536).
+# By name: torchvision's class, and the addresses of its archive. The official host comes last: since June 2026 it has
+# been throttled to about 60 kB/s (pytorch/vision#9536).
 ARCHIVES = {
     "cifar10": (
         "CIFAR10",
@@ -43,16 +39,16 @@ ARCHIVES = {
         ),
     ),
 }
-SILENCE = 15  # seconds that a host may stay silent
+READ_TIMEOUT = 15  # seconds without data
 
 Images = tuple[tuple[str, ...], Split, Split]  # class names, train, test
 
 
 def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bool = True) -> Path:
-    """The official folder in `data_dir`; unpacked from the archive beside it or from a download, where it is missing.
+    """The official folder in `data_dir`; if missing, unpacked from the archive next to it or from a download.
 
-    A host that fails, stays silent or sends other bytes is skipped with a line on stderr. Raises UserError when no
-    host is left, when the file cannot be written, and for an archive in its place that is another.
+    A host that fails, stays silent or sends other bytes is skipped with a line on stderr. Raises UserError if no host
+    is left, if the file cannot be written, and if the archive there has another md5.
     """
     from torchvision.datasets.utils import check_md5, extract_archive
 
@@ -62,83 +58,67 @@ def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bo
         return folder
     if not archive.exists() and not download:
         raise UserError(f"{archive}: there is no such file")
-    with files.locked(archive, f"the download of {kind.__name__}"), naming_failure(archive):
-        if folder.is_dir():  # it came while this process waited for another
-            return folder
-        if not archive.exists():
-            download_archive(name, archive, data_url)
-        elif not check_md5(archive, kind.tgz_md5):
-            raise UserError(
-                f"{archive}: its md5 is not that of the official archive, {kind.tgz_md5}. It is damaged or another "
-                "file: delete it to have it downloaded again, or put the right one there"
-            )
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as unpacked:
-            extract_archive(archive, unpacked)
-            os.replace(Path(unpacked, kind.base_folder), folder)
+    try:
+        with files.locked(archive, f"the download of {kind.__name__}"):
+            if folder.is_dir():  # another process created it while this one waited
+                return folder
+            if not archive.exists():
+                download_archive(name, archive, data_url)
+            elif not check_md5(archive, kind.tgz_md5):
+                raise UserError(
+                    f"{archive}: its md5 is not that of the official archive, {kind.tgz_md5}. The file is damaged or "
+                    "another one: delete it to download it again, or put the official one there"
+                )
+            with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as unpacked:
+                extract_archive(archive, unpacked)
+                os.replace(Path(unpacked, kind.base_folder), folder)
+    except OSError as error:
+        raise UserError(f"{archive}: could not be unpacked ({error}); free space, or use another folder") from None
     return folder
 
 
 def class_of(name: str) -> Any:
-    import torchvision  # here and not above: it takes a second, which folders of pictures need not wait
+    import torchvision  # not at the top: it takes a second, and folders of pictures do not need it
 
     return getattr(torchvision.datasets, ARCHIVES[name][0])
 
 
 def download_archive(name: str, archive: Path, data_url: str | None) -> None:
-    """Have the first host that serves the official archive put it at `archive`; until it is whole it has another name.
+    """Download the archive from the first working host, under a temporary name until complete.
 
-    Raises UserError where none does, saying how to place the file by hand.
+    Raises UserError if no host works; it says how to place the file by hand.
     """
     from torchvision.datasets.utils import download_url
 
     kind, hosts = class_of(name), ARCHIVES[name][1]
     partial = archive.with_name(f".{archive.name}.part")
-    causes = []
+    default_timeout, causes = socket.getdefaulttimeout(), []
     for url in (data_url, *hosts) if data_url else hosts:
         try:
-            partial.unlink(missing_ok=True)
-            with silence_limited():
-                download_url(url, str(archive.parent), partial.name, kind.tgz_md5)
+            socket.setdefaulttimeout(READ_TIMEOUT)  # torchvision sets none
+            download_url(url, str(archive.parent), partial.name, kind.tgz_md5)
             os.replace(partial, archive)
             return
         except Exception as error:  # torchvision raises many kinds of exception for an invalid URL
             causes.append(f"{url}: {first_line(error)}")
             print(f"skipped {causes[-1]}", file=sys.stderr)
         finally:
+            socket.setdefaulttimeout(default_timeout)
             partial.unlink(missing_ok=True)
     command = shlex.join(["curl", "--fail", "--location", "--create-dirs", "--output", str(archive), hosts[0]])
     raise UserError(
-        f"{kind.__name__} could not be downloaded from any host:\n  " + "\n  ".join(causes) + "\nGive an address that "
-        f"works as --data-url, other images as --data, or place the file by hand and start again:\n  {command}"
+        f"{kind.__name__} could not be downloaded from any host:\n  " + "\n  ".join(causes) + "\nGive a working "
+        f"address as --data-url, other images as --data, or place the file by hand and start again:\n  {command}"
     )
 
 
-@contextmanager
-def silence_limited() -> Iterator[None]:
-    """Within the block a connection that is silent for `SILENCE` seconds is an error; torchvision sets no limit."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-@contextmanager
-def naming_failure(archive: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{archive}: could not be unpacked ({error}); free space, or give another folder") from None
-
-
 def is_official(folder: Path) -> bool:
-    """Whether a folder holds CIFAR-10's own files."""
+    """Whether a folder holds CIFAR-10's official files."""
     return (folder / "data_batch_1").is_file()
 
 
 def read_folder(folder: Path, image_size: int, name: str = "cifar10") -> Images:
-    """Class names, train and test of an official folder. Raises UserError for files whose md5 is not the official."""
+    """Class names, train and test of an official folder. Raises UserError if a file is missing or not official."""
 
     class Official(class_of(name)):
         base_folder = folder.name
@@ -147,17 +127,8 @@ def read_folder(folder: Path, image_size: int, name: str = "cifar10") -> Images:
         train, test = (Official(folder.absolute().parent, train=is_train) for is_train in (True, False))
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"{folder}: a file is missing or not the official one ({first_line(error)}); delete the folder to have it "
-            "downloaded again, or put the official files there"
+            f"{folder}: a file is missing or not the official one ({first_line(error)}); delete the folder to download "
+            "it again, or put the official files there"
         ) from None
-    classes = tuple(train.classes)
-    return classes, *(split_of(part, image_size) for part in (train, test))
-
-
-def split_of(part: Any, image_size: int) -> Split:
-    images = np.ascontiguousarray(part.data.transpose(0, 3, 1, 2))
-    if image_size != images.shape[-1]:
-        images = room_for(len(part.data), image_size)
-        for row, image in enumerate(tqdm(part.data, unit="image", desc="resize", disable=None)):
-            images[row] = to_array(Image.fromarray(image), image_size)
-    return Split(images, np.array(part.targets, np.int64))
+    splits = (Split(resize_all(part.data, image_size), np.array(part.targets, np.int64)) for part in (train, test))
+    return tuple(train.classes), *splits

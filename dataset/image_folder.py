@@ -1,11 +1,11 @@
-"""Pictures in class folders, in the layouts that people have, decoded once and then kept as one uint8 array.
+"""Pictures in class folders, in common layouts, decoded once and then cached as one uint8 array.
 
     photos/train/<class>/…  photos/test/<class>/…      or val/, valid/ instead of test/, upper or lower case
-    photos/train/…  photos/val/…  photos/test/…        the validation images choose the checkpoint
-    photos/<class>/…                                   a part of each class is for the test
+    photos/train/…  photos/val/…  photos/test/…        the validation images select the checkpoint
+    photos/<class>/…                                   a fraction of each class is for testing
 
-As in torchvision's ImageFolder, pictures count by their ending, folders within a class belong to it, and anything else
-is ignored.
+As in torchvision's ImageFolder, a picture is known by its file name extension, folders within a class belong to it,
+and anything else is ignored.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 from common import files
 from common.errors import UserError, first_line
@@ -30,26 +31,25 @@ from .splits import Split
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 HEIC = (".heic", ".heif")
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", *HEIC)
-CACHE_VERSION = 2  # goes up when the same source would give other arrays than before
+CACHE_VERSION = 2  # to be raised if the same source gives other arrays than before
 KEPT_COPIES = 2  # of a source, in the cache
-SHOWN = 10  # of the pictures that cannot be read
-CHUNK = 8  # pictures that a thread decodes in one go; handing small ones over singly costs more than it gains
-CHUNKS_AHEAD = 512  # what threads may decode before it is used, so that it is not all in memory twice
-SMALL_FILE = 16_384  # bytes: a photo of some 200×200 pixels, as JPEG
+MAX_LISTED = 10  # pictures that cannot be read
+CHUNK = 8  # pictures per task of a thread; small ones, one per task, take longer
+CHUNKS_AHEAD = 512  # tasks that may be done before their results are used, so that not all are in memory twice
 
-# Pillow warns above 90 million pixels, which a large photo can have, and refuses an image above twice that.
+# Pillow warns above 90 million pixels, which a large photo can have, and rejects an image above twice that.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def load_image_folder(
     folder: Path, image_size: int, cache_dir: Path
 ) -> tuple[tuple[str, ...], Split, Split | None, Split | None]:
-    """Class names, train, validation and test images of a folder; the last two are None where it has none of them.
+    """Class names, train, validation and test images of a folder; the last two are None if it has none of them.
 
-    Rows are sorted by class, then by path. What was decoded is kept in `cache_dir` for the next time.
+    Rows are sorted by class, then by path. The decoded pictures are cached in `cache_dir`.
 
-    Raises UserError for a folder without class folders, for classes without pictures or not the same in all parts, and
-    for pictures that cannot be read.
+    Raises UserError for a folder without class folders, for a class without pictures, if train, validation and test
+    have different classes, and for pictures that cannot be read.
     """
     parts = find_parts(folder)
     listing = {name: list_classes(part) for name, part in parts.items()}
@@ -67,25 +67,21 @@ def load_image_folder(
             raise UserError(
                 f"{parts[name] / empty[0]}: has no pictures ({', '.join(ENDINGS)}); put some there or remove the folder"
             )
-    paths = {name: [path for label in classes for path in found[label]] for name, found in listing.items()}
-    labels = {
-        name: np.repeat(np.arange(len(classes)), [len(found[label]) for label in classes])
-        for name, found in listing.items()
-    }
-    images = through_cache(folder, [path for part in paths.values() for path in part], image_size, cache_dir)
-    starts = np.cumsum([len(part) for part in paths.values()])[:-1]
-    splits = {
-        name: Split(own, labels[name].astype(np.int64))
-        for name, own in zip(paths, np.split(images, starts), strict=True)
-    }
+    paths = [path for found in listing.values() for label in classes for path in found[label]]
+    images = load_cached(folder, paths, image_size, cache_dir)
+    splits, start = {}, 0
+    for name, found in listing.items():
+        labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(found[label]) for label in classes])
+        splits[name] = Split(images[start : start + len(labels)], labels)
+        start += len(labels)
     test, val = splits.get("test"), splits.get("val")
     return classes, splits["train"], *((None, val) if test is None else (val, test))
 
 
 def find_parts(folder: Path) -> dict[str, Path]:
-    """The folders of "train", "val" and "test" images; "train" alone where the classes lie side by side."""
+    """The folders of "train", "val" and "test" images; only "train" if the folder holds the classes themselves."""
     inside = visible_folders(folder)
-    while len(inside) == 1 and split_name(inside[0]) is None:  # where unpacking an archive has put it all
+    while len(inside) == 1 and split_name(inside[0]) is None:  # skip a single wrapper folder
         deeper = visible_folders(inside[0])
         if not deeper:
             break
@@ -95,7 +91,7 @@ def find_parts(folder: Path) -> dict[str, Path]:
     parts: dict[str, Path] = {}
     for path in inside:
         if (name := split_name(path)) in parts:
-            raise UserError(f"{folder}: both {parts[name].name}/ and {path.name}/ are there; remove one")
+            raise UserError(f"{folder}: has both {parts[name].name}/ and {path.name}/; remove one")
         if name:
             parts[name] = path
     return parts if "train" in parts else {"train": inside[0].parent}
@@ -107,13 +103,9 @@ def split_name(path: Path) -> str | None:
 
 def visible_folders(folder: Path) -> list[Path]:
     try:
-        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
+        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
-        raise unreadable(error) from None
-
-
-def is_hidden(name: str) -> bool:
-    return name.startswith(".")
+        refuse(error)
 
 
 def list_classes(folder: Path) -> dict[str, list[Path]]:
@@ -123,43 +115,37 @@ def list_classes(folder: Path) -> dict[str, list[Path]]:
         try:
             path.name.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{folder}: class {path.name!a} is no UTF-8; give it another name") from None
+            raise UserError(f"{folder}: class {path.name!a} is not valid UTF-8; rename the folder") from None
         found[path.name] = list(pictures_in(path))
     return found
 
 
 def pictures_in(folder: Path) -> Iterator[Path]:
-    """All pictures in and below a folder, sorted. Links are followed, but into no folder twice."""
-    walked = set()
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        real = os.path.realpath(place)
-        if real in walked:
+    """All pictures in and below a folder, sorted. Links are followed, each folder once."""
+    visited = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(parent)
+        if real in visited:
             folders.clear()
             continue
-        walked.add(real)
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in sorted(names):
-            if not is_hidden(name) and name.lower().endswith(ENDINGS):
-                yield Path(place, name)
+            if name[0] != "." and name.lower().endswith(ENDINGS):
+                yield Path(parent, name)
 
 
-def unreadable(error: OSError) -> UserError:
-    return UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); make it readable, or move it")
-
-
-def refuse(error: OSError) -> None:
-    raise unreadable(error)
+def refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); make it readable, or move it")
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
-def through_cache(folder: Path, paths: Sequence[Path], image_size: int, cache_dir: Path) -> np.ndarray:
-    """uint8 (N, 3, S, S): the decoded pictures, from the cache where it has them."""
+def load_cached(folder: Path, paths: Sequence[Path], image_size: int, cache_dir: Path) -> np.ndarray:
+    """The pictures as uint8 (N, 3, S, S), from the cache if it has them; otherwise decoded, and written there."""
     source = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    # The ctime shows a change whose mtime was set back.
-    stats = [(os.path.relpath(path, folder), stat_of(path)) for path in paths]
-    listing = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
+    listing = [(os.path.relpath(path, folder), *fingerprint(path)) for path in paths]
     content = hashlib.sha256(json.dumps([listing, image_size, CACHE_VERSION]).encode()).hexdigest()[:16]
     cached = cache_dir / f"{source}-{content}.npz"
     if cached.is_file():
@@ -170,31 +156,31 @@ def through_cache(folder: Path, paths: Sequence[Path], image_size: int, cache_di
                 raise ValueError(f"holds {images.dtype} {images.shape}")
             os.utime(cached)
             return images
-        except Exception as error:  # a damaged zip file fails in more ways than numpy and zipfile list
+        except Exception as error:  # numpy and zipfile raise many exception types for a damaged file
             print(f"warning: {cached} is damaged ({first_line(error)}) and is rebuilt", file=sys.stderr)
     images = decode_or_refuse(folder, paths, image_size)
     try:
         with files.replacing(cached, "the cache of decoded images", shared=True) as file:
             np.savez(file, images=images)
-        by_age = sorted(cache_dir.glob(f"{source}-*.npz"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        for old in by_age[KEPT_COPIES:]:
+        for old in sorted(cache_dir.glob(f"{source}-*.npz"), key=os.path.getmtime)[:-KEPT_COPIES]:
             old.unlink(missing_ok=True)
     except (UserError, OSError) as error:
         print(f"warning: {error}. Until then every start decodes again", file=sys.stderr)
     return images
 
 
-def stat_of(path: Path) -> os.stat_result:
-    """The file's stat; for a broken link the link's own, so that decoding reports it."""
-    return os.stat(path) if path.exists() else os.lstat(path)
+def fingerprint(path: Path) -> tuple[int, int, int]:
+    """Size, mtime and ctime. A broken link has its own, so that `decode` reports it."""
+    stat = os.stat(path) if path.exists() else os.lstat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns  # the ctime shows a change whose mtime was set back
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
 def decode_or_refuse(folder: Path, paths: Sequence[Path], image_size: int) -> np.ndarray:
-    """Decode all pictures. Raises UserError that names those that cannot be read, ten of them and how many more."""
-    images, broken = room_for(len(paths), image_size), []
+    """Decode all pictures. Raises UserError that names ten of those that cannot be read, and the number of the rest."""
+    images, broken = empty_images(len(paths), image_size), []
     decoded = decode_all(paths, image_size)
     bar = tqdm(decoded, total=len(paths), unit="image", desc=f"decode {folder.name}", disable=None)
     for row, result in enumerate(bar):
@@ -203,24 +189,37 @@ def decode_or_refuse(folder: Path, paths: Sequence[Path], image_size: int) -> np
         else:
             images[row] = result[0]
     if broken:
-        more = f"\n  and {len(broken) - SHOWN:,} more" if len(broken) > SHOWN else ""
+        more = f"\n  and {len(broken) - MAX_LISTED:,} more" if len(broken) > MAX_LISTED else ""
         heic = any(path.suffix.lower() in HEIC for path in paths)
         hint = "\nFor HEIC: pip install pillow-heif and convert them, for instance to PNG" if heic else ""
         raise UserError(
             f"{folder}: {len(broken):,} of {len(paths):,} pictures cannot be read:\n  "
-            + "\n  ".join(broken[:SHOWN]) + more + hint
+            + "\n  ".join(broken[:MAX_LISTED]) + more + hint
         )  # fmt: skip
     return images
 
 
-def room_for(count: int, image_size: int) -> np.ndarray:
-    """uint8 (count, 3, image_size, image_size), not filled in. Raises UserError where there is not so much memory."""
+def resize_all(pixels: np.ndarray, image_size: int) -> np.ndarray:
+    """uint8 grey (N, H, W) or RGB (N, H, W, 3) to uint8 (N, 3, image_size, image_size), as `to_array` does.
+
+    Raises UserError if there is not enough memory.
+    """
+    if pixels.shape[1:] == (image_size, image_size, 3):
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    images = empty_images(len(pixels), image_size)
+    for row, image in enumerate(tqdm(pixels, unit="image", desc="resize", delay=1, disable=None)):
+        images[row] = to_array(Image.fromarray(image), image_size)
+    return images
+
+
+def empty_images(count: int, image_size: int) -> np.ndarray:
+    """uint8 (count, 3, image_size, image_size), uninitialized. Raises UserError if there is not enough memory."""
     try:
         return np.empty((count, 3, image_size, image_size), np.uint8)
     except (MemoryError, ValueError):  # ValueError: more than any machine can address
         raise UserError(
             f"--image-size {image_size}: {count:,} images of that size take {3 * count * image_size**2:,} bytes, more "
-            "than there is memory; give a smaller one"
+            "than fits in memory; give a smaller one"
         ) from None
 
 
@@ -228,59 +227,53 @@ Decoded = tuple[np.ndarray, tuple[int, int]]  # uint8 (3, S, S), and the width a
 
 
 def decode_all(paths: Sequence[str | Path], image_size: int) -> Iterator[Decoded | UserError]:
-    """Decode picture files, in their order; of one that cannot be read, what is wrong with it.
+    """Decode picture files, in their order, or the error of an unreadable one.
 
-    Large files are decoded by threads, since Pillow decodes and resizes without the interpreter's lock; on small ones
-    threads would wait for one another most of the time.
+    Threads decode them: Pillow decodes and resizes without the interpreter's lock.
     """
 
-    def chunk(start: int) -> list[Decoded | UserError]:
+    def decode_chunk(start: int) -> list[Decoded | UserError]:
         return [decode(path, image_size) for path in paths[start : start + CHUNK]]
 
     starts = range(0, len(paths), CHUNK)
-    sample = paths[:: max(1, len(paths) // 100)]
-    if sum(size_of(path) for path in sample) < len(sample) * SMALL_FILE:
-        yield from itertools.chain.from_iterable(map(chunk, starts))
-        return
     with ThreadPoolExecutor(num_cores(), "decode") as pool:
-        for at in range(0, len(starts), CHUNKS_AHEAD):
-            yield from itertools.chain.from_iterable(pool.map(chunk, starts[at : at + CHUNKS_AHEAD]))
-
-
-def size_of(path: str | Path) -> int:
-    return os.path.getsize(path) if os.path.isfile(path) else 0
+        for first in range(0, len(starts), CHUNKS_AHEAD):
+            yield from itertools.chain.from_iterable(pool.map(decode_chunk, starts[first : first + CHUNKS_AHEAD]))
 
 
 def num_cores() -> int:
-    """How many processor cores this process may use."""
+    """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decode(path: str | Path, image_size: int) -> Decoded | UserError:
-    """Decode one picture file; what is wrong with it is returned, not raised."""
-    if not os.path.isfile(path):  # a pipe would keep its reader waiting
-        return UserError(f"{path}: there is no file, or a link to none; remove it")
+    """Decode one picture file. The error of an unreadable one is returned, not raised."""
+    if not os.path.isfile(path):  # opening a pipe would block
+        return UserError(f"{path}: not a file, or a broken link; remove it")
     try:
         with Image.open(path) as image:
             if image.format == "EPS":
-                raise ValueError("PostScript is a program, and is not run")
+                raise ValueError("PostScript is a program, which is not run")
             ImageOps.exif_transpose(image, in_place=True)
             return to_array(image, image_size), image.size
     except Image.DecompressionBombError as error:
         return UserError(f"{path}: too large ({error}); make it smaller, or remove it")
     except UnidentifiedImageError:
-        return UserError(f"{path}: no image that Pillow can read; remove it, or convert it to PNG")
+        return UserError(f"{path}: not an image that Pillow can read; remove it, or convert it to PNG")
     except PermissionError as error:
         return UserError(f"{path}: not readable ({error.strerror}); change its permissions, or remove it")
-    except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
+    except Exception as error:  # Pillow raises many exception types for broken files
         return UserError(f"{path}: a broken image ({first_line(error)}); replace or remove it")
 
 
 def to_array(image: Image.Image, image_size: int) -> np.ndarray:
-    """RGB, aspect kept, centre cut out: uint8 (3, image_size, image_size). An image of that size stays as it is."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255 and show as white
+    """RGB, resized with aspect ratio kept, centre-cropped: uint8 (3, image_size, image_size).
+
+    An image of that size is not resized.
+    """
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255 and show as white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    if image.mode == "P":  # straight to RGB, Pillow warns about palettes with transparency
+    if image.mode == "P":  # converting straight to RGB warns about transparent palettes
         image = image.convert("RGBA")
     image = image.convert("RGB")
     if image.size != (image_size, image_size):

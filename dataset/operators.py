@@ -1,8 +1,8 @@
-"""The operators of the augmentation, each on a whole batch of images with a value of its own for each.
+"""The operators of the augmentation, each for a whole batch of images and one value per image.
 
-Operators take `images`, uint8 (B, 3, H, W), and one value for each image, (B,); they return uint8 (B, 3, H, W) and
-leave their input alone. A strength is given as `change`: the enhancement factor minus one, so 0 leaves an image as it
-is. That is also the more exact form: blending needs both the factor and one minus it.
+Operators take `images`, uint8 (B, 3, H, W), and one value for each image, (B,); they return uint8 (B, 3, H, W) and do
+not change their input. A strength is given as `change`: the enhancement factor minus one, so 0 does not change an
+image. This form is also more exact: blending needs both the factor and one minus it.
 
 The semantics are those of `torchvision.transforms.v2` on uint8 tensors (tests/test_transforms.py compares them): images
 are integers after each operator, truncated rather than rounded where torchvision truncates.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# torchvision's RandAugment space in its order; the five that move pixels are adjacent, so that one gather does them.
+# torchvision's RandAugment space in its order; the five that move pixels are adjacent, so that one gather applies them.
 RANDAUGMENT_OPS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
     "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
@@ -23,24 +23,24 @@ RANDAUGMENT_OPS = (
 GEOMETRIC_OPS = RANDAUGMENT_OPS[1:6]
 SIGNED_OPS = RANDAUGMENT_OPS[1:10]
 MAGNITUDE_BINS = 31
-# Of CIFAR-10's training images, in grey levels: almost zero once the images are normalised.
+# Of CIFAR-10's training images, in grey levels: almost zero after normalisation.
 MEAN_COLOUR = (125, 123, 114)
 
 
 # ---------------------------------------------------------------------------------------------- operators on colours
 
 
-# Written for speed on the CPU: PyTorch's minima, maxima and bit operations on uint8 are vectorised, while its `where`,
-# comparisons and `masked_fill` take an element at a time, some fifty times as long (benchmarks/augment.py). So choices
-# between values are made with masks of bits.
+# Written for speed on the CPU: PyTorch's minima, maxima and bit operations on uint8 are vectorised, but its `where`,
+# comparisons and `masked_fill` process one element at a time and are about fifty times slower (benchmarks/augment.py).
+# So values are selected with bit masks.
 
 
 def _column(values: Tensor) -> Tensor:
     return values.float().view(-1, 1, 1, 1)
 
 
-def _cut_off(pixels: Tensor) -> Tensor:
-    """float to uint8 towards zero; by way of int16, which is three times as fast as directly."""
+def _truncate(pixels: Tensor) -> Tensor:
+    """float to uint8, rounded towards zero; through int16, which is three times faster than directly."""
     return pixels.to(torch.int16).to(torch.uint8)
 
 
@@ -61,14 +61,14 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _blend(images: Tensor, other: Tensor, change: Tensor) -> Tensor:
-    """images · (1 + change) + other · (−change), cut to 0…255."""
+    """images · (1 + change) + other · (−change), clipped to 0…255."""
     change = _column(change)
-    return _cut_off(torch.addcmul(images * (1 + change), other, -change).clamp_(0, 255))
+    return _truncate(torch.addcmul(images * (1 + change), other, -change).clamp_(0, 255))
 
 
 def adjust_brightness(images: Tensor, change: Tensor) -> Tensor:
     """Multiply by 1 + change."""
-    return _cut_off((images * (1 + _column(change))).clamp_(0, 255))
+    return _truncate((images * (1 + _column(change))).clamp_(0, 255))
 
 
 def adjust_contrast(images: Tensor, change: Tensor) -> Tensor:
@@ -77,14 +77,12 @@ def adjust_contrast(images: Tensor, change: Tensor) -> Tensor:
 
 
 def adjust_saturation(images: Tensor, change: Tensor) -> Tensor:
-    """Blend away from (change > 0) or towards each image's own grey version."""
+    """Blend away from (change > 0) or towards the grey version of each image."""
     return _blend(images, _grey(images), change)
 
 
 def adjust_sharpness(images: Tensor, change: Tensor) -> Tensor:
-    """Blend away from (change > 0) or towards a 3×3 smoothing; the outermost pixels stay."""
-    if min(images.shape[2:]) <= 2:
-        return images.clone()
+    """Blend away from (change > 0) or towards a 3×3 smoothing; pixels at the edge are unchanged."""
     pixels = images.float()
     inner = pixels[..., 1:-1, 1:-1]
     # Sums of nine neighbours plus four times the centre: whole numbers, so only the division by 13 rounds.
@@ -92,22 +90,22 @@ def adjust_sharpness(images: Tensor, change: Tensor) -> Tensor:
     total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(inner, alpha=4)
     smooth = total.mul_(1 / 13).round_()
     inner.copy_(torch.addcmul(inner, smooth.sub_(inner), -_column(change)))
-    return _cut_off(pixels.clamp_(0, 255))
+    return _truncate(pixels.clamp_(0, 255))
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` turns, −0.5 to 0.5: RGB to HSV, add, and back."""
+    """Rotate the hue by `shift` of the circle, −0.5 to 0.5: RGB to HSV, add, and back."""
     red, green, blue = images.unbind(1)
-    top, floor = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
-    is_red = _bits_where_equal(red, top)
-    is_green = _bits_where_equal(green, top) & ~is_red
+    maximum, minimum = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
+    is_red = _bits_where_equal(red, maximum)
+    is_green = _bits_where_equal(green, maximum) & ~is_red
     is_blue = ~(is_red | is_green)
 
-    scaled, value = images.float().mul_(1 / 255), top.float().mul_(1 / 255)
-    spread = value - floor.float().mul_(1 / 255)
-    # Grey pixels have neither hue nor saturation. Their spread is zero, and stays zero divided by anything else.
-    saturation = spread / value.clamp(min=1 / 255)
-    far = (value.unsqueeze(1) - scaled).div_(spread.clamp_(min=1e-3).unsqueeze(1))
+    scaled, value = images.float().mul_(1 / 255), maximum.float().mul_(1 / 255)
+    chroma = value - minimum.float().mul_(1 / 255)
+    # The clamps avoid 0 / 0 at grey pixels, whose hue and saturation are zero.
+    saturation = chroma / value.clamp(min=1 / 255)
+    far = (value.unsqueeze(1) - scaled).div_(chroma.clamp_(min=1e-3).unsqueeze(1))
     far_red, far_green, far_blue = far.unbind(1)
     hue = (far_blue - far_green).mul_(is_red & 1)
     hue += (far_red + 2).sub_(far_blue).mul_(is_green & 1)
@@ -115,21 +113,21 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     hue = hue.mul_(1 / 6).add_(1).frac_().add_(shift.float().view(-1, 1, 1))
     hue = hue.sub_(hue.floor()).mul_(6)
 
-    # In each sixth of the circle one channel is at the top, one at the floor, and one on its way, up in the even sixths
-    # and down in the odd ones. Turning the hue changes which channel is which and how far that one is, nothing else.
+    # In each sixth of the circle, one channel is the maximum, one the minimum, and one is between them: it rises in the
+    # even sixths and falls in the odd ones. Rotating the hue changes only which channel is which, and the one between.
     sixth = hue.floor()
     part = saturation * hue.sub_(sixth)
     falling = (1 - part).mul_(value).clamp_(0, 1)
     rising = part.add_(1 - saturation).mul_(value).clamp_(0, 1)
-    falling, rising = (_cut_off(way.mul_(255 + 1 - 1e-3)) for way in (falling, rising))
-    sixth = _cut_off(sixth)
+    falling, rising = (_truncate(values.mul_(255 + 1 - 1e-3)) for values in (falling, rising))
+    sixth = _truncate(sixth)
     is_sixth = [_bits_where_equal(sixth, number) for number in range(6)]
-    is_sixth[0] |= _bits_where_equal(sixth, 6)  # a whole turn, by rounding
-    on_its_way = choose(is_sixth[1] | is_sixth[3] | is_sixth[5], falling, rising)
+    is_sixth[0] |= _bits_where_equal(sixth, 6)  # the whole circle, by rounding
+    middle = choose(is_sixth[1] | is_sixth[3] | is_sixth[5], falling, rising)
     shifted = torch.empty_like(images)
-    for channel, (at_top, halfway) in enumerate((((5, 0), (1, 4)), ((1, 2), (0, 3)), ((3, 4), (2, 5)))):
-        is_top, is_halfway = (is_sixth[a] | is_sixth[b] for a, b in (at_top, halfway))
-        shifted[:, channel] = choose(is_top, top, choose(is_halfway, on_its_way, floor))
+    for channel, sixths in enumerate((((5, 0), (1, 4)), ((1, 2), (0, 3)), ((3, 4), (2, 5)))):
+        is_maximum, is_middle = (is_sixth[a] | is_sixth[b] for a, b in sixths)
+        shifted[:, channel] = choose(is_maximum, maximum, choose(is_middle, middle, minimum))
     return shifted
 
 
@@ -141,7 +139,7 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Invert all values at or above `threshold`, given as a fraction of 255."""
-    # For whole numbers, v ≥ t is the same as v ≥ ⌈t⌉. A value's bits flipped are 255 minus the value.
+    # For integers, v ≥ t is the same as v ≥ ⌈t⌉. Flipping a value's bits gives 255 minus the value.
     limit = (255 * _column(threshold)).ceil().to(torch.int16)
     is_above = (images - limit + 1).clamp_(0, 1).to(torch.uint8)
     return images ^ is_above.mul_(255)
@@ -153,26 +151,24 @@ def autocontrast(images: Tensor) -> Tensor:
     flat = low == high
     low, scale = low.masked_fill(flat, 0), ((high - low) * (1 / 255)).masked_fill_(flat, 1)
     stretched = images.flatten(2).sub(low).div_(scale).clamp_(0, 255)
-    return _cut_off(stretched).view_as(images)
+    return _truncate(stretched).view_as(images)
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Spread each channel's values so that its histogram becomes as flat as whole numbers allow."""
+    """Map each channel's values so that its histogram becomes as flat as integers allow."""
     pixels = images.flatten(2).long()
     histogram = pixels.new_zeros(*pixels.shape[:2], 256)
     histogram.scatter_add_(2, pixels, torch.ones_like(pixels))
-    up_to = histogram.cumsum(2)
-    # The pixels of the lightest value that occurs are not spread: everything below them shares 255 steps.
+    # The pixels of the lightest value that occurs are not counted: the darker ones share 255 steps.
     lightest = histogram.gather(2, pixels.amax(2, keepdim=True))
     step = (pixels.shape[2] - lightest) // 255
-    below = up_to - histogram
+    below = histogram.cumsum(2) - histogram
     table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    spread = table.gather(2, pixels)
-    return torch.where(step > 0, spread, pixels).to(torch.uint8).view_as(images)
+    return torch.where(step > 0, table.gather(2, pixels), pixels).to(torch.uint8).view_as(images)
 
 
 def cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:
-    """Grey out a square about the pixel whose flat index is `centre`; what lies outside the image is lost.
+    """Grey out a square centred at the pixel whose flat index is `centre`, clipped at the image's edge.
 
     DeVries and Taylor 2017, arXiv:1708.04552.
     """
@@ -185,7 +181,7 @@ def cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:
     return choose(inside, _mean_colour(images.device), images)
 
 
-@functools.cache  # a copy to the device for every chunk would make the host wait each time
+@functools.cache  # a copy to the device for each chunk would make the host wait
 def _mean_colour(device: torch.device) -> Tensor:
     return torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
 
@@ -194,10 +190,9 @@ def _mean_colour(device: torch.device) -> Tensor:
 
 
 def remap(images: Tensor, sources: Tensor) -> Tensor:
-    """Take every pixel from where `sources` says.
+    """Move pixels: `sources` gives each pixel's origin.
 
-    `sources` is int64 (B, H·W): the flat index of the pixel that moves here, or −1 for a pixel from outside, which
-    becomes 0.
+    `sources` is int64 (B, H·W): flat indices of pixels, or −1 for an origin outside the image, which gives 0.
     """
     batch, channels, height, width = images.shape
     index = sources.clamp(min=0).unsqueeze(1).expand(-1, channels, -1)
@@ -207,20 +202,18 @@ def remap(images: Tensor, sources: Tensor) -> Tensor:
 
 
 def crop_sources(size: int, padding: int) -> Tensor:
-    """Where the pixels of each crop come from, int64 ((2·padding + 1)², size²).
+    """The origins of the pixels of each crop, int64 ((2·padding + 1)², size²).
 
     Row top · (2·padding + 1) + left is the crop at (top, left) of the image padded with zeros on all sides.
     """
-    place = torch.arange(size)
-    shift = torch.arange(-padding, padding + 1)
-    line = place + shift[:, None]
+    line = torch.arange(size) + torch.arange(-padding, padding + 1)[:, None]
     line = torch.where((line >= 0) & (line < size), line, -1)  # (shifts, size)
     y, x = line[:, None, :, None], line[None, :, None, :]
     return torch.where((y >= 0) & (x >= 0), y * size + x, -1).flatten(2).flatten(0, 1)
 
 
 def geometric_sources(size: int, magnitude: int) -> Tensor:
-    """Where RandAugment's geometric operators take pixels from, int64 (10, size²).
+    """The origins of the pixels after RandAugment's geometric operators, int64 (10, size²).
 
     Rows 2·k and 2·k + 1 are operator k of `GEOMETRIC_OPS` with its positive and its negative strength.
     """
@@ -234,19 +227,19 @@ def geometric_sources(size: int, magnitude: int) -> Tensor:
 def _affine_sources(size: int, name: str, strength: float) -> Tensor:
     """The nearest source pixel under one inverse affine map, int64 (size²,).
 
-    In float32 and in `grid_sample`'s coordinates (−1 to 1), through `grid_sample` itself on an image of indices: a
-    pixel that falls half-way between two must go to the same side as in torchvision.
+    Computed as in torchvision: `grid_sample` in float32, here on an image of indices, so that an origin half-way
+    between two pixels is rounded to the same side.
     """
     a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0  # x' = a·x + b·y + c, y' = d·x + e·y + f
     if name in ("TranslateX", "TranslateY"):
         shift = -float(int(strength))
         c, f = (shift, 0.0) if name == "TranslateX" else (0.0, shift)
     elif name == "Rotate":
-        # torchvision turns anticlockwise, about the centre.
+        # torchvision rotates anticlockwise about the centre.
         angle = -math.radians(strength % 360)
         a, b, d, e = math.cos(angle), math.sin(angle), -math.sin(angle), math.cos(angle)
     else:
-        # The shear leaves the top left corner where it is; coordinates here start from the centre.
+        # The top left corner is fixed; the origin of these coordinates is the centre.
         slope = math.tan(math.radians(math.degrees(math.atan(strength))))
         corner = -size * 0.5
         if name == "ShearX":
@@ -266,7 +259,7 @@ def op_magnitude(name: str, magnitude: int, size: int) -> Tensor:
     """Strength of a RandAugment operator at bin `magnitude` of 31, before its sign is drawn (Cubuk et al. 2019).
 
     Shears as slopes, translations in pixels, rotation in degrees, enhancements as `change`, posterize in bits,
-    solarize as a fraction of 255; 0 for the operators without a strength.
+    solarize as a fraction of 255; 0 for operators without a strength.
     """
     if name == "Posterize":
         return 8 - (torch.arange(MAGNITUDE_BINS) / ((MAGNITUDE_BINS - 1) / 4)).round()[magnitude]

@@ -1,4 +1,4 @@
-"""Images with their labels, and random parts of them in which every class has its share."""
+"""Images with their labels, and random subsets of them that are balanced over the classes."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Split:
-    """Images and what they show."""
+    """Images and their labels."""
 
     images: np.ndarray
     """uint8 (N, 3, H, W), C-contiguous"""
@@ -34,18 +34,18 @@ class Dataset:
     """Everything a run needs to know about its images."""
 
     source: str
-    """what --data said"""
+    """value of --data"""
     classes: tuple[str, ...]
     """class names; a label is an index into them"""
     train: Split
     test: Split
     val: Split | None
-    """held-out images, None where there are none"""
+    """held-out images, if any"""
     digest: str
-    """hex digest of all images, labels and class names of the source at this image size, before any of them were held
-    out or left out: a checkpoint stores it to know its data again"""
+    """hex digest of all images, labels and class names of the source at this image size, before any split; a checkpoint
+    stores it to verify the data"""
     test_split: float | None = None
-    """part of each class that was split off for the test, None where the source has test images"""
+    """fraction of each class that was split off for testing, None if the source has test images"""
 
 
 def digest(classes: Sequence[str], *splits: Split) -> str:
@@ -57,13 +57,13 @@ def digest(classes: Sequence[str], *splits: Split) -> str:
     return hasher.hexdigest()
 
 
-def hold_out(split: Split, share: float, stream: tuple[int, int]) -> tuple[Split, Split]:
-    """The rest, and the held-out `share` of each class, rounded; of 2 or more images each gets at least 1."""
+def hold_out(split: Split, fraction: float, stream: tuple[int, int]) -> tuple[Split, Split]:
+    """The rest, and the held-out `fraction` of each class, rounded; both get at least 1 of 2 or more images."""
     rng = np.random.default_rng(stream)
     held_out = []
     for label in np.unique(split.labels):
         rows = rng.permutation(np.flatnonzero(split.labels == label))
-        held_out.append(rows[: min(max(1, round(share * len(rows))), len(rows) - 1)])
+        held_out.append(rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)])
     rows = np.sort(np.concatenate(held_out))
     return split.drop(rows), split.take(rows)
 
@@ -78,23 +78,23 @@ def balanced_rows(
     least: int = 1,
     spare: int = 0,
 ) -> np.ndarray:
-    """Pick `size` rows at random so that any two classes' shares differ by at most one.
+    """Pick `size` rows at random so that any two classes' counts differ by at most one.
 
-    labels: (N,). stream: what the choice follows from, a seed and a number. least: the smallest size allowed. spare:
-    how many rows of each class must be left. Returns int64 (size,), ascending. Raises UserError, in the name of
-    `flag`, for a size that cannot be had.
+    labels: (N,). stream: a seed and the number of the random choice. least: the smallest size allowed. spare: how many
+    rows of each class must be left. Returns int64 (size,), ascending. Raises UserError, which names `flag`, for a size
+    that is impossible.
     """
     free = np.maximum(np.bincount(labels, minlength=len(classes)) - spare, 0)
-    scarce = int(free.argmin())
-    largest = int(free[scarce] * len(classes) + (free > free[scarce]).sum())
+    smallest = int(free.argmin())
+    largest = int(free[smallest] * len(classes) + (free > free[smallest]).sum())
     if not least <= size <= largest:
         raise UserError(
             f"{flag} {size}: expected {least} to {largest}. The {len(classes)} classes get equal shares, and class "
-            f"{classes[scarce]!r} can give {free[scarce]} of the {len(labels)} images to pick from"
+            f"{classes[smallest]!r} can provide {free[smallest]} of the {len(labels)} images to pick from"
         )
     rng = np.random.default_rng(stream)
-    share, left_over = divmod(size, len(classes))
-    shares = np.full(len(classes), share)
-    shares[rng.permutation(np.flatnonzero(free > share))[:left_over]] += 1
-    picked = [rng.permutation(np.flatnonzero(labels == label))[:count] for label, count in enumerate(shares)]
+    per_class, remainder = divmod(size, len(classes))
+    counts = np.full(len(classes), per_class)
+    counts[rng.permutation(np.flatnonzero(free > per_class))[:remainder]] += 1
+    picked = [rng.permutation(np.flatnonzero(labels == label))[:count] for label, count in enumerate(counts)]
     return np.sort(np.concatenate(picked))

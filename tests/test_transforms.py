@@ -1,4 +1,4 @@
-"""Every operator, the draws and the whole chain against torchvision's own on the same images and the same draws."""
+"""Every operator, the random parameters and the whole chain, compared with torchvision on the same images."""
 
 import platform
 from dataclasses import fields, replace
@@ -22,10 +22,9 @@ NOTHING = Augmentation(
     crop_padding=0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, flip=0.0, randaugment_ops=0
 )
 
-# What blends two images rounds once where a processor multiplies and adds in one go, and twice where it does not; the
-# kernels behind torchvision's add and our addcmul could choose differently, and a value that ought to be a whole number
-# is then cut off one lower. On x86-64 they agree, in plain, AVX2 and AVX-512 kernels. All other operators must be equal
-# on any processor.
+# Operators that blend two images round once if the processor has a fused multiply-add, and twice otherwise. Our addcmul
+# may differ from torchvision's add in this; a value that should be an integer may then be truncated to the next lower.
+# On x86-64 they agree, in plain, AVX2 and AVX-512 kernels. All other operators must be equal on any processor.
 ROUNDS_ALIKE = platform.machine().lower() in ("x86_64", "amd64")
 BLENDING = ("contrast", "saturation", "Color", "Contrast", "Sharpness")
 
@@ -34,7 +33,7 @@ BLENDING = ("contrast", "saturation", "Color", "Contrast", "Sharpness")
 
 
 def photos(count, size, seed=0):
-    """Soft coloured shapes with a little texture, each with a brightness and contrast of its own."""
+    """Soft coloured shapes with a little texture; brightness and contrast differ between images."""
     generator = torch.Generator().manual_seed(seed)
     shapes = torch.rand(count, 3, 4, 4, generator=generator)
     shapes = interpolate(shapes, size=(size, size), mode="bicubic", align_corners=False)
@@ -45,7 +44,7 @@ def photos(count, size, seed=0):
 
 
 def odd_images(size):
-    """What operators stumble over: noise, ramps, grey, few values, one value, black and white, pure colours."""
+    """Difficult images: noise, ramps, grey, few values, one value, black and white, pure colours."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randint(256, (2, 3, size, size), generator=generator, dtype=torch.uint8)
     ramp = torch.linspace(0, 255, size).to(torch.uint8)
@@ -67,16 +66,16 @@ def images_of(size):
     return torch.cat((photos(6, size), odd_images(size)))
 
 
-def assert_same(ours, theirs, *, blending=True, chain=False):
-    assert ours.dtype == theirs.dtype == torch.uint8
-    assert ours.shape == theirs.shape
-    differs = ours != theirs
+def assert_same(found, expected, *, blending=True, chain=False):
+    assert found.dtype == expected.dtype == torch.uint8
+    assert found.shape == expected.shape
+    differs = found != expected
     if ROUNDS_ALIKE or not blending:
-        assert not differs.any(), f"{differs.sum()} of {ours.numel()} values differ, first at {differs.nonzero()[0]}"
+        assert not differs.any(), f"{differs.sum()} of {found.numel()} values differ, first at {differs.nonzero()[0]}"
     else:
         assert differs.float().mean() < 0.05
-        # One level lost early in a chain can become many in what follows (equalize, posterize).
-        assert chain or (ours.int() - theirs.int()).abs().max() <= 1
+        # A difference of one level early in a chain can become larger later (equalize, posterize).
+        assert chain or (found.int() - expected.int()).abs().max() <= 1
 
 
 # ------------------------------------------------------------------------------------------------ operators on colours
@@ -111,13 +110,13 @@ def test_jitter_equals_torchvision(name, size):
     changes = torch.rand(60, generator=torch.Generator().manual_seed(4)) * 2 * reach - reach
     changes = torch.cat((edges, changes))
     images = images_of(size)
-    ours = mixed(transforms.JITTER[JITTER_OPS.index(name)], images, changes)
-    theirs = torch.stack([JITTER[name](images, float(change)) for change in changes])
-    assert_same(ours, theirs, blending=name in BLENDING)
+    found = mixed(transforms.JITTER[JITTER_OPS.index(name)], images, changes)
+    expected = torch.stack([JITTER[name](images, float(change)) for change in changes])
+    assert_same(found, expected, blending=name in BLENDING)
 
 
 def magnitudes_of(name, size):
-    """torchvision's strengths for all bins, float32 (31,) without signs; noughts where there is no strength."""
+    """torchvision's strengths for all bins, float32 (31,) without signs; zeros for operators without a strength."""
     bins = RANDAUGMENT.num_magnitude_bins
     magnitudes = SPACE[name][0](bins, size, size)
     return torch.zeros(bins) if magnitudes is None else magnitudes.float()
@@ -130,9 +129,9 @@ def test_randaugment_colours_equal_torchvision(name, size):
     if SPACE[name][1]:
         magnitudes = torch.cat((magnitudes, -magnitudes))
     images = images_of(size)
-    ours = mixed(transforms.RANDAUGMENT[name], images, magnitudes)
-    theirs = torch.stack([by_torchvision(images, name, float(magnitude)) for magnitude in magnitudes])
-    assert_same(ours, theirs, blending=name in BLENDING)
+    found = mixed(transforms.RANDAUGMENT[name], images, magnitudes)
+    expected = torch.stack([by_torchvision(images, name, float(magnitude)) for magnitude in magnitudes])
+    assert_same(found, expected, blending=name in BLENDING)
 
 
 # --------------------------------------------------------------------------------------- operators that move pixels
@@ -147,22 +146,22 @@ def test_moved_pixels_equal_torchvision(name, size):
         sources = operators.geometric_sources(size, magnitude)
         strength = float(magnitudes_of(name, size)[magnitude])
         for signed, source in zip((strength, -strength), sources[row : row + 2], strict=True):
-            theirs = by_torchvision(images, name, signed)
-            assert_same(operators.remap(images, source.expand(len(images), -1)), theirs, blending=False)
+            expected = by_torchvision(images, name, signed)
+            assert_same(operators.remap(images, source.expand(len(images), -1)), expected, blending=False)
 
 
 @pytest.mark.parametrize("size", [16, 32, 48])
 @pytest.mark.parametrize("name", SPACE)
 def test_magnitudes_are_torchvisions(name, size):
-    ours = torch.stack([operators.op_magnitude(name, magnitude, size).float() for magnitude in range(MAGNITUDE_BINS)])
-    assert torch.equal(ours, magnitudes_of(name, size))
+    found = torch.stack([operators.op_magnitude(name, magnitude, size).float() for magnitude in range(MAGNITUDE_BINS)])
+    assert torch.equal(found, magnitudes_of(name, size))
 
 
 # ------------------------------------------------------------------------------------------------------ the whole chain
 
 
 def chain_of_torchvision(image, draws, settings):
-    """All augmentations on one image, uint8 (3, H, W), with what `draws`, one row, decided for it."""
+    """All augmentations on one image, uint8 (3, H, W), with its random parameters, one row of `draws`."""
     size, padding, side = image.shape[-1], settings.crop_padding, settings.cutout
     top, left = divmod(int(draws.crop), 2 * padding + 1)
     image = TF.crop(TF.pad(image, [padding]), top, left, size, size)
@@ -174,7 +173,7 @@ def chain_of_torchvision(image, draws, settings):
         image = TF.horizontal_flip(image)
     for op, magnitude in zip(draws.randaugment_op.tolist(), draws.randaugment_magnitude.tolist(), strict=True):
         image = by_torchvision(image, list(SPACE)[op], magnitude)
-    if side:  # which torchvision has not
+    if side:  # torchvision has no Cutout
         image, (top, left) = image.clone(), (place - side // 2 for place in divmod(int(draws.cutout), size))
         square = image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
         square[:] = torch.tensor(operators.MEAN_COLOUR).view(3, 1, 1)
@@ -206,9 +205,9 @@ def test_chain_equals_torchvision(chain):
     generator = torch.Generator().manual_seed(5)
     draws = transforms.draw(len(images), size, settings, generator)
     order = torch.randperm(len(images), generator=generator)
-    ours = augmented(images, order, draws, settings, chunk=64)
-    theirs = torch.stack([chain_of_torchvision(images[i], draws[i], settings) for i in order])
-    assert_same(ours, theirs, chain=True)
+    found = augmented(images, order, draws, settings, chunk=64)
+    expected = torch.stack([chain_of_torchvision(images[i], draws[i], settings) for i in order])
+    assert_same(found, expected, chain=True)
 
 
 def test_cutout_changes_no_other_draw():
@@ -220,12 +219,12 @@ def test_cutout_changes_no_other_draw():
         assert same == (field.name != "cutout"), field.name
 
 
-# ------------------------------------------------------------------------------------------------------------ the draws
+# --------------------------------------------------------------------------------------------------- random parameters
 
-# Each frequency lies within four standard errors of what torchvision's definition makes it, or within six in the large
-# tables of pairs. With the seed fixed the result is always the same; another seed would cross one such line by chance
-# once in 16,000 frequencies. A table of counts must also pass as a whole: chi-square within four of its standard
-# deviations, so that many small faults cannot hide below every single line.
+# Each frequency lies within four standard errors of its value by torchvision's definition, or within six in the large
+# tables of pairs. With the seed fixed the result is always the same; with another seed, one of 16,000 frequencies would
+# exceed four standard errors by chance. The chi-square of a table must also lie within four of its standard deviations,
+# which shows many small errors together.
 NUM_DRAWS = 200_000
 SIGMAS, MANY_SIGMAS = 4.0, 6.0
 
@@ -253,22 +252,22 @@ def assert_uniform_between(values, low, high):
 
 
 def order_number(jitter_op):
-    """Which of the 24 orders each row is: how far each of its first three stands among those that are left."""
+    """Each row's order as a number of 24: the rank of each of its first three among the remaining ones."""
     first, second, third, fourth = jitter_op.long().unbind(1)
-    behind = [
+    ranks = [
         sum((later < op).long() for later in rest)
         for op, rest in ((first, (second, third, fourth)), (second, (third, fourth)), (third, (fourth,)))
     ]
-    return behind[0] * 6 + behind[1] * 2 + behind[2]
+    return ranks[0] * 6 + ranks[1] * 2 + ranks[2]
 
 
 @pytest.mark.parametrize("reach", [(0.2, 0.2, 0.2, 0.2), (0.5, 1.0, 1.7, 0.5), (0.9, 0.1, 0.4, 0.05)])
 def test_jitter_is_uniform_over_torchvisions_range(reach):
     settings = Augmentation(**dict(zip(JITTER_OPS, reach, strict=True)))
     changes = transforms.draw(NUM_DRAWS, 32, settings, torch.Generator().manual_seed(7)).jitter_change
-    theirs = v2.ColorJitter(*reach)
+    expected = v2.ColorJitter(*reach)
     for column, name in enumerate(JITTER_OPS):
-        low, high = getattr(theirs, name)
+        low, high = getattr(expected, name)
         values = changes[:, column] if name == "hue" else 1 + changes[:, column]
         assert_uniform_between(values, low, high)
 
@@ -292,7 +291,7 @@ def test_strengths_are_torchvisions_with_even_signs():
                 assert not of_op.signbit().any(), name
 
 
-def test_all_draws_are_uniform_and_none_tells_of_another():
+def test_all_draws_are_uniform_and_independent():
     draws = transforms.draw(NUM_DRAWS, 32, Augmentation(cutout=9), torch.Generator().manual_seed(6))
     assert_uniform(draws.cutout, 32 * 32)
     assert torch.equal(draws.jitter_op.sort(1).values, torch.arange(4, dtype=torch.int32).expand(NUM_DRAWS, 4))
@@ -307,7 +306,7 @@ def test_all_draws_are_uniform_and_none_tells_of_another():
     signed += [(column[rows] - 1, 9) for column in op.T] + [(column[rows].int(), 2) for column in sign.T]
     for column, count in table:
         assert_uniform(column, count)
-        assert_uniform(column[:-1] * count + column[1:], count**2, sigmas=MANY_SIGMAS)  # nor of the next image's
+        assert_uniform(column[:-1] * count + column[1:], count**2, sigmas=MANY_SIGMAS)  # and of the next image's
     for (one, num_one), (other, num_other) in (*combinations(table, 2), *combinations(signed, 2)):
         assert_uniform(one * num_other + other, num_one * num_other, sigmas=MANY_SIGMAS)
 
@@ -319,12 +318,12 @@ COUNT = 150
 
 @pytest.fixture(scope="module")
 def split():
-    """Images labelled with their own row, so that what comes out of a loader can be told apart."""
+    """Images labelled with their row, so that a loader's output can be identified."""
     return Split(photos(COUNT, 16).numpy(), np.arange(COUNT))
 
 
 def epoch_of(loader, epoch=0, start=0):
-    """All images and labels of an epoch, in their order; every batch but the last is whole."""
+    """All images and labels of an epoch, in their order; every batch except the last is full."""
     batches = list(loader.epoch(epoch, start))
     assert len(batches) == len(loader) - start
     assert {len(labels) for _, labels in batches[:-1]} <= {loader.batch_size}
@@ -359,12 +358,12 @@ def test_every_image_comes_once_an_epoch_with_its_label(split):
         assert torch.equal(images, normalize(torch.from_numpy(split.images)[labels]))
 
 
-def test_at_the_end_crop_and_flip_are_left(split):
+def test_at_the_end_only_crop_and_flip_remain(split):
     settings = Augmentation(cutout=4)
     loader = TrainLoader(split, 64, settings, seed=3, crop_and_flip_from=2)
     whole = TrainLoader(split, 64, settings, seed=3)
     mild = TrainLoader(split, 64, replace(NOTHING, crop_padding=4, flip=0.5), seed=3)
-    for epoch in (0, 1, 2, 1):  # and back: a run that goes on may begin anywhere
+    for epoch in (0, 1, 2, 1):  # and back: a resumed run may begin anywhere
         expected = whole if epoch < 2 else mild
         assert all(map(torch.equal, epoch_of(loader, epoch), epoch_of(expected, epoch))), epoch
 
@@ -377,7 +376,7 @@ def test_another_epoch_or_seed_is_another_draw(split, usual, seed, epoch):
     assert same.sum() < 10
 
 
-def test_epochs_repeat_whatever_else_draws(split, usual):
+def test_epochs_repeat_whatever_else_uses_random_numbers(split, usual):
     loader = TrainLoader(split, 64, Augmentation(), seed=3)
     torch.manual_seed(99)
     before = torch.get_rng_state()
@@ -390,11 +389,11 @@ def test_epochs_repeat_whatever_else_draws(split, usual):
 def test_batches_are_the_chain_normalised(split, usual):
     settings, images = Augmentation(), torch.from_numpy(split.images)
     draws = transforms.draw(COUNT, 16, settings, epoch_generator(3, 2))
-    theirs = torch.stack([chain_of_torchvision(images[row], draws[row], settings) for row in usual[1]])
+    expected = torch.stack([chain_of_torchvision(images[row], draws[row], settings) for row in usual[1]])
     assert usual[0].dtype == torch.float32
     assert usual[1].dtype == torch.int64
-    ours = (usual[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).mul(255)
-    assert_same(ours.round().to(torch.uint8), theirs, chain=True)
+    found = (usual[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).mul(255)
+    assert_same(found.round().to(torch.uint8), expected, chain=True)
 
 
 def test_a_loader_that_works_ahead_gives_the_same_batches(split):
@@ -408,7 +407,7 @@ def test_a_loader_that_works_ahead_gives_the_same_batches(split):
 @pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ((0.0, 0.5, 1.0), (1.0, 0.1, 2.0))])
 def test_normalize_equals_torchvision(mean, std):
     images = images_of(32)
-    ours = normalize(images, mean, std)
-    theirs = TF.normalize(TF.to_dtype(images, torch.float32, scale=True), mean, std)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    assert ours.is_contiguous(memory_format=torch.channels_last)
+    found = normalize(images, mean, std)
+    expected = TF.normalize(TF.to_dtype(images, torch.float32, scale=True), mean, std)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert found.is_contiguous(memory_format=torch.channels_last)
