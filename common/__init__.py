@@ -8,22 +8,17 @@ variable when it is loaded. A value set by the user is kept.
 """
 
 import os
+import signal
 import sys
-from types import TracebackType
+from pathlib import Path
 
 SPIN_COUNT = "4000"
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
-_excepthook = sys.excepthook
-
-
-def _without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):  # during the imports; common/errors.py handles it later
-        print("interrupted", file=sys.stderr)
-    else:
-        _excepthook(kind, error, trace)
-
-
-sys.excepthook = _without_traceback
+# Until errors.run, Ctrl-C ends a script of this project at once: a package can swallow a KeyboardInterrupt while it is
+# imported, and is then half imported.
+_script = getattr(sys.modules["__main__"], "__file__", None)
+if _script and Path(_script).resolve().parent == Path(__file__).resolve().parents[1]:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

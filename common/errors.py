@@ -37,6 +37,7 @@ def run(main: Callable[[], int | None]) -> None:
     The status is 2 for a UserError, 130 for Ctrl-C and 141 for a broken pipe, all without a traceback. It is 143 for
     SIGTERM and 129 for SIGHUP, after the `finally` blocks have run.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see common/__init__.py
     for number in ending_signals():
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):

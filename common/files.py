@@ -89,3 +89,10 @@ def check_writable(folder: str | Path, what: str) -> None:
             pass
     except OSError as error:
         raise _not_written(Path(folder), what, error) from None
+
+
+def check_output(path: str | Path, endings: tuple[str, ...]) -> None:
+    """Raise UserError if `path` is a file of another kind: the wrong flag or a forgotten name would destroy it."""
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() not in endings:
+        raise UserError(f"{path} exists and is no {' or '.join(endings)} file; it is not replaced, use another name")

@@ -62,6 +62,11 @@ def load(
         folder = existing_folder(source)
         if cifar10.is_official(folder):
             classes, train, test = cifar10.read_folder(folder, image_size)
+        elif data_dir.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--data {source} contains {data_dir}/, where decoded images are kept, and perhaps a script's other "
+                "folders; start from another folder, so that they do not count as classes"
+            )
         else:
             classes, train, val, test = image_folder.load_image_folder(folder, image_size, data_dir / "cache")
     source_digest = digest(classes, *(split for split in (train, val, test) if split is not None))

@@ -28,7 +28,9 @@ from tqdm import tqdm
 
 from .splits import Split
 
-SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+SPLIT_NAMES = {
+    "train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "tests", "testing"),
+}  # fmt: skip
 HEIC = (".heic", ".heif")
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", *HEIC)
 CACHE_VERSION = 2  # to be raised if the same source gives other arrays than before
@@ -89,6 +91,10 @@ def find_parts(folder: Path) -> dict[str, Path]:
     if not inside:
         raise UserError(f"--data {folder}: has no folders; expected train/<class>/…, or a folder for each class")
     parts: dict[str, Path] = {}
+    if any(split_name(path) == "train" for path in inside):
+        for path in inside:
+            if split_name(path) is None:
+                print(f"note: {path} is ignored; next to a train folder only val and test are used", file=sys.stderr)
     for path in inside:
         if (name := split_name(path)) in parts:
             raise UserError(f"{folder}: has both {parts[name].name}/ and {path.name}/; remove one")
@@ -98,7 +104,7 @@ def find_parts(folder: Path) -> dict[str, Path]:
 
 
 def split_name(path: Path) -> str | None:
-    return SPLIT_NAMES.get(path.name.lower())
+    return next((split for split, names in SPLIT_NAMES.items() if path.name.lower() in names), None)
 
 
 def visible_folders(folder: Path) -> list[Path]:
@@ -190,11 +196,9 @@ def decode_or_refuse(folder: Path, paths: Sequence[Path], image_size: int) -> np
             images[row] = result[0]
     if broken:
         more = f"\n  and {len(broken) - MAX_LISTED:,} more" if len(broken) > MAX_LISTED else ""
-        heic = any(path.suffix.lower() in HEIC for path in paths)
-        hint = "\nFor HEIC: pip install pillow-heif and convert them, for instance to PNG" if heic else ""
         raise UserError(
             f"{folder}: {len(broken):,} of {len(paths):,} pictures cannot be read:\n  "
-            + "\n  ".join(broken[:MAX_LISTED]) + more + hint
+            + "\n  ".join(broken[:MAX_LISTED]) + more
         )  # fmt: skip
     return images
 
@@ -259,7 +263,8 @@ def decode(path: str | Path, image_size: int) -> Decoded | UserError:
     except Image.DecompressionBombError as error:
         return UserError(f"{path}: too large ({error}); make it smaller, or remove it")
     except UnidentifiedImageError:
-        return UserError(f"{path}: not an image that Pillow can read; remove it, or convert it to PNG")
+        heic = " (HEIC: pip install pillow-heif)" if Path(path).suffix.lower() in HEIC else ""
+        return UserError(f"{path}: not an image that Pillow can read; remove it, or convert it to PNG{heic}")
     except PermissionError as error:
         return UserError(f"{path}: not readable ({error.strerror}); change its permissions, or remove it")
     except Exception as error:  # Pillow raises many exception types for broken files

@@ -47,11 +47,12 @@ def test_a_mistake_is_one_line_with_the_nearest_flags(capsys, flags, answer):
 
 
 @needs_signals
-def test_ctrl_c_during_the_imports_leaves_no_traceback():
-    done = python("import common; raise KeyboardInterrupt")
-    assert done.returncode == -signal.SIGINT
-    assert done.stderr == "interrupted\n"
-    assert "Traceback" in python("import common; raise ValueError").stderr
+@pytest.mark.parametrize(("script", "handler"), [(ROOT / "dense.py", "SIG_DFL"), ("", "default_int_handler")])
+def test_ctrl_c_ends_a_script_that_still_imports_and_leaves_others_alone(script, handler):
+    code = f"import sys, signal; sys.modules['__main__'].__file__ = {str(script)!r}; import common; "
+    done = python(code + f"print(signal.getsignal(signal.SIGINT) == signal.{handler})")
+    assert done.stdout == "True\n"
+    assert end_of(lambda: signal.raise_signal(signal.SIGINT)) == 130
 
 
 def end_of(main):

@@ -653,3 +653,18 @@ def test_each_size_up_to_the_largest_is_balanced_and_in_order(numbered, name, si
         rows = np.isin(numbers(whole), numbers(part))
         assert numbers(part) == np.array(numbers(whole))[rows].tolist()
         assert np.array_equal(part.labels, whole.labels[rows])
+
+
+def test_what_lies_beside_a_train_folder_is_named(tmp_path, capsys):
+    for place in ("train/a", "train/b", "Testing/a", "Testing/b", "extra"):
+        (tmp_path / "photos" / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / place / "1.png")
+    data = dataset.load(tmp_path / "photos", image_size=8, data_dir=tmp_path / "data")
+    assert len(data.test) == 2
+    assert f"{tmp_path / 'photos' / 'extra'} is ignored" in capsys.readouterr().err
+
+
+def test_the_folder_that_a_script_writes_to_is_no_data_set(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"contains .*data/, where decoded images are kept.* start from another folder"):
+        dataset.load(tmp_path, image_size=8, data_dir=tmp_path / "data")

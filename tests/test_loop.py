@@ -146,7 +146,7 @@ def test_the_rate_climbs_and_then_falls_without_a_leap(each, warmup):
 
 
 def test_twice_the_batch_doubles_both_rates_and_the_run_says_so(train, tiny_data, capsys):
-    said = "learning rates 0.8 and 0.016 for a batch of 64 become 1.6 and 0.032 for a batch of 128"
+    said = "peak learning rate 1.6, from 0.8 × 128/64"
     for batch_size, factor in ((64, 1), (128, 2)):
         run = train(tiny_data(train_size=130), batch_size=batch_size, name=f"batch{batch_size}", epochs=2)
         assert [row["learning_rate"] for row in run.history] == pytest.approx([0.8 * factor, 0.408 * factor])

@@ -84,7 +84,7 @@ def test_init_starts_from_the_weights_of_a_checkpoint(train, tmp_path, tiny_data
     other = start(two, name="other")
     assert torch.equal(other["conv.weight"], theirs["conv.weight"])
     assert other["classifier.weight"].shape == (2, 4)
-    assert "with a new classifier for 2 classes instead of its 3" in capsys.readouterr().out
+    assert "with a new classifier: 2 classes, which are not its 3" in capsys.readouterr().out
 
     with pytest.raises(UserError, match=r"--init .*first\.pt holds tiny \(channels 4\), not tiny \(channels 5\)"):
         start(tiny_data(), name="wide", channels=5)
@@ -98,7 +98,7 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(train, tmp_path, cap
     multiply_adds = 64 * (3 * 4 * 9) + 4 * 3  # the convolution on 8×8 pixels, and the classifier
     assert f"2 layers with weights, {multiply_adds / 1e6:,.1f} M multiply-adds" in said
     assert "images/s in the last step" in said
-    assert "3 epochs take about" in said
+    assert "3 epochs in about" in said
     assert run.history == []
     assert list(tmp_path.iterdir()) == []
 
@@ -129,11 +129,13 @@ def test_a_growing_loss_is_warned_of_once(tiny_recipe, capsys):
         return capsys.readouterr().err
 
     assert warnings(2.4, 2.5, 2.0, 1.0, 1.1) == ""
-    assert warnings(2.0, 1.0, 2.5, 2.6, 1.0).count("grown to 2.500") == 1
-    once = warnings(9.0, 9.5)  # from the start worse than guessing, which has log(10) = 2.3
-    assert once.count("warning") == 1
+    assert warnings(1.0, 2.5, 0.9, 0.8) == "", "a single epoch may be an accident"
+    assert warnings(2.0, 1.0, 2.5, 2.6, 2.7, 1.0, 3.0, 3.0).count("warning") == 1
+    once = warnings(9.0, 9.5, 9.6)  # from the start worse than guessing, which has log(10) = 2.3
+    assert once.count("warning") == once.count("grown to 9.500") == 1
     assert "--base-lr below 0.8; the peak learning rate is 0.05" in once
-    assert warnings(1.2 * 1.5 * math.log(3) - 0.01, num_classes=3) == ""
+    limit = 1.2 * 1.5 * math.log(3)
+    assert warnings(*[limit - 0.01] * 3, num_classes=3) == ""
 
 
 def test_pictures_are_drawn_at_the_end_and_in_between_as_far_as_they_cost_little(tiny_recipe, monkeypatch):
@@ -172,3 +174,26 @@ def test_training_works_in_a_thread(train):
     thread.start()
     thread.join()
     assert len(runs[0].history) == 1
+
+
+def test_resume_without_a_checkpoint_is_said_to_be_a_new_run(train, capsys):
+    train(resume=True, epochs=1)
+    assert "tiny.pt: there is no checkpoint to resume from; this is a new run" in capsys.readouterr().out
+
+
+def test_a_dry_run_resumes_with_the_checkpoints_recipe(train, tmp_path, capsys):
+    train(epochs=2, base_lr=0.3)
+    before = (tmp_path / "checkpoints" / "tiny.pt").read_bytes()
+    capsys.readouterr()
+    train(resume=True, dry_run=True, given=frozenset({"resume", "dry_run"}))
+    assert "2 epochs in about" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "tiny.pt").read_bytes() == before
+    with pytest.raises(UserError, match=r"nowhere\.csv: cannot be read"):
+        train(dry_run=True, reference="nowhere.csv", name="other")
+
+
+def test_fit_replaces_no_checkpoint_unasked(train, tiny, tiny_data, tiny_recipe):
+    train(epochs=1)
+    with pytest.raises(UserError, match=r"tiny\.pt exists already; --resume continues"):
+        loop.fit(tiny(), tiny_data(), tiny_recipe(epochs=1))
+    assert loop.fit(tiny(), tiny_data(), tiny_recipe(epochs=1, overwrite=True)).epoch == 1

@@ -198,7 +198,7 @@ def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
         weights, message = dict(content["model"]), f"starting from the weights of {recipe.init}"
         if content["data"]["classes"] != list(classes):
             weights |= {name: value for name, value in model.state_dict().items() if name.startswith("classifier.")}
-            message += f", with a new classifier for {len(classes)} classes instead of its {num_classes}"
+            message += f", with a new classifier: {len(classes)} classes, which are not its {num_classes}"
         model.load_state_dict(weights)
     return message
 
@@ -227,7 +227,7 @@ def previous_run(recipe: Recipe) -> Iterator[dict[str, Any] | None]:
     or is being written by another process.
     """
     if recipe.dry_run:
-        yield None
+        yield read_previous_run(recipe) if recipe.resume else None
         return
     with contextlib.ExitStack() as locks:
 
@@ -240,12 +240,12 @@ def previous_run(recipe: Recipe) -> Iterator[dict[str, Any] | None]:
 
 def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
     path = recipe.checkpoint_path
+    if recipe.resume and not path.exists():
+        print(f"{path}: there is no checkpoint to resume from; this is a new run", flush=True)
     if recipe.overwrite or not path.exists():
         return None
     if not recipe.resume:
-        raise UserError(
-            f"{path} exists already; --resume continues from it, --overwrite replaces it, --name saves to another file"
-        )
+        raise UserError(already_there(path))
     content = read(path)
     if content["version"] < VERSION:
         raise UserError(
@@ -271,12 +271,20 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
     return content
 
 
-def check_files(recipe: Recipe) -> None:
+def check_files(recipe: Recipe, previous: dict[str, Any] | None) -> None:
     """Fail now, not after an epoch, if a file cannot be read or written."""
-    files.check_writable(recipe.checkpoint_dir, "the checkpoint")
-    files.check_writable(recipe.plot_dir, "the plots")
     if recipe.reference:
         read_csv(recipe.reference)
+    if recipe.dry_run:
+        return
+    if previous is None and recipe.checkpoint_path.exists() and not recipe.overwrite:  # fit without previous_run
+        raise UserError(already_there(recipe.checkpoint_path))
+    files.check_writable(recipe.checkpoint_dir, "the checkpoint")
+    files.check_writable(recipe.plot_dir, "the plots")
+
+
+def already_there(path: Path) -> str:
+    return f"{path} exists already; --resume continues from it, --overwrite replaces it, --name saves to another file"
 
 
 class Saver:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from common import distributed
 from common.device import kilobytes
-from common.text import duration
+from common.text import counted, duration
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,12 @@ def try_out(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> N
     predict(lambda batch: model(normalize(batch)), part, device, precision=trainer.precision)
     test_seconds = (time.perf_counter() - started) * len(images) / len(part)
 
+    epoch_seconds = len(loader) * step_seconds + test_seconds
     layers = sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in run.model.modules())
     lines = [
         f"{layers} layers with weights, {multiply_adds(run.model, recipe.image_size) / 1e6:,.1f} M multiply-adds",
         f"{loader.batch_size / step_seconds:,.0f} images/s in the last step, {peak_memory(device)}",
-        f"{recipe.epochs} epochs take about {duration(recipe.epochs * (len(loader) * step_seconds + test_seconds))}",
+        f"{counted(recipe.epochs, 'epoch')} in about {duration(recipe.epochs * epoch_seconds)}",
     ]
     distributed.print_rank0("\n".join(lines))
 

@@ -190,8 +190,7 @@ def fit(
     check(model, data, recipe, previous)
     if recipe.init and not previous:
         distributed.print_rank0(checkpoint.start_from(model, recipe, data.classes))
-    if not recipe.dry_run:
-        distributed.from_main_process(lambda: checkpoint.check_files(recipe))
+    distributed.from_main_process(lambda: checkpoint.check_files(recipe, previous))
     device = set_up_device(recipe.device, deterministic=recipe.deterministic)
     recipe = replace(recipe, precision=precision_of(recipe, previous, device))
     # The learning rate is scaled by the real batch size.

@@ -1,5 +1,6 @@
 """What a training run prints."""
 
+import itertools
 import math
 import sys
 import time
@@ -47,10 +48,12 @@ def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) ->
         say("the baseline's recipe")
     if distributed.world_size() > 1:
         say(f"batches of {recipe.batch_size} images, over all processes")
+    if recipe.batch_size == len(data.train):
+        say(f"all {recipe.batch_size} training images are one batch; a smaller --batch-size takes more steps")
     if recipe.batch_size != REFERENCE_BATCH:
         say(
-            f"learning rates {recipe.base_lr:g} and {recipe.base_min_lr:g} for a batch of {REFERENCE_BATCH} become "
-            f"{recipe.lr:g} and {recipe.min_lr:g} for a batch of {recipe.batch_size} (in proportion, Goyal et al. 2017)"
+            f"peak learning rate {recipe.lr:g}, from {recipe.base_lr:g} × {recipe.batch_size}/{REFERENCE_BATCH} (in "
+            "proportion to the batch size, Goyal et al. 2017)"
         )
     if run.epoch == recipe.epochs:
         say(f"{recipe.checkpoint_path} is finished: all {recipe.epochs} epochs are done; nothing to train")
@@ -90,10 +93,11 @@ class EpochReport:
             self.plot(history)
 
     def warn_of_growing_loss(self, history: list[dict[str, Any]]) -> None:
-        """Once, if the loss is well above that of the first epoch, or of uniform guessing."""
+        """Once, if the loss of two epochs is well above that of the first one, or of uniform guessing."""
         losses = [row["train_loss"] for row in history]
         limit = 1.2 * min(losses[0], self.high_loss)
-        if losses[-1] > limit >= max(losses[:-1], default=0):
+        high = [loss > limit for loss in losses]
+        if all(high[-2:]) and sum(map(all, itertools.pairwise(high))) == 1:
             print(
                 f"warning: the training loss has grown to {losses[-1]:.3f}. If it stays high, start again with "
                 f"--base-lr below {self.recipe.base_lr:g}; the peak learning rate is {self.recipe.lr:g}",
