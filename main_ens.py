@@ -64,7 +64,7 @@ def main() -> int:
             torch.from_numpy(split.images),
             device,
             precision=precision,
-            mirrored=options.tta == "flip",
+            flip=options.tta == "flip",
             batch_size=options.batch_size,
             cached=not options.no_cache,
         )
