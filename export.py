@@ -97,12 +97,6 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--format", choices=FORMATS, help="(default: by the ending of --output)")
     members.add_flags(parser, device=False)
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="above 1: less confident probabilities, below 1: more confident (default: 1)",
-    )
     tested = parser.add_mutually_exclusive_group()
     tested.add_argument(
         "--data", help="compare on its test images (default: the data the first member was trained with)"
@@ -117,9 +111,7 @@ def parse_flags() -> argparse.Namespace:
                 f"--output {options.output}: its ending names no format; expected one of "
                 f"{', '.join(f'.{name}' for name in FORMATS)}, or --format"
             )
-    members.check_temperature(options.temperature)
-    if not 1 <= options.images <= MAX_IMAGES:
-        raise UserError(f"--images is {options.images}; it must be 1 to {MAX_IMAGES:,}")
+    members.check_range("--images", options.images, 1, MAX_IMAGES)
     return options
 
 

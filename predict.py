@@ -108,10 +108,6 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, and folders of them")
     members.add_flags(parser, checkpoints="--checkpoints")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T",
-        help="above 1: less confident probabilities, below 1: more confident (default: 1)",
-    )  # fmt: skip
-    parser.add_argument(
         "--cascade", action="store_true",
         help="run the cheapest network first, the others only on low confidence: faster",
     )  # fmt: skip
@@ -125,10 +121,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="also print each member's most likely class")
     parser.add_argument("--batch-size", type=int, help="images per batch (default: 32 of 32×32, on a GPU 512)")
     options = parser.parse_intermixed_args()
-    for flag, value in (("--batch-size", options.batch_size), ("--top", options.top)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} is {value}; it must be 1 or more")
-    members.check_temperature(options.temperature)
+    members.check_range("--batch-size", options.batch_size, 1)
+    members.check_range("--top", options.top, 1)
     # Images may follow --checkpoints.
     options.images += [str(path) for path in options.checkpoints if not is_checkpoint(path)]
     options.checkpoints = [path for path in options.checkpoints if is_checkpoint(path)]
