@@ -16,19 +16,16 @@ lists), image_size (S), input (this paragraph in short), average, temperature, f
     classes, probs = json.loads(metadata["classes"]), network(images)
 
 It takes the three checkpoints that dense.py, mobilenetv2.py and resnext.py write, or those that are given, one or more.
-The file is kept only where it agrees with PyTorch on test images; what was there before is then replaced in one step.
+The file is written only if it agrees with PyTorch on test images; it then replaces an existing file in one step.
 """
 
 import argparse
-import importlib
+import importlib.util
 import io
 import json
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +34,6 @@ from common import errors, files
 from common.command_line import Parser
 from common.device import set_up_device
 from common.errors import UserError
-from common.text import counted
 
 import numpy as np
 import torch
@@ -50,27 +46,18 @@ from models.ensemble import Ensemble
 NAME = "cifar10-ensemble export"
 VERSION = 1
 
-TOLERANCE = 1e-4  # of a probability: float32 sums in another order differ by some 1e-6
+TOLERANCE = 1e-4  # of a probability: float32 sums in another order differ by about 1e-6
 BATCH_SIZE = 64
-MOST_IMAGES = 100_000  # compared; random ones are made all at once
+MAX_IMAGES = 100_000  # compared; random ones are made all at once
 
 Predict = Callable[[Tensor], Tensor]  # images to probabilities, as Ensemble
 
 
 @dataclass(frozen=True)
 class Format:
-    packages: tuple[str, ...]  # needed besides PyTorch
-    write: Callable[[Ensemble, dict[str, str]], bytes]  # an ensemble and its metadata, as a file's content
+    packages: tuple[str, ...]  # needed in addition to PyTorch
+    write: Callable[[Ensemble, dict[str, str]], bytes]  # an ensemble and its metadata, to a file's content
     read: Callable[[bytes], Predict]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Of a file with PyTorch, on the same images."""
-
-    difference: float  # the largest of any probability; NaN where one is NaN
-    torch_rate: float  # images/s, medians over the batches
-    file_rate: float
 
 
 def main() -> int:
@@ -79,7 +66,7 @@ def main() -> int:
     require(options.format)
     paths = members.paths_of(options)
     contents = members.read_all(paths)
-    set_up_device("cpu")  # for PyTorch to be as fast as it can be beside the file
+    set_up_device("cpu")  # PyTorch's fast CPU settings
     ensemble = members.build(contents, average=options.average, temperature=options.temperature)
     files.check_writable(options.output.parent, "the file")
     images, source = pick_images(contents[0][1]["data"], options)
@@ -91,21 +78,17 @@ def main() -> int:
     with files.replacing(options.output, "the file") as file:
         file.write(written)
         file.flush()
-        found = compare(ensemble, file_format.read(Path(file.name).read_bytes()), images)
-        if not found.difference <= TOLERANCE:
+        difference = largest_difference(ensemble, file_format.read(Path(file.name).read_bytes()), images)
+        if not difference <= TOLERANCE:
             raise UserError(
                 f"{options.output} is not written: on {source} its probabilities differ from PyTorch's by up to "
-                f"{found.difference:.1e}, more than {TOLERANCE:.0e}; take the other format, or other versions of the "
+                f"{difference:.1e}, more than {TOLERANCE:.0e}; take the other format, or other versions of the "
                 f"packages of {options.format}"
             )
 
     names = ", ".join(members.names(paths)) + (f" ({options.average} averaged)" if len(paths) > 1 else "")
     print(f"{options.output}: {names}, {len(written) / 1e6:.1f} MB")
-    print(f"largest difference from PyTorch: {found.difference:.1e}, on {len(images):,} {source}")
-    print(
-        f"on the CPU, {counted(torch.get_num_threads(), 'thread')}: PyTorch {found.torch_rate:,.1f} images/s, "
-        f"{options.format} {found.file_rate:,.1f} images/s"
-    )
+    print(f"largest difference from PyTorch: {difference:.1e}, on {len(images):,} {source}")
     return 0
 
 
@@ -114,12 +97,6 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--format", choices=FORMATS, help="(default: by the ending of --output)")
     members.add_flags(parser, device=False)
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="above 1: less confident probabilities, below 1: more confident (default: 1)",
-    )
     tested = parser.add_mutually_exclusive_group()
     tested.add_argument(
         "--data", help="compare on its test images (default: the data the first member was trained with)"
@@ -134,21 +111,13 @@ def parse_flags() -> argparse.Namespace:
                 f"--output {options.output}: its ending names no format; expected one of "
                 f"{', '.join(f'.{name}' for name in FORMATS)}, or --format"
             )
-    members.check_temperature(options.temperature)
-    if not 1 <= options.images <= MOST_IMAGES:
-        raise UserError(f"--images is {options.images}; it must be 1 to {MOST_IMAGES:,}")
+    members.check_range("--images", options.images, 1, MAX_IMAGES)
     return options
 
 
 def require(name: str) -> None:
-    """Raise UserError where packages that a format needs are missing."""
-    missing = []
-    for package in FORMATS[name].packages:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            missing.append(package)
-    if missing:
+    """Raise UserError if packages that a format needs are missing."""
+    if missing := [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]:
         plural = "s" if len(missing) > 1 else ""
         raise UserError(
             f"the format {name} needs the package{plural} {', '.join(missing)}: pip install {' '.join(missing)}"
@@ -158,7 +127,7 @@ def require(name: str) -> None:
 def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tensor, str]:
     """Images to compare on, uint8 (N, 3, S, S), and what they are; `data` is that of a checkpoint.
 
-    Random images are used where the first member's data is not available. Raises UserError where that of --data is not.
+    Random images are used if the first member's data is not available. Raises UserError if that of --data is not.
     """
     size = data["image_size"]
     if not options.random:
@@ -167,14 +136,14 @@ def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tens
             loaded = dataset.load(
                 source, image_size=size, split_seed=data["split"]["split_seed"], download=bool(options.data)
             )
-            # Those from folders come class by class.
+            # Folders list images class by class.
             rows = np.random.default_rng(0).permutation(len(loaded.test))[: options.images]
             return torch.from_numpy(loaded.test.images[rows]), f"test images of {source}"
         except UserError as error:
             if options.data:
                 raise
             print(
-                f"warning: the file is compared on random images, since those of the training are not there: {error}",
+                f"warning: the file is compared on random images, since the test images are not available: {error}",
                 file=sys.stderr,
             )
     generator = torch.Generator().manual_seed(0)
@@ -198,7 +167,7 @@ def metadata(ensemble: Ensemble, names: list[str]) -> dict[str, str]:
 
 
 def write_onnx(ensemble: Ensemble, about: dict[str, str]) -> bytes:
-    with quiet():
+    with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             ensemble,
             (example(ensemble),),
@@ -222,16 +191,16 @@ def read_onnx(content: bytes) -> Predict:
 
 
 def write_pt2(ensemble: Ensemble, about: dict[str, str]) -> bytes:
-    ensemble.requires_grad_(False)  # so that whoever loads the file needs no torch.no_grad()
+    ensemble.requires_grad_(False)  # users of the file then need no torch.no_grad()
     buffer = io.BytesIO()
-    with quiet():
+    with warnings.catch_warnings(action="ignore"):
         program = torch.export.export(ensemble, (example(ensemble),), dynamic_shapes=DYNAMIC_BATCH)
         torch.export.save(program, buffer, extra_files=about)
     return buffer.getvalue()
 
 
 def read_pt2(content: bytes) -> Predict:
-    with quiet():
+    with warnings.catch_warnings(action="ignore"):
         return torch.export.load(io.BytesIO(content)).module()
 
 
@@ -243,32 +212,15 @@ DYNAMIC_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
 
 
 def example(ensemble: Ensemble) -> Tensor:
-    """Two images: of one, the exporters would take the batch for a constant."""
+    """Batch of 2: the exporters specialise a batch of 1."""
     return torch.zeros(2, 3, ensemble.image_size, ensemble.image_size, dtype=torch.uint8)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without PyTorch's warnings about its own insides."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 @torch.inference_mode()
-def compare(ensemble: Ensemble, predict: Predict, images: Tensor) -> Comparison:
-    """Run both, in turn, on `images`: the first of them alone, which also warms up, then all in batches."""
-    differences, seconds = [], {ensemble: [], predict: []}
-    for batch in (images[:1], *images.split(BATCH_SIZE)):
-        probs = []
-        for run, spent in seconds.items():
-            started = time.perf_counter()
-            probs.append(run(batch))
-            spent.append((time.perf_counter() - started) / len(batch))
-        expected, found = probs
-        differences.append((found - expected).abs().max())
-    torch_rate, file_rate = (1 / statistics.median(spent[1:]) for spent in seconds.values())
-    return Comparison(torch.stack(differences).max().item(), torch_rate, file_rate)
+def largest_difference(ensemble: Ensemble, predict: Predict, images: Tensor) -> float:
+    """The largest difference of any probability, on one image and on batches of all; NaN if a probability is NaN."""
+    batches = images[:1], *images.split(BATCH_SIZE)
+    return torch.stack([(predict(batch) - ensemble(batch)).abs().max() for batch in batches]).max().item()
 
 
 if __name__ == "__main__":

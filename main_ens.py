@@ -8,7 +8,6 @@ cached next to the checkpoints, so that a second run is fast.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,12 @@ import dataset
 from dataset import Dataset, Split
 from evaluation import cost, members, metrics, report, text
 from evaluation.logits import member_logits
-from models.ensemble import average_probs
+from evaluation.members import FIT
 from plotting.cost import plot_cost
 from plotting.ensemble import plot_ensemble, plot_mistakes, plot_reliability
 from training.recipe import spelled
 
-FIT = "fit"  # what --temperature takes beside numbers
-MOST = 10**6  # images in a batch or subset
+MAX_IMAGES = 10**6  # in a batch or a subset
 PLOTS = ("ensemble.png", "reliability.png", "mistakes.png", "cost.png")
 
 
@@ -39,22 +37,10 @@ def main() -> int:
     options = parse_flags()
     contents = members.read_all(members.paths_of(options))
     files.check_writable(options.plot_dir, "the results")
-    if options.temperature == FIT and options.data is not None:
-        raise UserError(
-            f"--temperature {FIT} needs the validation images of the members' own data, and --data {options.data} "
-            "replaces them; leave one of the two out, or give the temperature as a number"
-        )
-    if options.tta == "flip" and (unmirrored := [path for path, own in contents if own["recipe"].get("flip") == 0]):
-        print(
-            f"warning: --tta flip shows {unmirrored[0]} mirrored images, and it was trained without (--flip 0)",
-            file=sys.stderr,
-        )
+    no_flips = [path for path, content in contents if content["recipe"].get("flip") == 0]
+    if options.tta == "flip" and no_flips:
+        print(f"warning: --tta flip: {no_flips[0]} was trained without flips (--flip 0)", file=sys.stderr)
     data = load_data(contents, options)
-    if options.temperature == FIT and data.val is None:
-        raise UserError(
-            f"--temperature {FIT} needs validation images, and {contents[0][0]} was trained without; train all members "
-            "with the same --val-size, or give the temperature as a number. The test images are not for fitting"
-        )
     device = set_up_device(options.device)
     precision = pick_precision(options.precision, device)
 
@@ -64,7 +50,7 @@ def main() -> int:
             torch.from_numpy(split.images),
             device,
             precision=precision,
-            mirrored=options.tta == "flip",
+            flip=options.tta == "flip",
             batch_size=options.batch_size,
             cached=not options.no_cache,
         )
@@ -73,44 +59,28 @@ def main() -> int:
     logits, milliseconds = compute_logits(data.test)
     temperature, fitted_on = options.temperature, None
     if temperature == FIT:
-        held_out, _ = compute_logits(data.val)
-        temperature = report.fit_temperature(held_out, torch.from_numpy(data.val.labels), options.average)
+        val_logits, _ = compute_logits(data.val)
+        temperature = report.fit_temperature(val_logits, torch.from_numpy(data.val.labels), options.average)
         fitted_on = len(data.val)
+    probs = report.average(logits, options.average, temperature)
 
-    probs = report.average(logits, options.average, temperature or 1.0)
-    result = report.report(probs, labels, members.names([path for path, _ in contents]), data.classes)
-    costs = [
-        {"name": row["name"], "milliseconds": spent, "multiply_adds": logits.shape[1] * members.cost(*member)}
-        for row, spent, member in zip(result["members"], milliseconds, contents, strict=True)
-    ]
-    for row, own, (path, _) in zip(result["members"], costs, contents, strict=True):
-        row |= {"checkpoint": str(path)} | own
+    costs = cost.member_costs(contents, milliseconds, views=logits.shape[1])
+    result = report.report(probs, labels, costs, data.classes, fitted_on)
     result |= {
         "by_network": report.by_network(result["members"], [content["network"] for _, content in contents]),
         "average": options.average,
-        "temperature": None,
         "tta": options.tta,
         "precision": precision,
         "data": data.source,
         "num_images": len(data.test),
+        "subsets": cost.subset_rows(logits, labels, costs, options.average, temperature),
+        "cascade": [],
+        "cascade_threshold": None,
+        "doubtful_labels": cost.doubtful_labels(probs.ensemble, labels, data.classes),
     }
-    if temperature is not None:
-        before = average_probs(logits.double().flatten(0, 1), options.average)
-        result["temperature"] = {
-            "value": temperature,
-            "fitted_on": fitted_on,
-            "before": report.figures(before, labels),
-            "after": report.figures(probs.ensemble, labels),
-            "difference": report.paired(probs.ensemble, before, labels),
-        }
-
-    result["subsets"] = cost.subset_rows(logits, labels, costs, options.average, temperature or 1.0)
-    result |= {"cascade": [], "cascade_threshold": None}
-    if len(costs) > 1 and options.average == "softmax" and temperature is None:
-        result["cascade_threshold"] = threshold = pick_threshold(contents, data, costs, compute_logits)
-        thresholds = sorted({*cost.THRESHOLDS, threshold["value"]})
-        result["cascade"] = cost.cascade_rows(probs.members, labels, costs, thresholds)
-    result["doubtful_labels"] = cost.doubtful_labels(probs.ensemble, labels, data.classes)
+    if len(contents) > 1 and options.average == "softmax" and temperature == 1.0:
+        result["cascade"] = cost.cascade_rows(probs.members, labels, costs)
+        result["cascade_threshold"] = cost.pick_threshold(contents, data, costs, compute_logits)
 
     folder = Path(options.plot_dir)
     with files.replacing(folder / "ensemble.json", "the results") as file:
@@ -124,49 +94,40 @@ def main() -> int:
 
 def parse_flags() -> argparse.Namespace:
     parser = Parser(__doc__)
-    members.add_flags(parser)
-    parser.add_argument(
-        "--temperature",
-        type=temperature_flag,
-        help="above 1: less confident ensemble, below 1: more; fit: fit it on the validation images (default: none)",
-    )
-    parser.add_argument("--tta", choices=("flip",), help="average over the mirror image of each image, too")
-    parser.add_argument("--data", help="test on this instead of the data that the members were trained with")
+    members.add_flags(parser, fit=True)
+    parser.add_argument("--tta", choices=("flip",), help="also average over the horizontal flip")
+    parser.add_argument("--data", help="test on this data set instead of the members' own")
     parser.add_argument("--data-url", help="where to look first for the CIFAR archive")
     parser.add_argument("--test-size", type=int, help="number of test images, balanced over the classes")
-    parser.add_argument("--batch-size", type=int, help="images in one go (default: 512 of 32×32, more on a GPU)")
-    parser.add_argument("--no-cache", action="store_true", help="compute the logits again and do not cache them")
+    parser.add_argument("--batch-size", type=int, help="images per batch (default: 512 of 32×32, more on a GPU)")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="compute the logits again, do not cache them, and delete cached ones"
+    )
     parser.add_argument("--plot-dir", default="plots", help="for the pictures and ensemble.json (default: plots)")
     options = parser.parse_args()
-    for flag, value in (("--batch-size", options.batch_size), ("--test-size", options.test_size)):
-        if value is not None and not 1 <= value <= MOST:
-            raise UserError(f"{flag} is {value}; it must be 1 to {MOST:,}")
-    if options.temperature not in (None, FIT):
-        members.check_temperature(options.temperature)
+    members.check_range("--batch-size", options.batch_size, 1, MAX_IMAGES)
+    members.check_range("--test-size", options.test_size, 1, MAX_IMAGES)
     if options.data_url is not None and not (options.data or "cifar10").lower().startswith("cifar"):
         raise UserError(f"--data-url is for CIFAR, not for --data {options.data!r}; leave one out")
+    if options.temperature == FIT and options.data is not None:
+        raise UserError(
+            f"--temperature {FIT} needs the validation images of the members' own data, and --data {options.data} "
+            "replaces them; leave one of the two out, or give the temperature as a number"
+        )
     return options
 
 
-def temperature_flag(text: str) -> str | float:
-    if text == FIT:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text}, expected {FIT} or a number") from None
-
-
 def load_data(contents: members.Contents, options: argparse.Namespace) -> Dataset:
-    """The data that the members were trained with, or what the flags put in its place.
+    """The data that the members were trained with, or what the flags name instead.
 
-    Raises UserError where the members were trained on other images, or have other test images.
+    Raises UserError if the members were trained on other images or have other test images than the first, and if
+    --temperature fit lacks validation images.
     """
     if options.data is not None:
         return load_first(contents[0], options)
-    members.check_same(contents, [("images of the data set (digest)", lambda own: own["data"]["digest"])])
+    members.check_same(contents, lambda data: {"images of the data set (digest)": data["digest"]})
     data = load_first(contents[0], options)
-    # Only what decides the images that are used here has to be the same.
+    # Only flags that affect the images used here must match.
     flags = [] if options.test_size is not None else ["test_size"]
     if data.test_split is not None:
         flags.append("test_split")
@@ -174,16 +135,19 @@ def load_data(contents: members.Contents, options: argparse.Namespace) -> Datase
         flags.append("val_size")
     if any(content["data"]["split"].get(name) for _, content in contents for name in flags):
         flags.append("split_seed")
-    members.check_same(
-        contents, [(spelled(name), lambda own, name=name: own["data"]["split"].get(name)) for name in flags]
-    )
+    members.check_same(contents, lambda data: {spelled(name): data["split"].get(name) for name in flags})
+    if options.temperature == FIT and data.val is None:
+        raise UserError(
+            f"--temperature {FIT} needs validation images, and {contents[0][0]} was trained without; train all members "
+            "with the same --val-size, or give the temperature as a number. The test images are not for fitting"
+        )
     return data
 
 
 def load_first(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) -> Dataset:
     """The data of one member."""
     path, trained = first[0], first[1]["data"]
-    # The members' subsets and hold-outs are of their own images.
+    # --data has no subsets or hold-outs of the members.
     split = dict(trained["split"]) if options.data is None else {"split_seed": trained["split"]["split_seed"]}
     if options.test_size is not None:
         split["test_size"] = options.test_size
@@ -194,7 +158,8 @@ def load_first(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) 
         if options.data is not None or Path(source).exists():
             raise
         raise UserError(
-            f"{error}. {path} was trained on it, as seen from there; give --data where it lies now"
+            f"{error}. {path} was trained on this path, relative to the working folder of that run; give the new path "
+            "as --data"
         ) from None
     if list(data.classes) != trained["classes"]:
         raise UserError(
@@ -209,47 +174,23 @@ def load_first(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) 
     return data
 
 
-def pick_threshold(
-    contents: members.Contents, data: Dataset, costs: list[cost.Cost], compute_logits: Callable[[Split], Any]
-) -> dict[str, Any]:
-    """The threshold of the cascade: by validation images that all members share, or else the constant.
-
-    The test images never choose it.
-    """
-    kept_out = [(own["data"]["split"]["val_size"], own["data"]["split"]["split_seed"]) for _, own in contents]
-    if data.val is None or len(set(kept_out)) > 1:
-        return {"value": cost.DEFAULT_THRESHOLD, "chosen_by": "constant"}
-    logits, _ = compute_logits(data.val)
-    probs, labels = report.average(logits, "softmax"), torch.from_numpy(data.val.labels)
-    value = cost.choose_threshold(probs.members, labels, costs, probs.ensemble)
-    return {"value": value, "chosen_by": "validation", "num_images": len(data.val)}
-
-
 def plot(folder: Path, result: dict[str, Any], probs: report.Probs, data: Dataset, device: torch.device) -> None:
     """Draw the pictures into `folder`."""
     labels = torch.from_numpy(data.test.labels)
-    rows = [row | {"probs": own} for row, own in zip(result["members"], probs.members, strict=True)] + [
-        result["ensemble"] | {"name": "ensemble", "probs": probs.ensemble}
-    ]
     networks, images = counted(len(probs.members), "network"), counted(len(labels), "test image")
     title = f"{networks}, {text.method(result)}, on {images} of {Path(data.source).name}"
 
-    # Images from folders come class by class: shuffled, the running figures show how the results settle instead.
+    # Folders list images class by class: shuffle for the running metrics.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    *members, ensemble = [row | {"probs": row["probs"][order].numpy()} for row in rows]
-    plot_ensemble(
-        folder / "ensemble.png",
-        members=members,
-        ensemble=ensemble,
-        labels=labels[order].numpy(),
-        classes=data.classes,
-        title=title,
-    )
-    plot_reliability(
-        folder / "reliability.png",
-        [row | {"bins": [part.numpy() for part in metrics.reliability(row["probs"], labels)]} for row in rows],
-        title=title,
-    )
+    rows = []
+    figures = [*result["members"], {"name": "ensemble"} | result["ensemble"]]
+    for row, row_probs in zip(figures, [*probs.members, probs.ensemble], strict=True):
+        per_image = metrics.per_image(row_probs, labels)[order].T.numpy()
+        bins = [part.numpy() for part in metrics.reliability(row_probs, labels)]
+        rows.append(row | {"per_image": dict(zip(metrics.PER_IMAGE, per_image, strict=True)), "bins": bins})
+    matrix = metrics.confusion_matrix(probs.ensemble, labels).numpy()
+    plot_ensemble(folder / "ensemble.png", rows, confusion_matrix=matrix, classes=data.classes, title=title)
+    plot_reliability(folder / "reliability.png", rows, title=title)
     plot_mistakes(
         folder / "mistakes.png",
         images=data.test.images,

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import csv
 import io
-import itertools
 import json
 import os
 import sys
@@ -31,50 +30,49 @@ import dataset
 from dataset.image_folder import decode_all, pictures_in
 from evaluation import members
 from evaluation.cost import DEFAULT_THRESHOLD
-from models.ensemble import Ensemble, average_probs, seen_average
+from models.ensemble import Ensemble
 
 TOP = 3
-# Pixels of a batch, 32 images of 32×32 on the CPU: more would not be faster there, and the first line would come later.
+# Pixels per batch, on the CPU 32 images of 32×32: more would not be faster, and the first line would come later.
 BATCH_PIXELS = {"cpu": 2**15, "cuda": 2**19, "mps": 2**18}
-MAX_COLUMN = 60  # where a file's name is longer, its line moves out of the columns instead of widening them all
-NAMED = 3  # of the images far from the training size
+MAX_COLUMN = 60  # a longer file name shifts its line out of the columns instead of widening them for all lines
+MAX_LISTED = 3  # of the images far from the training size
 
-Vote = tuple[str, float]  # a class and its probability
+ClassProb = tuple[str, float]  # a class and its probability
 Writer = Callable[["Prediction"], Any]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the networks say about one image file, or why they say nothing."""
+    """Predictions for one image file, or its error."""
 
     path: str
     size: tuple[int, int] | None = None  # width and height in the file
-    top: Sequence[Vote] = ()  # the ensemble's, the likeliest class first
-    members: dict[str, Vote] = field(default_factory=dict)  # each member's likeliest class
+    top: Sequence[ClassProb] = ()  # the ensemble's, the most likely class first
+    members: dict[str, ClassProb] = field(default_factory=dict)  # each member's most likely class
     error: str | None = None
 
 
 def main() -> int:
     options = parse_flags()
     paths = find_images(options.images)
-    checkpoints = members.paths_of(options)
-    contents = members.read_all(checkpoints)
+    contents = members.read_all(members.paths_of(options))
     threshold = options.threshold if options.cascade else None
     if options.cascade:
         contents = members.in_cascade(contents, threshold)
-        checkpoints = [path for path, _ in contents]
+    checkpoints = [path for path, _ in contents]
     ensemble = members.build(contents, average=options.average, temperature=options.temperature, cascade=threshold)
     num_classes = len(ensemble.classes)
     top = min(TOP, num_classes) if options.top is None else options.top
     if top > num_classes:
-        raise UserError(f"--top is {top}; these networks know {num_classes} classes, so it must be 1 to {num_classes}")
+        raise UserError(f"--top is {top}; the networks have {num_classes} classes, so it must be 1 to {num_classes}")
     device = set_up_device(options.device)
     ensemble.to(device, memory_format=torch.channels_last)
     precision = pick_precision(options.precision, device)
     batch_size = options.batch_size or max(1, BATCH_PIXELS[device.type] // ensemble.image_size**2)
 
     count, skipped, unusual = 0, 0, []
-    saw = dict.fromkeys(members.names(checkpoints), 0)
+    seen = dict.fromkeys(members.names(checkpoints), 0)  # images
     with contextlib.ExitStack() as stack:
         writers = []
         if options.json:
@@ -90,18 +88,18 @@ def main() -> int:
             else:
                 count += 1
                 for name in prediction.members:
-                    saw[name] += 1
+                    seen[name] += 1
                 if is_unusual(prediction.size, ensemble.image_size):
                     unusual.append(f"{prediction.path} ({'×'.join(map(str, prediction.size))})")
             for write in writers:
                 write(prediction)
             sys.stdout.flush()
-    # Networks that learned from a folder of pictures saw those scaled in the same way.
+    # Networks trained on folders had their images resized the same way.
     if unusual and str(contents[0][1]["data"]["source"]).lower() in dataset.NAMES:
         print(unusual_note(unusual, ensemble.image_size), file=sys.stderr)
     print(f"{counted(count, 'image')}, {skipped:,} skipped", file=sys.stderr)
     if options.cascade:
-        print(f"seen by {', '.join(f'{name} {number:,}' for name, number in saw.items())}", file=sys.stderr)
+        print(f"seen by {', '.join(f'{name} {number:,}' for name, number in seen.items())}", file=sys.stderr)
     return 1 if skipped else 0
 
 
@@ -110,32 +108,26 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, and folders of them")
     members.add_flags(parser, checkpoints="--checkpoints")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T",
-        help="above 1: less confident probabilities, below 1: more confident (default: 1)",
-    )  # fmt: skip
-    parser.add_argument(
         "--cascade", action="store_true",
-        help="ask the cheapest network first, and the next ones only about images that are unsure: faster",
+        help="run the cheapest network first, the others only on low confidence: faster",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=float, default=DEFAULT_THRESHOLD, metavar="P",
-        help="of --cascade: sure is an image whose likeliest class has this probability (default: %(default)s)",
+        help="--cascade: stop at this top probability (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--top", type=int, metavar="K", help=f"classes named for each image (default: {TOP})")
+    parser.add_argument("--top", type=int, metavar="K", help=f"number of classes per image (default: {TOP})")
     parser.add_argument("--json", metavar="FILE", help="write the predictions there as JSON; - is standard output")
     parser.add_argument("--csv", metavar="FILE", help="write the predictions there as CSV; - is standard output")
-    parser.add_argument("--verbose", action="store_true", help="also print each member's vote")
-    parser.add_argument("--batch-size", type=int, help="images in one go (default: 32 of 32×32, on a GPU 512)")
+    parser.add_argument("--verbose", action="store_true", help="also print each member's most likely class")
+    parser.add_argument("--batch-size", type=int, help="images per batch (default: 32 of 32×32, on a GPU 512)")
     options = parser.parse_intermixed_args()
-    for flag, value in (("--batch-size", options.batch_size), ("--top", options.top)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} is {value}; it must be 1 or more")
-    # Images that follow --checkpoints.
+    members.check_range("--batch-size", options.batch_size, 1)
+    members.check_range("--top", options.top, 1)
+    # Images may follow --checkpoints.
     options.images += [str(path) for path in options.checkpoints if not is_checkpoint(path)]
     options.checkpoints = [path for path in options.checkpoints if is_checkpoint(path)]
     if not options.images:
         raise UserError("no images are given; name image files, or folders of them")
-    members.check_temperature(options.temperature)
     if options.cascade and (options.average != "softmax" or options.temperature != 1.0):
         raise UserError("--cascade averages softmax outputs as they are; leave out --average logits and --temperature")
     if options.json and options.json == options.csv:
@@ -148,9 +140,9 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """Files as they are given and, of folders, all pictures in or below them.
+    """The given files and, of folders, all images in or below them.
 
-    Raises UserError for a path that is not there, and for a folder that is unreadable or without pictures.
+    Raises UserError if a path does not exist, and if a folder is unreadable or has no images.
     """
     found = []
     for path in paths:
@@ -171,9 +163,9 @@ def predict(
     batch_size: int,
     precision: str,
 ) -> Iterator[Prediction]:
-    """One prediction after the other, in the paths' order, from one batch of images in memory at a time.
+    """Predictions in the order of `paths`, with one batch of images in memory at a time.
 
-    Raises UserError for memory that runs out, and for a member whose predictions are not finite.
+    Raises UserError if memory runs out, and if a member's predictions are not finite.
     """
     names = members.names(checkpoints)
     for start in range(0, len(paths), batch_size):
@@ -183,40 +175,32 @@ def predict(
         if pixels:
             with explain_out_of_memory(batch_size):
                 logits, seen = member_logits(ensemble, np.stack(pixels), precision)
-            for checkpoint, own in zip(checkpoints, logits, strict=True):
-                members.check_finite(checkpoint, own)
-            if ensemble.cascade is None:
-                probs = average_probs(logits, ensemble.average, ensemble.temperature)
-            else:
-                probs = seen_average(logits, seen)
-            tops = iter(votes(probs, ensemble.classes, top))
-            # Transposed from [member][image] to [image][member].
-            ballots = zip(*(votes(own, ensemble.classes, 1) for own in logits.softmax(2)), strict=True)
-            numbers_seen = iter(seen.tolist())
+            for checkpoint, of_member in zip(checkpoints, logits, strict=True):
+                members.check_finite(checkpoint, of_member)
+            top_classes = most_likely(ensemble.average_seen(logits, seen), ensemble.classes, top)
+            member_classes = [most_likely(probs, ensemble.classes, 1) for probs in logits.softmax(2)]
+            rows = iter(zip(top_classes, zip(*member_classes, strict=True), seen.tolist(), strict=True))
         for path, image in zip(batch, decoded, strict=True):
             if isinstance(image, UserError):
                 yield Prediction(path, error=str(image))
                 continue
-            cast = list(zip(names, next(ballots), strict=True))[: next(numbers_seen)]
-            ballot = {name: vote for name, (vote,) in cast}
-            yield Prediction(path, image[1], next(tops), ballot)
+            of_ensemble, of_members, count = next(rows)
+            by_name = {name: top_1 for name, (top_1,) in zip(names[:count], of_members[:count], strict=True)}
+            yield Prediction(path, image[1], of_ensemble, by_name)
 
 
 @torch.inference_mode()
 def member_logits(ensemble: Ensemble, pixels: np.ndarray, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, float64 (M, B, classes) on the CPU, for images, uint8 (B, 3, H, W), and how many members saw each."""
+    """Logits, float64 (M, B, classes), and how many members saw each image, on the CPU, from uint8 (B, 3, H, W)."""
     device = next(ensemble.parameters()).device
     images = torch.from_numpy(pixels).to(device, memory_format=torch.channels_last)
     with autocast(device, precision):
-        if ensemble.cascade is None:
-            logits, seen = ensemble.logits(images), torch.full((len(images),), len(ensemble.members))
-        else:
-            logits, seen = ensemble.logits_in_cascade(images)
-    return logits.float().cpu().double(), seen.cpu()
+        logits, seen = ensemble.logits_and_seen(images)
+    return logits.cpu().double(), seen.cpu()
 
 
-def votes(probs: torch.Tensor, classes: Sequence[str], top: int) -> list[list[Vote]]:
-    """The `top` likeliest classes of each image, from probabilities (B, classes)."""
+def most_likely(probs: torch.Tensor, classes: Sequence[str], top: int) -> list[list[ClassProb]]:
+    """The `top` most likely classes of each image, from probabilities (B, classes)."""
     probs, labels = probs.sort(dim=1, descending=True, stable=True)
     return [
         [(classes[label], prob) for label, prob in zip(*row, strict=True)]
@@ -225,16 +209,16 @@ def votes(probs: torch.Tensor, classes: Sequence[str], top: int) -> list[list[Vo
 
 
 def is_unusual(size: tuple[int, int], image_size: int) -> bool:
-    """Whether an image is much larger or smaller than the networks' input, or so elongated that half is cropped."""
+    """Whether an image is much larger or smaller than the networks' input, or so long that half of it is cropped."""
     shorter, longer = sorted(size)
     return shorter > 4 * image_size or 2 * longer < image_size or longer > 2 * shorter
 
 
 def unusual_note(unusual: Sequence[str], image_size: int) -> str:
-    named, more = ", ".join(unusual[:NAMED]), len(unusual) - NAMED
+    listed, more = ", ".join(unusual[:MAX_LISTED]), len(unusual) - MAX_LISTED
     return (
         f"note: {counted(len(unusual), 'image')} far from {image_size}×{image_size}, the networks' input, in size or "
-        f"shape: {printable(named)}{f' and {more:,} more' if more > 0 else ''}; these predictions are less reliable"
+        f"shape: {printable(listed)}{f' and {more:,} more' if more > 0 else ''}; these predictions are less reliable"
     )
 
 
@@ -248,20 +232,21 @@ def opened(path: str) -> Iterator[TextIO]:
         yield sys.stdout
     else:
         with files.replacing(path, "the predictions") as file:
-            # A file's name need not be Unicode: its odd bytes become escapes.
+            # A file's name need not be Unicode: bytes that are not become escapes.
             text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
             yield text
             text.flush()
-            text.detach()  # the file is closed by whoever opened it
+            text.detach()  # `replacing` closes the file
 
 
 @contextlib.contextmanager
 def json_writer(path: str) -> Iterator[Writer]:
-    """Writes a JSON list, an object for each image."""
+    """Writes a JSON list, one object per image, at the end."""
+    objects = []
     with opened(path) as file:
-        lead = itertools.chain(["[\n"], itertools.repeat(",\n"))
-        yield lambda prediction: file.write(next(lead) + json.dumps(as_dict(prediction), ensure_ascii=False))
-        file.write("\n]\n")
+        yield lambda prediction: objects.append(json.dumps(as_dict(prediction), ensure_ascii=False))
+        file.write("[\n" + ",\n".join(objects) + "\n]\n")
+        file.flush()  # a closed pipe ends the script here, before its summary
 
 
 def as_dict(prediction: Prediction) -> dict[str, Any]:
@@ -283,34 +268,35 @@ def csv_writer(path: str, top: int) -> Iterator[Writer]:
         table.writerow(["image", *columns, "error"])
 
         def write(prediction: Prediction) -> None:
-            cells = [cell for vote in prediction.top for cell in vote] or [""] * len(columns)
+            cells = [cell for class_prob in prediction.top for cell in class_prob] or [""] * len(columns)
             table.writerow([prediction.path, *cells, prediction.error or ""])
 
         yield write
 
 
 def text_writer(paths: Sequence[str], ensemble: Ensemble, names: Sequence[str], verbose: bool) -> Writer:
-    """Prints a line for each image, with `verbose` each member's vote below."""
+    """Prints one line per image, with `verbose` each member's most likely class below."""
     leads = [*paths, *(f"  {name}" for name in names if verbose)]
     width = max((len(lead) for lead in leads if len(lead) <= MAX_COLUMN), default=0)
     class_width = max(map(len, ensemble.classes))
 
-    def line(lead: str, votes: Sequence[Vote]) -> str:
-        return "  ".join([f"{lead:{width}}", *(f"{name:{class_width}} {100 * prob:5.1f} %" for name, prob in votes)])
+    def line(lead: str, class_probs: Sequence[ClassProb]) -> str:
+        cells = [f"{name:{class_width}} {100 * prob:5.1f} %" for name, prob in class_probs]
+        return "  ".join([f"{lead:{width}}", *cells])
 
     def write(prediction: Prediction) -> None:
         if prediction.error:
             return
         lines = [line(prediction.path, prediction.top)]
         if verbose:
-            lines += [line(f"  {member}", [vote]) for member, vote in prediction.members.items()]
+            lines += [line(f"  {member}", [class_prob]) for member, class_prob in prediction.members.items()]
         sys.stdout.write("".join(printable(text) + "\n" for text in lines))
 
     return write
 
 
 def printable(text: str) -> str:
-    """With escapes in place of what would control a terminal or cannot be encoded."""
+    """The text with escapes instead of characters that would control a terminal or cannot be encoded."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 

@@ -1,11 +1,10 @@
-"""The logits of trained networks for a test set, computed once and then cached beside the checkpoint."""
+"""The logits of trained networks for a test set, computed once and then cached next to the checkpoint."""
 
 import functools
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,113 +17,103 @@ import torch
 from torch import Tensor
 
 import models
-from evaluation.members import build_member, check_finite
+from evaluation.members import Contents, build_member, check_finite
 from utils import eval_batch_size, predict
 
-CACHE = ".logits"  # the folder beside the checkpoints
-CACHE_VERSION = 2  # goes up when the same checkpoint and images would give other logits than before
+CACHE = ".logits"  # the folder next to the checkpoints
+CACHE_VERSION = 2  # goes up if the same checkpoint and images would give other logits than before
+WARM_UP_IMAGES = 32
 
 
 def member_logits(
-    contents: Sequence[tuple[Path, dict[str, Any]]],
+    contents: Contents,
     images: Tensor,
     device: torch.device,
     *,
     precision: str = "float32",
-    mirrored: bool = False,
+    flip: bool = False,
     batch_size: int | None = None,
     cached: bool = True,
 ) -> tuple[Tensor, list[float]]:
     """Logits, float32 (M, V, N, C), of M checkpoints for V views of `images`, uint8 (N, 3, H, W).
 
-    With them, each member's milliseconds for an image, all views together, when they were computed. `contents` are
-    paths and what `checkpoint.read` gave for them. The views are the image and, where `mirrored`, its mirror image.
-    With `cached`, logits come from the cache where it has them, and that network is not even built. Raises UserError
-    where they are not finite.
+    Also each member's milliseconds per image, all views together, when the logits were computed. `contents` are paths
+    and what `checkpoint.read` gave for them. The views are the image and, with `flip`, its horizontal flip. With
+    `cached`, logits come from the cache if it has them. Raises UserError if logits are not finite.
     """
-    images_digest = hashlib.sha256(repr(tuple(images.shape)).encode())
-    images_digest.update(images.numpy())
-    asked = images_digest.hexdigest(), device, precision
+    batch_size = batch_size or eval_batch_size(images, device)
+    digest = hashlib.sha256(repr(tuple(images.shape)).encode())
+    digest.update(images.numpy())
+    # All that determines the logits, or the time they take, except for the checkpoint and the view.
+    setting = {
+        "version": CACHE_VERSION,
+        "images": digest.hexdigest(),
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else (device.type, torch.get_num_threads()),
+        "precision": precision,
+        "batch_size": batch_size,
+        "sources": sources(),
+        "torch": str(torch.__version__),
+    }
     members, milliseconds = [], []
     for path, content in contents:
-        views = [
-            view_logits(path, content, images, *asked, mirrored=view, batch_size=batch_size, cached=cached)
-            for view in ((False, True) if mirrored else (False,))
-        ]
+        views = []
+        for flipped in (False, True) if flip else (False,):
+            cache = cache_path(path, setting | {"checkpoint": content["digest"], "flipped": flipped})
+            view = read_cache(cache, (len(images), len(content["data"]["classes"]))) if cached else None
+            if view is None:
+                view = compute(path, content, images, device, precision, flipped, batch_size)
+                if cached:
+                    write_cache(cache, *view)
+                else:
+                    cache.unlink(missing_ok=True)  # --no-cache also deletes the cached file
+            views.append(view)
         members.append(torch.stack([logits for logits, _ in views]))
         milliseconds.append(1000 * sum(seconds for _, seconds in views) / len(images))
     return torch.stack(members), milliseconds
 
 
-def view_logits(
+def compute(
     path: Path,
     content: dict[str, Any],
     images: Tensor,
-    images_digest: str,
     device: torch.device,
     precision: str,
-    *,
-    mirrored: bool,
-    batch_size: int | None,
-    cached: bool,
+    flipped: bool,
+    batch_size: int,
 ) -> tuple[Tensor, float]:
-    """Logits, float32 (N, C), of one checkpoint for one view of images whose digest is `images_digest`.
-
-    And how many seconds they took, a first batch to warm up left aside.
-    """
-    kept = cache_path(path.parent, content["digest"], images_digest, device, precision, mirrored)
-    if cached and (found := read_cache(kept, len(images), len(content["data"]["classes"]))) is not None:
-        return found
+    """Logits, float32 (N, C), of one checkpoint for one view, and seconds, without the warm-up batch."""
     member = build_member(path, content).to(device, memory_format=torch.channels_last)
-    batch_size = batch_size or eval_batch_size(images, device)
+    network = (lambda batch: member(batch.flip(3))) if flipped else member
     with explain_out_of_memory(batch_size):
-        network = (lambda batch: member(batch.flip(3))) if mirrored else member
-        predict(network, images[:batch_size], device, precision=precision)
+        predict(network, images[: min(batch_size, WARM_UP_IMAGES)], device, precision=precision)
         started = time.perf_counter()
         logits = predict(network, images, device, precision=precision, batch_size=batch_size, label=path.stem)
         seconds = time.perf_counter() - started
     check_finite(path, logits)
-    if cached:
-        write_cache(kept, logits, seconds)
-    else:
-        kept.unlink(missing_ok=True)  # --no-cache also removes the entry it distrusts
     return logits, seconds
 
 
-def cache_path(
-    folder: Path, digest: str, images_digest: str, device: torch.device, precision: str, mirrored: bool
-) -> Path:
-    """The cache file, named by a hash of everything that determines the logits."""
-    decisive = {
-        "version": CACHE_VERSION,
-        "checkpoint": digest,
-        "images": images_digest,
-        "mirrored": mirrored,
-        "device": device.type,
-        "precision": precision,
-        "sources": sources(),
-        "torch": str(torch.__version__),
-    }
-    name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-    return folder / CACHE / f"{name[:32]}.npz"
+def cache_path(checkpoint: Path, key: dict[str, Any]) -> Path:
+    """The cache file of one view, named by a hash of `key`."""
+    return checkpoint.parent / CACHE / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npz"
 
 
 @functools.cache
 def sources() -> str:
-    """A digest of models/*.py, the code that turns a checkpoint and images into logits."""
+    """A digest of models/*.py; changes elsewhere need a new CACHE_VERSION."""
     digest = hashlib.sha256()
     for path in sorted(Path(models.__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def read_cache(path: Path, images: int, classes: int) -> tuple[Tensor, float] | None:
-    """The logits kept at `path` and the seconds they took, or None where there are none or they are damaged."""
+def read_cache(path: Path, shape: tuple[int, int]) -> tuple[Tensor, float] | None:
+    """Logits of this shape and the seconds they took, or None if `path` does not exist or is damaged."""
     try:
-        with np.load(path) as kept:
-            logits, seconds = kept["logits"], float(kept["seconds"])
-        if logits.dtype != np.float32 or logits.shape != (images, classes) or not np.isfinite(logits).all():
-            raise ValueError(f"found {logits.dtype} {logits.shape}, expected finite float32 {(images, classes)}")
+        with np.load(path) as stored:
+            logits, seconds = stored["logits"], float(stored["seconds"])
+        if logits.dtype != np.float32 or logits.shape != shape or not np.isfinite(logits).all():
+            raise ValueError(f"found {logits.dtype} {logits.shape}, expected finite float32 {shape}")
         return torch.from_numpy(logits), seconds
     except FileNotFoundError:
         return None

@@ -1,4 +1,4 @@
-"""The members of an ensemble: checkpoints read, checked to go together, and built.
+"""The members of an ensemble: read their checkpoints, check that they can be averaged, build the networks.
 
 >>> from evaluation import members
 >>> ensemble = members.load(["checkpoints/densenet.pt", "checkpoints/resnext.pt"])
@@ -7,9 +7,11 @@
 """
 
 import argparse
+import functools
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from training import checkpoint
 from training.recipe import PRECISION_HELP
 from utils import multiply_adds
 
-TEMPERATURES = (0.05, 20.0)  # outside, the softmax is practically one-hot or uniform
+TEMPERATURES = (0.05, 20)  # outside, the softmax is practically one-hot or uniform
+FIT = "fit"  # a value of main_ens.py's --temperature
 # The default members, and the scripts that make them.
 SCRIPTS = {"densenet.pt": "dense.py", "mobilenetv2.pt": "mobilenetv2.py", "resnext.pt": "resnext.py"}
 
@@ -37,10 +40,10 @@ def load(
 ) -> Ensemble:
     """The ensemble of one or more checkpoints, on the CPU, in evaluation mode.
 
-    With `cascade`, a threshold, its members come from the cheapest on, and only unsure images go on to the next.
+    With `cascade`, a threshold, the members are sorted, the cheapest first, and `Ensemble` runs them as a cascade.
 
-    Raises UserError for a checkpoint that is missing, unusable or given twice, for members of other classes or another
-    image size than the first, and for a threshold outside 0 to 1 or a cascade of one member.
+    Raises UserError if a checkpoint is missing, unusable or given twice, if a member has other classes or another image
+    size than the first, and for a cascade with fewer than two members or a threshold that is not 0 to 1.
     """
     contents = read_all(paths)
     if cascade is not None:
@@ -49,10 +52,10 @@ def load(
 
 
 def read_all(paths: Sequence[str | Path]) -> Contents:
-    """Read checkpoints that can be averaged; one whose training is not finished gets a warning on stderr.
+    """Read checkpoints that can be averaged; warns on stderr if the training of one is not finished.
 
-    Raises UserError for none, for one that is missing, unusable or given twice, and for other classes or another image
-    size than the first's.
+    Raises UserError if there is none, if one is missing, unusable or given twice, and if one has other classes or
+    another image size than the first.
     """
     if not paths:
         raise UserError("an ensemble needs one checkpoint or more; none is given")
@@ -62,8 +65,8 @@ def read_all(paths: Sequence[str | Path]) -> Contents:
     contents = []
     for path in paths:
         if not os.path.exists(path):
-            script = f"python {SCRIPTS[path.name]} makes it" if path.name in SCRIPTS else "give one that is there"
-            raise UserError(f"{path}: there is no such checkpoint; {script}")
+            advice = f"python {SCRIPTS[path.name]} makes it" if path.name in SCRIPTS else "give an existing file"
+            raise UserError(f"{path}: there is no such checkpoint; {advice}")
         content = checkpoint.read(path)
         if not content["finished"]:
             done, epochs = content["training"]["epoch"], content["recipe"]["epochs"]
@@ -71,51 +74,55 @@ def read_all(paths: Sequence[str | Path]) -> Contents:
                 f"warning: {path} is not finished, {done} of {epochs} epochs; it is used as it stands", file=sys.stderr
             )
         contents.append((path, content))
-    data = {"classes": "classes", "image size": "image_size"}
-    check_same(contents, [(name, lambda own, key=key: own["data"][key]) for name, key in data.items()])
+    check_same(contents, lambda data: {"classes": data["classes"], "image size": data["image_size"]})
     return contents
 
 
-def check_same(contents: Contents, properties: Sequence[tuple[str, Any]]) -> None:
-    """Raise UserError if a checkpoint differs from the first in a property, given as (name, function of content)."""
+def check_same(contents: Contents, properties: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Raise UserError if a checkpoint differs from the first in the `properties`, by name, of its content's "data"."""
     (first_path, first), *others = contents
+    expected = properties(first["data"])
     for path, content in others:
+        found = properties(content["data"])
         if differences := [
-            f"{name}: {shown(of(first))} in {first_path}, {shown(of(content))} in {path}"
-            for name, of in properties
-            if of(first) != of(content)
+            f"{name}: {as_text(expected[name])} in {first_path}, {as_text(found[name])} in {path}"
+            for name in expected
+            if expected[name] != found[name]
         ]:
             raise UserError("these checkpoints cannot be averaged:\n  " + "\n  ".join(differences))
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """The members' names: file names without their ending, or whole paths where two would be the same."""
+    """The members' names: file names without their ending, or whole paths if two would be the same."""
     stems = [path.stem for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
 def in_cascade(contents: Contents, threshold: float) -> Contents:
-    """The members of a cascade, from the cheapest on. Raises UserError where they, or its threshold, make none."""
-    if not 0 <= threshold <= 1:
-        raise UserError(f"the threshold of the cascade is {threshold:g}; it must be 0 to 1")
+    """The members of a cascade, the cheapest first.
+
+    Raises UserError if fewer than two, or if the threshold is not 0 to 1.
+    """
+    check_range("the threshold of the cascade", threshold, 0, 1)
     if len(contents) < 2:
-        raise UserError(f"a cascade needs two members or more; there is {contents[0][0]} alone")
+        raise UserError(f"a cascade needs two members or more; there is only {contents[0][0]}")
     return sorted(contents, key=lambda pair: cost(*pair))
 
 
 def cost(path: Path, content: dict[str, Any]) -> int:
-    """Multiply-adds of one image."""
-    return multiply_adds(build_member(path, content).network, content["data"]["image_size"])
+    """Multiply-adds of one image, which do not depend on the weights."""
+    with checkpoint.usable(path):  # not on the meta device: a network may read a tensor's values while it is built
+        return multiply_adds(build_network(path, content), content["data"]["image_size"])
 
 
 def build(
     contents: Contents, *, average: str = "softmax", temperature: float = 1.0, cascade: float | None = None
 ) -> Ensemble:
-    """The ensemble of checkpoints that `read_all` has read. Raises UserError where weights do not fit their network."""
+    """The ensemble of checkpoints that `read_all` has read. Raises UserError if weights do not fit their network."""
     members = [build_member(path, content) for path, content in contents]
     data = contents[0][1]["data"]
     ensemble = Ensemble(
@@ -125,53 +132,86 @@ def build(
 
 
 def build_member(path: Path, content: dict[str, Any]) -> Member:
-    """The network of one checkpoint, in evaluation mode. Raises UserError where its weights do not fit."""
-    network, data = content["network"], content["data"]
+    """The network of one checkpoint, in evaluation mode. Raises UserError if its weights do not fit."""
     with checkpoint.usable(path):
-        if network["name"] not in NETWORKS:
-            raise UserError(f"{path}: holds a network named {network['name']!r}; known are {', '.join(NETWORKS)}")
-        model: nn.Module = NETWORKS[network["name"]](**network["arguments"])
-        model.load_state_dict(dict(content["model"]))
-        return Member(model, data["mean"], data["std"]).eval()
+        network = build_network(path, content)
+        network.load_state_dict(dict(content["model"]))
+        return Member(network, content["data"]["mean"], content["data"]["std"]).eval()
+
+
+def build_network(path: Path, content: dict[str, Any]) -> nn.Module:
+    """The network of one checkpoint, without its trained weights. Raises UserError if its name is not known."""
+    name = content["network"]["name"]
+    if name not in NETWORKS:
+        raise UserError(f"{path}: holds a network named {name!r}; known are {', '.join(NETWORKS)}")
+    return NETWORKS[name](**content["network"]["arguments"])
 
 
 # ----------------------------------------------------------------------- the flags that main_ens, predict, export share
 
 
-def add_flags(parser: argparse.ArgumentParser, *, checkpoints: str = "checkpoints", device: bool = True) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, *, checkpoints: str = "checkpoints", fit: bool = False, device: bool = True
+) -> None:
+    """`fit`: --temperature also takes `FIT`. `device`: there are --device and --precision."""
     parser.add_argument(
         checkpoints, nargs="*", type=Path, metavar="CHECKPOINT", default=[],
         help="the ensemble's members, or a folder of them (default: those of the three scripts in --checkpoint-dir)",
     )  # fmt: skip
     parser.add_argument("--checkpoint-dir", default="checkpoints", help="(default: checkpoints)")
     parser.add_argument("--average", choices=AVERAGES, default="softmax", help="what is averaged (default: softmax)")
+    parser.add_argument(
+        "--temperature", type=functools.partial(temperature_flag, fit=fit), default=1.0, metavar="T",
+        help="above 1: less confident probabilities, below 1: more confident"
+        f"{'; fit: fit it on the validation images' if fit else ''} (default: 1)",
+    )  # fmt: skip
     if device:
         parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
         parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=f"{PRECISION_HELP} (default: auto)")
 
 
-def paths_of(options: argparse.Namespace) -> list[Path]:
-    """The checkpoints that are given, or those of the three scripts that --checkpoint-dir holds.
+def temperature_flag(text: str, *, fit: bool) -> float | str:
+    """The value of --temperature. Raises UserError for a number outside `TEMPERATURES`."""
+    if fit and text == FIT:
+        return FIT
+    try:
+        value = float(text)
+    except ValueError:
+        expected = f"{FIT} or a number" if fit else "a number"
+        raise argparse.ArgumentTypeError(f"found {text}, expected {expected}") from None
+    check_range("--temperature", value, *TEMPERATURES)
+    return value
 
-    A folder that is given stands for the checkpoints in it. Raises UserError where there is no checkpoint.
+
+def check_range(flag: str, value: float | None, low: float, high: float = math.inf) -> None:
+    """Raise UserError if a flag's value is outside `low` to `high`; None says that the flag was not given."""
+    if value is not None and not low <= value <= high:
+        found = f"{value:g}" if isinstance(value, float) else value
+        expected = f"{low:,} or more" if high == math.inf else f"{low:,} to {high:,}"
+        raise UserError(f"{flag} is {found}; it must be {expected}")
+
+
+def paths_of(options: argparse.Namespace) -> list[Path]:
+    """The checkpoints that are given, or those of the three scripts in --checkpoint-dir.
+
+    A folder stands for the checkpoints in it. Raises UserError if there is no checkpoint.
     """
     if options.checkpoints:
         return [path for given in options.checkpoints for path in in_folder(given)]
     folder = Path(options.checkpoint_dir)
-    there = [folder / name for name in SCRIPTS if (folder / name).exists()]
-    if not there:
+    missing = [name for name in SCRIPTS if not (folder / name).exists()]
+    if len(missing) == len(SCRIPTS):
         raise UserError(
             f"{folder.absolute()} has none of {', '.join(SCRIPTS)}; train one, for instance by python dense.py, or "
             "name checkpoints or another --checkpoint-dir"
         )
-    for name, script in SCRIPTS.items():
-        if folder / name not in there:
-            print(f"note: without {folder / name}, which python {script} makes", file=sys.stderr)
-    return there
+    for name in missing:
+        print(f"note: without {folder / name}, which python {SCRIPTS[name]} makes", file=sys.stderr)
+    return [folder / name for name in SCRIPTS if name not in missing]
 
 
 def in_folder(path: Path) -> list[Path]:
-    """The checkpoints in a folder; what is no folder stays as it is."""
+    """The checkpoints in a folder; a path that is not a folder stays as it is."""
     if not path.is_dir():
         return [path]
     if found := sorted(path.glob("*.pt")):
@@ -180,13 +220,6 @@ def in_folder(path: Path) -> list[Path]:
 
 
 def check_finite(path: Path, logits: Tensor) -> None:
-    """Raise UserError, naming the checkpoint, where its logits are not finite."""
+    """Raise UserError, naming the checkpoint, if its logits are not finite."""
     if not logits.isfinite().all():
         raise UserError(f"{path}: its predictions are not finite; train it again with a lower --base-lr")
-
-
-def check_temperature(value: float) -> None:
-    """Raises UserError for a --temperature outside `TEMPERATURES`."""
-    low, high = TEMPERATURES
-    if not low <= value <= high:
-        raise UserError(f"--temperature is {value:g}; it must be {low:g} to {high:g}")

@@ -10,7 +10,7 @@ from torch import Tensor
 PER_IMAGE = ("loss", "accuracy", "brier")  # the columns that `per_image` returns
 BINS = 15
 RESAMPLES = 10_000
-RESAMPLED_AT_ONCE = 2**20  # images drawn in one go: 8 MB of them, and as much of their counts
+RESAMPLED_AT_ONCE = 2**20  # images drawn per batch: 8 MB of indices, and as much of counts
 
 
 def negative_log_likelihood(probs: Tensor, labels: Tensor) -> float:
@@ -27,7 +27,7 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def per_image(probs: Tensor, labels: Tensor) -> Tensor:
-    """What each image adds to the means of `PER_IMAGE`, float64 (N, 3), from `probs`, (N, C), and int64 (N,)."""
+    """`PER_IMAGE` of each image, float64 (N, 3), from `probs`, (N, C), and `labels`, int64 (N,)."""
     probs = probs.double()
     chosen = probs.gather(1, labels[:, None])[:, 0]
     loss = -chosen.clamp(min=torch.finfo(torch.float64).tiny).log()
@@ -36,63 +36,64 @@ def per_image(probs: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([loss, correct, brier], 1)
 
 
-def reliability(probs: Tensor, labels: Tensor, bins: int = BINS) -> tuple[Tensor, Tensor, Tensor]:
-    """How many images, how confident and how accurate, in each of `bins` equally wide confidence bins.
+def reliability(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number of images, mean confidence and accuracy in each of `BINS` equally wide confidence bins.
 
-    An image's confidence is the probability of its most probable class. Returns int64, float64 and float64 (bins,),
-    the last two being fractions, and 0 where a bin is empty. (Guo et al. 2017, arXiv:1706.04599, section 2)
+    An image's confidence is the probability of its most probable class. Returns int64, float64 and float64 (BINS,),
+    the last two being fractions, and 0 if a bin is empty. (Guo et al. 2017, arXiv:1706.04599, section 2)
     """
     confidence, predicted = probs.double().max(1)
-    bin_of = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)  # a bin holds its upper edge, as in the paper
-    counts = torch.bincount(bin_of, minlength=bins)
-    sums = (torch.bincount(bin_of, weights, bins) for weights in (confidence, (predicted == labels).double()))
+    bin_of = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)  # a bin holds its upper edge, as in the paper
+    counts = torch.bincount(bin_of, minlength=BINS)
+    sums = (torch.bincount(bin_of, weights, BINS) for weights in (confidence, (predicted == labels).double()))
     mean_confidence, accuracies = (total / counts.clamp(min=1) for total in sums)
     return counts, mean_confidence, accuracies
 
 
-def calibration_error(probs: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error, a fraction: how far confidence and accuracy are apart in a bin of `reliability`, in
-    the mean over all images.
-    """
-    counts, confidence, accuracies = reliability(probs, labels, bins)
+def calibration_error(probs: Tensor, labels: Tensor) -> float:
+    """Expected calibration error, a fraction: mean |accuracy − confidence| over the bins, weighted by count."""
+    counts, confidence, accuracies = reliability(probs, labels)
     return ((accuracies - confidence).abs() * counts).sum().item() / len(labels)
 
 
 def disagreement(probs: Tensor) -> Tensor:
-    """Fraction of images that two members give different classes, float64 (M, M), from `probs`, (M, N, C)."""
+    """Fraction of images that two members classify differently, float64 (M, M), from `probs`, (M, N, C)."""
     predicted = probs.argmax(2)
     return (predicted[:, None] != predicted).double().mean(2)
 
 
-def confusions(probs: Tensor, labels: Tensor, most: int) -> list[tuple[int, int, int]]:
-    """The `most` frequent mistakes: true class, predicted class, number of images; the most frequent one first."""
-    predicted, classes = probs.argmax(1), probs.shape[1]
-    wrong = predicted != labels
-    counts = torch.bincount(labels[wrong] * classes + predicted[wrong], minlength=classes**2)
-    counts, cells = counts.sort(descending=True, stable=True)
+def confusion_matrix(probs: Tensor, labels: Tensor) -> Tensor:
+    """Number of images of each true class (row) by predicted class (column), int64 (C, C)."""
+    classes = probs.shape[1]
+    return torch.bincount(labels * classes + probs.argmax(1), minlength=classes**2).view(classes, classes)
+
+
+def confusions(matrix: Tensor, most: int) -> list[tuple[int, int, int]]:
+    """The `most` frequent mistakes in a confusion matrix: true class, predicted class, number of images, in order."""
+    counts, cells = (matrix - matrix.diag().diag()).flatten().sort(descending=True, stable=True)
     return [
-        (*divmod(cell, classes), count)
+        (*divmod(cell, len(matrix)), count)
         for cell, count in zip(cells[:most].tolist(), counts[:most].tolist(), strict=True)
         if count
     ]
 
 
-def bootstrap(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means of `values`, (N, K), over N rows drawn with replacement, again and again: float64 (resamples, K).
+def bootstrap(values: np.ndarray) -> np.ndarray:
+    """Means of `values`, (N, K), over N rows drawn with replacement: float64 (RESAMPLES, K).
 
     The K columns share every draw, so the difference of two of them is that of a paired comparison. (Efron 1979)
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     images = len(values)
-    means = np.empty((resamples, values.shape[1]))
-    for start in range(0, resamples, at_once := max(1, RESAMPLED_AT_ONCE // images)):
-        drawn = rng.integers(0, images, (min(at_once, resamples - start), images))
-        # How often each row was drawn: one product with `values` then takes the place of gathering them all.
+    means = np.empty((RESAMPLES, values.shape[1]))
+    for start in range(0, RESAMPLES, at_once := max(1, RESAMPLED_AT_ONCE // images)):
+        drawn = rng.integers(0, images, (min(at_once, RESAMPLES - start), images))
+        # How often each row was drawn: one product with `values` then replaces gathering them all.
         counts = np.stack([np.bincount(rows, minlength=images) for rows in drawn]).astype(np.float64)
         means[start : start + len(drawn)] = counts @ values / images
     return means
 
 
 def interval(means: np.ndarray) -> list[float]:
-    """The middle 95 % of resampled means, (resamples,): their lower and upper end."""
+    """The middle 95 % of resampled means, (RESAMPLES,): their lower and upper end."""
     return np.percentile(means, [2.5, 97.5]).tolist()

@@ -1,15 +1,15 @@
 """The results of members and ensemble on a test set: from the members' logits to the numbers of ensemble.json.
 
 Every interval is the middle 95 % of a bootstrap over the test images. It says how far a figure would move with other
-images of the same kind, not with another seed of the training. The calibration error has none: made of absolute values,
-it only grows when images are resampled, and its interval would lie above it.
+images of the same kind, not with another seed of the training. The calibration error has no interval: it is made of
+absolute values and only grows when images are resampled, so its interval would lie above it.
 """
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -34,25 +34,28 @@ class Probs:
     ensemble: Tensor
     """(N, C)"""
     without: Tensor
-    """(M, N, C): the ensemble without each of its members; (0, N, C) where there is only one"""
+    """(M, N, C): the ensemble without each of its members; (0, N, C) if there is only one"""
+    unscaled: Tensor
+    """(N, C): the ensemble at a temperature of 1"""
+    temperature: float
 
 
 def average(logits: Tensor, how: str, temperature: float = 1.0) -> Probs:
     """Average the members' logits, (M, V, N, C): of M members, each of V views of N images.
 
-    A member is averaged over its own views, the ensemble over all views of all members. `how` is one of `AVERAGES`; the
-    temperature is the ensemble's, with all members and without one, and leaves the members as they are.
+    A member is averaged over its views, the ensemble over all views of all members. `how` is one of `AVERAGES`. The
+    temperature applies to the ensemble, with all members and without one, but not to a member.
     """
     logits = logits.double()
-    members = range(len(logits))
-    without = [
-        average_probs(logits[[other for other in members if other != member]].flatten(0, 1), how, temperature)
-        for member in (members if len(members) > 1 else ())
-    ]
+    count = len(logits)
+    others = [[number for number in range(count) if number != member] for member in range(count) if count > 1]
+    without = [average_probs(logits[rest].flatten(0, 1), how, temperature) for rest in others]
     return Probs(
-        members=torch.stack([average_probs(own, how) for own in logits]),
+        members=torch.stack([average_probs(views, how) for views in logits]),
         ensemble=average_probs(logits.flatten(0, 1), how, temperature),
         without=torch.stack(without) if without else torch.empty(0, *logits.shape[2:], dtype=torch.float64),
+        unscaled=average_probs(logits.flatten(0, 1), how),
+        temperature=temperature,
     )
 
 
@@ -60,14 +63,14 @@ def fit_temperature(logits: Tensor, labels: Tensor, how: str) -> float:
     """The temperature, within `TEMPERATURES`, whose ensemble has the least loss on images that it was not trained on.
 
     `logits` are (M, V, N, C), `labels` int64 (N,). It is fitted after averaging: members that are calibrated one by one
-    make an average that is too unsure (Rahaman and Thiery 2021, arXiv:2007.08792).
+    make an average that is underconfident (Rahaman and Thiery 2021, arXiv:2007.08792).
     """
     averaged = average_logits(logits.double().flatten(0, 1), how)
 
     def loss(log_temperature: float) -> float:
         return F.cross_entropy(averaged / math.exp(log_temperature), labels).item()
 
-    # The loss is convex in 1 / temperature, so it has one valley, and a ternary search cannot miss it.
+    # The loss is convex in 1 / temperature, so it has one minimum, which a ternary search finds.
     low, high = (math.log(limit) for limit in TEMPERATURES)
     while high - low > 1e-7:
         left, right = (2 * low + high) / 3, (low + 2 * high) / 3
@@ -75,56 +78,65 @@ def fit_temperature(logits: Tensor, labels: Tensor, how: str) -> float:
     return math.exp((low + high) / 2)
 
 
-def report(probs: Probs, labels: Tensor, names: Sequence[str], classes: Sequence[str]) -> dict[str, Any]:
+def report(
+    probs: Probs,
+    labels: Tensor,
+    members: Sequence[dict[str, Any]],
+    classes: Sequence[str],
+    fitted_on: int | None = None,
+) -> dict[str, Any]:
     """Figures of members and ensemble, and how they compare. `labels` are int64 (N,).
 
-    Losses are in nats; accuracies, calibration errors and disagreements are fractions; a difference is the ensemble
-    minus the member, or the ensemble without one minus the whole.
+    `members` are dicts of a "name" and whatever else is to be stored of each; `fitted_on` is the number of images that
+    the temperature was fitted on. Losses are in nats; accuracies, calibration errors and disagreements are fractions; a
+    difference is the ensemble minus the member, or the ensemble without one minus the whole.
     """
-    all_probs = [*probs.members, probs.ensemble, *probs.without]
-    per_image = torch.stack([metrics.per_image(own, labels) for own in all_probs], 1)  # (N, all_probs, PER_IMAGE)
-    resampled = metrics.bootstrap(per_image.flatten(1).numpy()).reshape(-1, *per_image.shape[1:])
-    rows = [
-        figures(own, labels) | {"intervals": intervals(resampled[:, number])} for number, own in enumerate(all_probs)
+    all_probs = [*probs.members, probs.ensemble, *probs.without, probs.unscaled]
+    per_image = [metrics.per_image(each, labels) for each in all_probs]
+    resampled = metrics.bootstrap(torch.cat(per_image, 1).numpy()).reshape(-1, len(all_probs), len(PER_IMAGE))
+    figures = [
+        dict(zip(PER_IMAGE, values.mean(0).tolist(), strict=True))
+        | {"calibration_error": metrics.calibration_error(each, labels)}
+        for each, values in zip(all_probs, per_image, strict=True)
     ]
-    at = len(names)  # the ensemble's place
-    members, ensemble, without = rows[:at], rows[at], rows[at + 1 :]
+    rows = [row | {"intervals": intervals(resampled[:, number])} for number, row in enumerate(figures)]
+    whole, unscaled = len(members), len(rows) - 1
 
     def difference(one: int, other: int) -> dict[str, Any]:
-        change = {name: rows[one][name] - rows[other][name] for name in PER_IMAGE}
+        change = {name: figures[one][name] - figures[other][name] for name in PER_IMAGE}
         return change | {"intervals": intervals(resampled[:, one] - resampled[:, other])}
 
-    # Chosen on the very images it is compared on, the best member looks better than it is: by comparing with it, the
-    # ensemble's lead comes out too small rather than too large.
-    best = max(range(at), key=lambda number: (members[number]["accuracy"], -members[number]["loss"]))
-    return {
-        "members": [{"name": name} | row for name, row in zip(names, members, strict=True)],
-        "ensemble": ensemble,
+    # The best member is selected on the test set: the comparison is biased against the ensemble.
+    best = max(range(whole), key=lambda number: (figures[number]["accuracy"], -figures[number]["loss"]))
+    names = [member["name"] for member in members]
+    matrix = metrics.confusion_matrix(probs.ensemble, labels)
+    result = {
+        "members": [
+            {"name": name} | row | member for name, row, member in zip(names, rows[:whole], members, strict=True)
+        ],
+        "ensemble": rows[whole],
         "best_member": names[best],
-        "versus_members": [{"name": name} | difference(at, number) for number, name in enumerate(names)],
+        "versus_members": [{"name": name} | difference(whole, number) for number, name in enumerate(names)],
         "leave_one_out": [
-            {"without": names[number]} | row | {"versus_ensemble": difference(at + 1 + number, at)}
-            for number, row in enumerate(without)
+            {"without": name} | rows[number] | {"versus_ensemble": difference(number, whole)}
+            for number, name in zip(range(whole + 1, unscaled), names, strict=False)
         ],
         "disagreement": metrics.disagreement(probs.members).tolist(),
         "confusions": [
             {"true": classes[true], "predicted": classes[predicted], "images": images}
-            for true, predicted, images in metrics.confusions(probs.ensemble, labels, CONFUSIONS)
+            for true, predicted, images in metrics.confusions(matrix, CONFUSIONS)
         ],
+        "temperature": None,
     }
-
-
-def paired(one: Tensor, other: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Means of `PER_IMAGE` of probabilities (N, C) minus those of others for the same images, and their intervals."""
-    change = metrics.per_image(one, labels) - metrics.per_image(other, labels)
-    means = dict(zip(PER_IMAGE, change.mean(0).tolist(), strict=True))
-    return means | {"intervals": intervals(metrics.bootstrap(change.numpy()))}
-
-
-def figures(probs: Tensor, labels: Tensor) -> dict[str, float]:
-    """Loss, accuracy, Brier score and calibration error of probabilities (N, C)."""
-    means = metrics.per_image(probs, labels).mean(0).tolist()
-    return dict(zip(PER_IMAGE, means, strict=True)) | {"calibration_error": metrics.calibration_error(probs, labels)}
+    if probs.temperature != 1.0:
+        result["temperature"] = {
+            "value": probs.temperature,
+            "fitted_on": fitted_on,
+            "before": figures[unscaled],
+            "after": figures[whole],
+            "difference": difference(whole, unscaled),
+        }
+    return result
 
 
 def intervals(resampled: np.ndarray) -> dict[str, list[float]]:
@@ -137,17 +149,15 @@ def by_network(members: Sequence[dict[str, Any]], networks: Sequence[dict[str, A
 
     `members` are those of `report`, `networks` what their checkpoints say of them: a name and arguments.
     """
-
-    def network(pair: tuple) -> str:
-        return repr((pair[1]["name"], sorted(pair[1]["arguments"].items())))
-
-    groups = []
-    for _, pairs in groupby(sorted(zip(members, networks, strict=True), key=network), key=network):
-        same, (first, *_) = zip(*pairs, strict=True)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for member, network in zip(members, networks, strict=True):
+        groups.setdefault(json.dumps(network, sort_keys=True), []).append(member)
+    result = []
+    for network, same in groups.items():
         if len(same) > 1:
-            spread = {}
+            row = {"network": json.loads(network)["name"], "members": [member["name"] for member in same]}
             for name in (*PER_IMAGE, "calibration_error"):
                 values = [member[name] for member in same]
-                spread[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
-            groups.append({"network": first["name"], "members": [member["name"] for member in same]} | spread)
-    return groups
+                row[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
+            result.append(row)
+    return result

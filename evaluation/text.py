@@ -17,7 +17,7 @@ def method(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Members and ensemble, a row each."""
+    """One row per member, and one for the ensemble."""
     rows = [(row["name"], row) for row in result["members"]]
     rows.append((f"ensemble ({method(result)})", result["ensemble"]))
     corner = f"with --tta {result['tta']}" if result["tta"] else ""
@@ -34,13 +34,13 @@ def table(result: dict[str, Any]) -> str:
 
 
 def comparison(result: dict[str, Any]) -> str:
-    """How the ensemble compares, a line each; what does not apply is left out."""
+    """How the ensemble compares, one fact per line; facts that do not apply are left out."""
     lines = []
     if calibrated := result["temperature"]:
         before, after = calibrated["before"], calibrated["after"]
         fitted = f", fitted on {calibrated['fitted_on']:,} validation images" if calibrated["fitted_on"] else ""
         if fitted and any(math.isclose(calibrated["value"], limit, rel_tol=1e-5) for limit in TEMPERATURES):
-            fitted += ", an end of its range"
+            fitted += ", at the limit"
         lines.append(f"temperature {calibrated['value']:.4g}{fitted}")
         low, high = calibrated["difference"]["intervals"]["loss"]
         lines.append(
@@ -56,12 +56,12 @@ def comparison(result: dict[str, Any]) -> str:
     if result["cascade"]:
         threshold = result["cascade_threshold"]
         row = next(row for row in result["cascade"] if row["threshold"] == threshold["value"])
-        by = f"chosen by {threshold['num_images']:,} validation images" if "num_images" in threshold else "the default"
+        source = f"chosen on {threshold['num_images']:,} validation images" if "num_images" in threshold else "default"
         whole = result["subsets"][-1]["milliseconds"]
         seen = ", ".join(f"{name} {100 * share:.0f} %" for name, share in row["seen"].items())
         lines += [
-            f"cascade at {threshold['value']:g} ({by}): {100 * row['accuracy']:.2f} %, in {row['milliseconds']:.2f} ms "
-            f"an image in place of {whole:.2f}",
+            f"cascade at {threshold['value']:g} ({source}): {100 * row['accuracy']:.2f} %, "
+            f"{row['milliseconds']:.2f} ms per image instead of {whole:.2f}",
             f"  images seen by {seen}",
         ]
     if pairs := [value for number, row in enumerate(result["disagreement"]) for value in row[:number]]:
@@ -87,5 +87,5 @@ def points(difference: dict[str, Any]) -> str:
 
 
 def chance(low: float, high: float) -> str:
-    """What to add to a difference whose interval has these ends."""
+    """A note for a difference whose interval, from `low` to `high`, includes 0."""
     return "" if low > 0 or high < 0 or low == high == 0 else ", which may be chance"

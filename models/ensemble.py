@@ -39,8 +39,8 @@ def average_logits(logits: Tensor, average: str = "softmax") -> Tensor:
 def cascade_probs(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Probabilities (N, C) of a cascade, and how many members saw each image, int64 (N,), from probabilities (M, N, C).
 
-    An image goes to the next member only while the average of those that have seen it gives no class a probability of
-    `threshold` or more. (Wang et al. 2022, "Wisdom of Committees", arXiv:2012.01988)
+    Stops at the first member at which the averaged top probability reaches `threshold`. (Wang et al. 2022, "Wisdom of
+    Committees", arXiv:2012.01988)
     """
     counts = torch.arange(1, len(probs) + 1, device=probs.device)
     averages = probs.cumsum(0) / counts.view(-1, 1, 1)
@@ -66,9 +66,9 @@ class Member(nn.Module):
 class Ensemble(nn.Module):
     """Images, uint8 (B, 3, S, S), to probabilities, float32 (B, classes).
 
-    `classes` are their names, `image_size` is S. With `cascade`, a threshold, only the images that the first members
-    are unsure of go on to the next ones, as `cascade_probs` says. Raises ValueError for images of another type or
-    shape, and for a cascade of another average than that of the softmax outputs.
+    `classes` are their names, `image_size` is S. With `cascade`, a threshold, a member sees only the images for which
+    the averaged top probability of the members before it is below the threshold, as in `cascade_probs`. Raises
+    ValueError for images of another type or shape, and for a cascade with another average than softmax.
     """
 
     def __init__(
@@ -95,29 +95,33 @@ class Ensemble(nn.Module):
                 f"images are {images.dtype} of shape {tuple(images.shape)}; expected torch.uint8, values 0 to 255, of "
                 f"shape (B, 3, {size}, {size})"
             )
-        if self.cascade is not None:
-            return seen_average(*self.logits_in_cascade(images))
-        return average_probs(self.logits(images).float(), self.average, self.temperature)
+        return self.average_seen(*self.logits_and_seen(images))
 
     def logits(self, images: Tensor) -> Tensor:
         """Of each member, (M, B, classes)."""
         return torch.stack([member(images) for member in self.members])
 
-    def logits_in_cascade(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each member, float32 (M, B, classes), 0 where it did not see an image; and how many saw each, (B,)."""
-        rows = torch.arange(len(images), device=images.device)
-        seen = torch.zeros_like(rows)
+    def logits_and_seen(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of each member, float32 (M, B, classes), and how many members saw each image, int64 (B,).
+
+        In a cascade, a member's logits are 0 for an image that it did not see.
+        """
+        seen = torch.full((images.shape[0],), len(self.members), device=images.device)
+        if self.cascade is None:
+            return self.logits(images).float(), seen
         logits = torch.zeros(len(self.members), len(images), len(self.classes), device=images.device)
+        rows = torch.arange(len(images), device=images.device)
         for number, member in enumerate(self.members):
             logits[number, rows] = member(images[rows]).float()
-            seen[rows] += 1
-            rows = rows[seen_average(logits[:, rows], seen[rows]).amax(1) < self.cascade]
+            seen[rows] = number + 1
+            rows = rows[self.average_seen(logits[:, rows], seen[rows]).amax(1) < self.cascade]
             if not len(rows):
                 break
         return logits, seen
 
-
-def seen_average(logits: Tensor, seen: Tensor) -> Tensor:
-    """Probabilities (N, C): the mean of the first `seen` (N,) members' softmax outputs, from logits (M, N, C)."""
-    has_seen = torch.arange(len(logits), device=logits.device)[:, None] < seen
-    return (logits.softmax(2) * has_seen[..., None]).sum(0) / seen[:, None]
+    def average_seen(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Probabilities (N, C) from what `logits_and_seen` returns: averaged over the members that saw the image."""
+        if self.cascade is None:
+            return average_probs(logits, self.average, self.temperature)
+        has_seen = torch.arange(len(logits), device=logits.device)[:, None] < seen
+        return (logits.softmax(2) * has_seen[..., None]).sum(0) / seen[:, None]

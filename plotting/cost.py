@@ -8,31 +8,31 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from plotting.style import BLUE, DPI, VERMILLION, picture, short
 
-LETTERED = 4  # members, whose subsets there is room to name
+LETTERS = "ABCD"  # of the members; the subsets of more members are not labelled
 
 
 @picture
 def plot_cost(
     *, subsets: Sequence[dict], cascade: Sequence[dict], threshold: float | None, device: str, title: str
 ) -> Figure:
-    """Draw test accuracy and loss against the milliseconds that an image takes.
+    """Draw test accuracy and loss against milliseconds per image.
 
     A subset is a dict of `members` (names), `accuracy` (a fraction), `loss` (nats) and `milliseconds`; the last one is
-    the whole ensemble. A row of `cascade`, which may be empty, has `threshold` in place of `members`; that of
+    the whole ensemble. A row of `cascade`, which may be empty, has `threshold` instead of `members`; the row of
     `threshold` is marked.
     """
     figure = Figure(figsize=(12.4, 5.4), dpi=DPI, layout="constrained")
     figure.suptitle(short(title, 104), fontsize=15)
     accuracy_axes, loss_axes = figure.subplots(1, 2)
-    for axes, key, scale, best in ((accuracy_axes, "accuracy", 100, max), (loss_axes, "loss", 1, min)):
-        _draw_subsets(axes, subsets, key, scale, best)
+    for axes, metric, scale, best in ((accuracy_axes, "accuracy", 100, max), (loss_axes, "loss", 1, min)):
+        _draw_subsets(axes, subsets, metric, scale, best)
         if cascade:
-            x, y = [row["milliseconds"] for row in cascade], [scale * row[key] for row in cascade]
+            x, y = [row["milliseconds"] for row in cascade], [scale * row[metric] for row in cascade]
             axes.plot(x, y, ".-", color=VERMILLION, linewidth=2, label="cascade, by threshold", zorder=3)
             chosen = next(row for row in cascade if row["threshold"] == threshold)
-            axes.plot(chosen["milliseconds"], scale * chosen[key], "D", color=VERMILLION, markersize=10,
+            axes.plot(chosen["milliseconds"], scale * chosen[metric], "D", color=VERMILLION, markersize=10,
                       label=f"cascade at {threshold:g}", zorder=5)  # fmt: skip
-        axes.axhline(scale * subsets[-1][key], color="black", linestyle=(0, (3, 2)), label="the whole ensemble")
+        axes.axhline(scale * subsets[-1][metric], color="black", linestyle=(0, (3, 2)), label="the whole ensemble")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -45,7 +45,7 @@ def plot_cost(
     accuracy_axes.set_ylabel("test accuracy (%)")
     loss_axes.set_ylabel("test loss (nats)")
     names = [row["members"][0] for row in subsets if len(row["members"]) == 1]
-    key = "   ".join(f"{chr(ord('A') + number)} {short(name, 24)}" for number, name in enumerate(names[:LETTERED]))
+    letters = "   ".join(f"{letter} {short(name, 24)}" for letter, name in zip(LETTERS, names, strict=False))
     handles, labels = accuracy_axes.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -53,27 +53,25 @@ def plot_cost(
         loc="outside lower center",
         ncols=len(labels),
         frameon=False,
-        title=key if len(names) <= LETTERED else None,
+        title=letters if len(names) <= len(LETTERS) else None,
     )
     return figure
 
 
-def _draw_subsets(axes: Axes, subsets: Sequence[dict], key: str, scale: float, best: Callable) -> None:
-    """A point for each subset; those that no cheaper one equals are joined."""
-    x, y = [row["milliseconds"] for row in subsets], [scale * row[key] for row in subsets]
+def _draw_subsets(axes: Axes, subsets: Sequence[dict], metric: str, scale: float, best: Callable) -> None:
+    """One point per subset; a line joins the subsets that are better than all cheaper ones."""
+    x, y = [row["milliseconds"] for row in subsets], [scale * row[metric] for row in subsets]
     axes.plot(x, y, "o", color=BLUE, label="subsets of the members", zorder=4)
     efficient = []
     for row in sorted(subsets, key=lambda row: row["milliseconds"]):
-        if not efficient or best(row[key], efficient[-1][key]) != efficient[-1][key]:
+        if not efficient or best(row[metric], efficient[-1][metric]) != efficient[-1][metric]:
             efficient.append(row)
     axes.plot(
-        [row["milliseconds"] for row in efficient], [scale * row[key] for row in efficient], color=BLUE, linewidth=1
+        [row["milliseconds"] for row in efficient], [scale * row[metric] for row in efficient], color=BLUE, linewidth=1
     )
     names = [row["members"][0] for row in subsets if len(row["members"]) == 1]
-    if len(names) <= LETTERED:
-        for row in subsets[:-1]:
-            letters = "".join(chr(ord("A") + names.index(member)) for member in row["members"])
-            axes.annotate(
-                letters, (row["milliseconds"], scale * row[key]), xytext=(7, 5), textcoords="offset points", fontsize=12
-            )
+    if len(names) <= len(LETTERS):
+        for row, point in zip(subsets[:-1], zip(x, y, strict=True), strict=False):
+            letters = "".join(LETTERS[names.index(member)] for member in row["members"])
+            axes.annotate(letters, point, xytext=(7, 5), textcoords="offset points", fontsize=12)
     axes.margins(y=0.1)

@@ -1,4 +1,4 @@
-"""The pictures of an ensemble: its results beside its members', how well it is calibrated, and its mistakes."""
+"""The pictures of an ensemble: its results and its members', how well it is calibrated, and its mistakes."""
 
 import textwrap
 from collections.abc import Sequence
@@ -9,45 +9,21 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plotting.style import BLUE, DPI, GREEN, GREY, ORANGE, PALE, PURPLE, SKY, VERMILLION, picture, short
+from plotting.style import DPI, GREEN, GREY, PALE, line_style, picture, short
 
-MEMBER_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
-MEMBER_DASHES = ("-", "--", ":")
-FEW = 10  # images, too few to say how accurate a bin is
-MISTAKES_SHOWN, MISTAKES_PER_LINE = 16, 4
-LINES_BESIDE = 9  # of text, as many as there is room for beside an image
-
-
-def running_accuracy(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The accuracy (N,), a fraction, over the first 1, 2, … N images of `probs` (N, C) and `labels` (N,)."""
-    return _running_mean(probs.argmax(axis=1) == labels)
-
-
-def running_loss(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The mean negative log likelihood (N,), in nats, over the first 1, 2, … N images of `probs` (N, C)."""
-    likelihood = probs[np.arange(len(labels)), labels].astype(np.float64)
-    # As metrics.per_image has it: the curve ends where the dot is.
-    return _running_mean(-np.log(np.maximum(likelihood, np.finfo(np.float64).tiny)))
-
-
-def confusion_matrix(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many images of each true class (row) were given each class (column), as integers (C, C)."""
-    counts = np.zeros((probs.shape[1], probs.shape[1]), dtype=np.int64)
-    np.add.at(counts, (labels, probs.argmax(axis=1)), 1)
-    return counts
+MIN_IMAGES_PER_BIN = 10  # bins with fewer are hollow
+MAX_MISTAKES, MISTAKES_PER_LINE = 16, 4
+MAX_TEXT_LINES = 9  # next to the image of a mistake
 
 
 @picture
-def plot_ensemble(
-    *, members: list[dict], ensemble: dict, labels: np.ndarray, classes: Sequence[str], title: str
-) -> Figure:
-    """Draw an ensemble beside its members: results, how they settle over the test set, confusions.
+def plot_ensemble(rows: list[dict], *, confusion_matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """Draw the members and, as the last row, the ensemble: results, running results, the ensemble's confusion matrix.
 
-    Each member, and the ensemble, is a dict of `name`, `loss` (nats), `accuracy` (a fraction), `intervals`, which has
-    the two ends of either, and `probs` (N, C), the predicted probabilities of the N test images. `labels` (N,) are the
-    true classes as integers, `classes` their C names.
+    A row is a dict of `name`, `loss` (nats), `accuracy` (a fraction), `intervals`, which has the two ends of either,
+    and `per_image`, which has both for each of N test images in random order, (N,). `confusion_matrix` (C, C) counts
+    the images of each true class (row) by predicted class (column); `classes` are the C names.
     """
-    rows = [*members, ensemble]
     figure = Figure(figsize=(12.8, 6.8), dpi=DPI, layout="constrained")
     figure.suptitle(short(title, 104), fontsize=15)
     left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
@@ -60,9 +36,9 @@ def plot_ensemble(
     loss_dots.set_yticks([])
 
     left.supxlabel("broad lines: 95 % intervals over the test images", fontsize=12, color=GREY)
-    _draw_lines(accuracy_lines, [100 * running_accuracy(row["probs"], labels) for row in rows], "running accuracy (%)")
-    _draw_lines(loss_lines, [running_loss(row["probs"], labels) for row in rows], "running loss (nats)")
-    _draw_confusion(right.subplots(), confusion_matrix(ensemble["probs"], labels), classes)
+    _draw_lines(accuracy_lines, rows, "accuracy", 100, "running accuracy (%)")
+    _draw_lines(loss_lines, rows, "loss", 1, "running loss (nats)")
+    _draw_confusion(right.subplots(), confusion_matrix, classes)
     return figure
 
 
@@ -70,8 +46,8 @@ def plot_ensemble(
 def plot_reliability(rows: list[dict], *, title: str) -> Figure:
     """Draw one reliability diagram for each row, the ensemble's last.
 
-    A row is a dict of `name`, `calibration_error` (a fraction) and `bins`: how many images, their mean confidence and
-    their accuracy, three arrays as `metrics.reliability` gives them.
+    A row is a dict of `name`, `calibration_error` (a fraction) and `bins`: number of images, mean confidence and
+    accuracy, three arrays as `metrics.reliability` returns them.
     """
     columns = min(len(rows), 5 if len(rows) > 8 else 4)
     lines = -(-len(rows) // columns)
@@ -85,7 +61,7 @@ def plot_reliability(rows: list[dict], *, title: str) -> Figure:
             axes.remove()
     figure.supxlabel(
         "confidence, the probability of the predicted class (%)\n"
-        f"grey: share of the images; hollow: a bin of fewer than {FEW} images",
+        f"grey: share of the images; hollow: a bin of fewer than {MIN_IMAGES_PER_BIN} images",
         fontsize=13,
     )
     figure.supylabel("accuracy (%)", fontsize=13)
@@ -104,35 +80,34 @@ def plot_mistakes(
     classes: Sequence[str],
     title: str,
 ) -> Figure:
-    """Draw the mistakes whose true class the ensemble finds least probable, with each member's prediction.
+    """Draw the mistakes with the lowest probability of the true class, with each member's prediction.
 
     `images` are uint8 (N, 3, H, W), `labels` (N,) their true classes as integers. `members` (M, N, C) and `ensemble`
     (N, C) are probabilities, `names` the members' and `classes` the classes'.
     """
     wrong = np.flatnonzero(ensemble.argmax(axis=1) != labels)
-    of_label = ensemble[wrong, labels[wrong]]
-    surest = wrong[np.argsort(of_label, kind="stable")][:MISTAKES_SHOWN]
-    lines = -(-len(surest) // MISTAKES_PER_LINE)
+    label_probs = ensemble[wrong, labels[wrong]]
+    worst = wrong[np.argsort(label_probs, kind="stable")][:MAX_MISTAKES]
+    lines = -(-len(worst) // MISTAKES_PER_LINE)
 
-    # In inches, so that the text beside the images changes neither their size nor their place.
+    # In inches, so that the text next to the images changes neither their size nor their place.
     width, height, top, side, line = 12.8, 1.7 + 2.1 * lines, 0.8, 1.6, 2.1
     figure = Figure(figsize=(width, height), dpi=DPI)
     figure.suptitle(short(title, 104), fontsize=15, y=1 - 0.2 / height, va="top")
-    said = "no image was mistaken"
+    summary = "no image was mistaken"
     if lines:
-        which = f"{len(surest)} whose given" if len(surest) < len(wrong) else "first those whose given"
-        said = f"{len(wrong):,} mistakes, {which} label is least probable: label → predicted class, and its probability"
-    figure.text(0.5, 1 - 0.55 / height, said, ha="center", va="top")
-    for number, image in enumerate(surest):
+        summary = f"{len(worst)} of {len(wrong):,} mistakes, least probable label first: label → prediction, confidence"
+    figure.text(0.5, 1 - 0.55 / height, summary, ha="center", va="top")
+    for number, image in enumerate(worst):
         row, column = divmod(number, MISTAKES_PER_LINE)
         left, low = 0.15 + column * (width - 0.15) / MISTAKES_PER_LINE, height - top - line * row - side - 0.3
         axes = figure.add_axes((left / width, low / height, side / width, side / height))
         _draw_mistake(axes, images[image], labels[image], members[:, image], ensemble[image], names, classes)
     if lines:
-        note = "beside each image the members' predictions, green where correct"
-        if not _named_beside(names):
-            order = ", ".join(short(name, 24) for name in names[:LINES_BESIDE])
-            more = f" (and {len(names) - LINES_BESIDE} more)" if len(names) > LINES_BESIDE else ""
+        note = "next to each image: the members' predictions, green if correct"
+        if not _has_room_for_names(names):
+            order = ", ".join(short(name, 24) for name in names[:MAX_TEXT_LINES])
+            more = f" (and {len(names) - MAX_TEXT_LINES} more)" if len(names) > MAX_TEXT_LINES else ""
             note += "; from top to bottom:\n" + textwrap.fill(order + more, 130)
         figure.text(0.5, 0.1 / height, note, ha="center", va="bottom", fontsize=12, color=GREY)
     return figure
@@ -147,48 +122,47 @@ def _draw_mistake(
     names: Sequence[str],
     classes: Sequence[str],
 ) -> None:
-    """One image, its pixels as they are, and beside it each member's prediction, below its name where there is room."""
+    """One image and, next to it, each member's prediction, below the member's name if there is room."""
     axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set(visible=True, color=PALE)  # a frame shows where a white background ends
-    said = ensemble.argmax()
+    predicted = ensemble.argmax()
     axes.set_title(
-        f"{short(classes[label], 12)} → {short(classes[said], 12)}, {100 * ensemble[said]:.1f} %",
+        f"{short(classes[label], 12)} → {short(classes[predicted], 12)}, {100 * ensemble[predicted]:.1f} %",
         loc="left",
         fontsize=12,
         pad=4,
     )
     lines = []
-    for name, probs in zip(names[:LINES_BESIDE], members, strict=False):
-        said = probs.argmax()
-        if _named_beside(names):
+    for name, probs in zip(names[:MAX_TEXT_LINES], members, strict=False):
+        predicted = probs.argmax()
+        if _has_room_for_names(names):
             lines.append((short(name, 15), GREY))
-        text = f"{short(classes[said], 11)}, {100 * probs[said]:.0f} %"
-        lines.append((text, GREEN if said == label else "black"))
+        text = f"{short(classes[predicted], 11)}, {100 * probs[predicted]:.0f} %"
+        lines.append((text, GREEN if predicted == label else "black"))
     for number, (text, colour) in enumerate(lines):
-        height = 1 - (number + 0.5) / LINES_BESIDE
+        height = 1 - (number + 0.5) / MAX_TEXT_LINES
         axes.text(1.05, height, text, transform=axes.transAxes, va="center", fontsize=11, color=colour)
 
 
-def _named_beside(names: Sequence[str]) -> bool:
-    return 2 * len(names) <= LINES_BESIDE
+def _has_room_for_names(names: Sequence[str]) -> bool:
+    return 2 * len(names) <= MAX_TEXT_LINES
 
 
 def _draw_bins(axes: Axes, row: dict, colour: str) -> None:
-    """A dot for each bin of confidence that has images, tied to the diagonal, where it would be if it were calibrated.
+    """One dot per non-empty bin, joined to the diagonal (perfect calibration).
 
-    Behind them, pale, what share of the images each bin holds. A dot far off may well stand for two images: those of
-    fewer than `FEW` are hollow.
+    Behind them, pale, the share of the images in each bin.
     """
     counts, confidence, accuracy = row["bins"]
     edges = np.linspace(0, 100, len(counts) + 1)
-    some = counts > 0
-    confidence, accuracy = 100 * confidence[some], 100 * accuracy[some]
+    filled = counts > 0
+    confidence, accuracy = 100 * confidence[filled], 100 * accuracy[filled]
     axes.stairs(100 * counts / max(counts.sum(), 1), edges, fill=True, color=PALE, zorder=0)
     axes.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle=(0, (3, 2)), zorder=1)
     axes.vlines(confidence, confidence, accuracy, color=colour, linewidth=2.5, alpha=0.5, zorder=2)
-    faces = np.where(counts[some] < FEW, "white", colour)
+    faces = np.where(counts[filled] < MIN_IMAGES_PER_BIN, "white", colour)
     axes.scatter(confidence, accuracy, s=36, c=faces, edgecolors=colour, linewidths=1.5, zorder=3, clip_on=False)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 102)
@@ -198,20 +172,20 @@ def _draw_bins(axes: Axes, row: dict, colour: str) -> None:
     axes.set_title(f"{short(row['name'], 18)}\nECE {100 * row['calibration_error']:.2f} %")
 
 
-def _draw_dots(axes: Axes, rows: list[dict], key: str, scale: float, form: str, title: str) -> None:
-    """One dot a row and its 95 % interval, the ensemble's below the members', each value spelled out at the right edge.
+def _draw_dots(axes: Axes, rows: list[dict], metric: str, scale: float, form: str, title: str) -> None:
+    """One dot per row and its 95 % interval, the ensemble's below the members'; the values are at the right edge.
 
-    Dots and not bars: the differences are small, so the axis cannot begin at 0, and a bar that does not misleads.
+    Dots and not bars: the differences are small, so the axis does not begin at 0, where a bar would have to begin.
     """
-    values = [scale * row[key] for row in rows]
-    intervals = [[scale * end for end in row["intervals"][key]] for row in rows]
+    values = [scale * row[metric] for row in rows]
+    intervals = [[scale * end for end in row["intervals"][metric]] for row in rows]
     last = len(values) - 1
     low, high = np.min(intervals), np.max(intervals)
     margin = 0.12 * (high - low) or 0.005 * abs(high) or 0.01
     axes.axhspan(last - 0.5, last + 0.5, color="black", alpha=0.07, linewidth=0)
     for row, value in enumerate(values):
         style = row_style(row, last)
-        # The line across is the key to the curves below: the same colour, the same dashes.
+        # The line across is the legend of the curves below: the same colour, the same dashes.
         axes.axhline(row, **style, alpha=0.4)
         axes.plot(intervals[row], (row, row), color=style["color"], linewidth=5, alpha=0.4, solid_capstyle="butt")
         axes.plot(value, row, "D" if row == last else "o", color=style["color"], markersize=9, zorder=5)
@@ -224,14 +198,13 @@ def _draw_dots(axes: Axes, rows: list[dict], key: str, scale: float, form: str, 
     axes.set_title(title)
 
 
-def _draw_lines(axes: Axes, curves: list[np.ndarray], title: str) -> None:
-    """One line a row against the images seen."""
-    seen = np.arange(1, len(curves[0]) + 1)
-    last = len(curves) - 1
+def _draw_lines(axes: Axes, rows: list[dict], metric: str, scale: float, title: str) -> None:
+    """One line per row: the mean over the first 1, 2, … N images."""
+    seen = np.arange(1, len(rows[0]["per_image"][metric]) + 1)
+    curves = np.stack([scale * np.cumsum(row["per_image"][metric]) / seen for row in rows])
     for row, curve in enumerate(curves):
-        axes.plot(seen, curve, **row_style(row, last))
-    # The first images swing from one extreme to the other: the axis is fitted to what follows.
-    settled = np.stack(curves)[:, len(seen) // 20 :]
+        axes.plot(seen, curve, **row_style(row, len(rows) - 1))
+    settled = curves[:, len(seen) // 20 :]  # fit the axis without the noisy first 5 %
     low, high = settled.min(), settled.max()
     margin = 0.05 * (high - low) or 0.01
     axes.set_ylim(low - margin, high + margin)
@@ -246,19 +219,14 @@ def row_style(row: int, last: int) -> dict:
     """The line of a member, or of the ensemble, which is the last row."""
     if row == last:
         return {"color": "black", "linestyle": "-", "linewidth": 2.5, "zorder": 4}
-    dashes, colour = divmod(row, len(MEMBER_COLOURS))
-    return {
-        "color": MEMBER_COLOURS[colour],
-        "linestyle": MEMBER_DASHES[dashes % len(MEMBER_DASHES)],
-        "linewidth": 1.5,
-    }
+    return line_style(row) | {"linewidth": 1.5}
 
 
 def _draw_confusion(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """Each row as percentages of its true class: written into up to 20 × 20 cells, else as colours and a short list."""
+    """Percentages of each true class: as numbers up to 20 × 20 cells, else as colours and a short list."""
     size = len(counts)
     percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # A square root lets a confusion of a few percent be seen beside a diagonal near 100.
+    # A square root keeps a confusion of a few percent visible next to a diagonal near 100.
     image = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
     axes.set_title("confusion matrix of the ensemble (%)")
     axes.set_xlabel("predicted class")
@@ -283,14 +251,10 @@ def _draw_confusion(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> N
 
 
 def _worst(percent: np.ndarray, classes: Sequence[str]) -> str:
-    """The three most frequent confusions, a line each."""
+    """The three most frequent confusions, one per line."""
     wrong = percent * (1 - np.eye(len(percent)))
     cells = [divmod(int(cell), len(percent)) for cell in np.argsort(wrong, axis=None)[:-4:-1]]
     return "".join(
         f"\n{short(classes[true], 18)} → {short(classes[predicted], 18)}  {wrong[true, predicted]:.1f} %"
         for true, predicted in cells
     )
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    return np.cumsum(values, dtype=np.float64) / np.arange(1, len(values) + 1)

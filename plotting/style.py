@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 DPI = 125
-# The colours of Okabe and Ito, which stay apart for colour-blind eyes; black is kept for the ensemble.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart; black is for the ensemble.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+COLOURS, DASHES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY), ("-", "--", ":", "-.")
 GREY = "#595959"
 PALE = "#D9D9D9"
 
-# The default font has no Chinese, Japanese or Korean; those of these that the machine has stand in for it.
+# Fallbacks for Chinese, Japanese and Korean, if installed.
 CJK_FONTS = (
     "Noto Sans CJK JP",
     "Noto Sans CJK SC",
@@ -41,7 +42,7 @@ CJK_FONTS = (
 def style() -> Iterator[None]:
     """Fonts that can still be read at half size, and names drawn as they are written.
 
-    It has to hold until the picture is saved, because matplotlib makes its tick labels only then.
+    It must stay active until the picture is saved: matplotlib makes its tick labels only then.
     """
     installed = fontManager.get_font_names()
     settings = {
@@ -58,8 +59,8 @@ def style() -> Iterator[None]:
     font_log = logging.getLogger("matplotlib.font_manager")
     level = font_log.level
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # A name in a script that no font here covers is drawn as boxes, and a stand-in font may lack a weight: a line
-        # in the terminal for every character helps nobody.
+        # No warning for each character that no installed font has, which is drawn as a box, and none for a fallback
+        # font that lacks a weight.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         font_log.setLevel(logging.ERROR)
         try:
@@ -71,7 +72,7 @@ def style() -> Iterator[None]:
 def picture(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Decorator: a function that returns a figure gets a path as its first argument, and saves the figure there as PNG.
 
-    Raises UserError where the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
 
     @functools.wraps(draw)
@@ -85,8 +86,14 @@ def picture(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return draw_and_save
 
 
+def line_style(number: int) -> dict[str, str]:
+    """Colour and dashes of line `number`, from 0: different for the first 24 lines."""
+    dashes, colour = divmod(number, len(COLOURS))
+    return {"color": COLOURS[colour], "linestyle": DASHES[dashes % len(DASHES)]}
+
+
 def short(text: str, length: int) -> str:
-    """The text on one line, its middle left out beyond `length` characters: names often differ only at their ends."""
+    """The text on one line of at most `length` characters. The middle is left out: names often differ at the ends."""
     text = " ".join(str(text).split())
     if len(text) <= length:
         return text

@@ -16,10 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from plotting.style import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, picture, short
+from plotting.style import BLUE, DPI, GREEN, GREY, VERMILLION, line_style, picture, short
 
 SPLITS = {"train": ("train", BLUE), "val": ("validation", GREEN), "test": ("test", VERMILLION)}
-RUN_COLOURS, RUN_DASHES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY), ("-", "--", ":", "-.")
 
 
 @picture
@@ -53,8 +52,8 @@ def plot_training(
             if reference and split != "val":
                 label += f" (reference {form.format(scale * reference[-1][key])})"
                 _draw_reference(axes, reference, history, key, scale, colour)
-            _draw_run(axes, history, key, scale, colour, label)
-    _draw_run(rate_axes, history, "learning_rate", 1, GREY, "this run")
+            _draw_run(axes, history, key, scale, label=label, color=colour)
+    _draw_run(rate_axes, history, "learning_rate", 1, label="this run", color=GREY)
     if reference:
         _draw_reference(rate_axes, reference, history, "learning_rate", 1, GREY, "reference")
         note = f"dashed: reference {_tail(reference_name)} · {_summary(reference)}"
@@ -64,7 +63,7 @@ def plot_training(
 
     _label(loss_axes, accuracy_axes, rate_axes, last=history[-1]["epoch"], first=history[0]["epoch"])
     for axes in (loss_axes, accuracy_axes, *([rate_axes] if reference else [])):
-        # Above the axes, where no curve can run behind it.
+        # Above the axes, so that no curve runs behind it.
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), frameon=False, borderaxespad=0.2)
     return figure
 
@@ -75,14 +74,12 @@ def plot_runs(histories: Sequence[list[dict]], *, names: Sequence[str]) -> Figur
     figure = Figure(figsize=(12.4, 4.9 + 0.28 * len(names)), dpi=DPI, layout="constrained")
     all_axes = figure.subplots(1, 3)
     for number, (history, name) in enumerate(zip(histories, names, strict=True)):
-        dashes, colour = divmod(number, len(RUN_COLOURS))
         last = history[-1]
         label = f"{short(name, 40)}: {100 * last['test_accuracy']:.2f} %, {last['test_loss']:.3f} · {_summary(history)}"
         for axes, key, scale in zip(
             all_axes, ("test_loss", "test_accuracy", "learning_rate"), (1, 100, 1), strict=True
         ):
-            _draw_run(axes, history, key, scale, RUN_COLOURS[colour], label)
-            axes.lines[-1].set_linestyle(RUN_DASHES[dashes % len(RUN_DASHES)])
+            _draw_run(axes, history, key, scale, label=label, **line_style(number))
     _label(*all_axes, last=max(history[-1]["epoch"] for history in histories), quantity="test ")
     figure.legend(handles=all_axes[0].lines, loc="outside upper center", frameon=False)
     return figure
@@ -106,13 +103,10 @@ def _label(
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
 
 
-def _draw_run(axes: Axes, history: list[dict], key: str, scale: float, colour: str, label: str) -> None:
-    """One line of the run, its epochs marked while they are few."""
-    values = [scale * row[key] for row in history]
-    marker = "o" if len(history) <= 20 else None
-    axes.plot(
-        [row["epoch"] for row in history], values, color=colour, marker=marker, linewidth=2, label=label, zorder=3
-    )
+def _draw_run(axes: Axes, history: list[dict], key: str, scale: float, **line: str) -> None:
+    """One line of the run; up to 20 epochs are marked."""
+    epochs, values = [row["epoch"] for row in history], [scale * row[key] for row in history]
+    axes.plot(epochs, values, marker="o" if len(history) <= 20 else None, linewidth=2, zorder=3, **line)
 
 
 def _draw_reference(
@@ -124,29 +118,27 @@ def _draw_reference(
     colour: str,
     label: str | None = None,
 ) -> None:
-    """The reference's line, dashed, over the epochs of the run.
+    """The reference's line, dashed.
 
-    A reference of more epochs is cut where the run ends, or a short run would be squeezed to the left edge. Where it
-    ended is what a short run is compared with: a dotted horizontal line.
+    Longer references are cut at the run's last epoch; a dotted line shows their final test result.
     """
-    last = history[-1]["epoch"]
-    shown = [row for row in reference if row["epoch"] <= last]
+    rows = [row for row in reference if row["epoch"] <= history[-1]["epoch"]]
     axes.plot(
-        [row["epoch"] for row in shown],
-        [scale * row[key] for row in shown],
+        [row["epoch"] for row in rows],
+        [scale * row[key] for row in rows],
         color=colour,
         alpha=0.6,
         linestyle=(0, (3, 1.5)),
         linewidth=1.5,
-        marker="s" if len(shown) == 1 else None,
+        marker="s" if len(rows) == 1 else None,
         label=label,
     )
-    if len(shown) < len(reference) and key.startswith("test"):
+    if len(rows) < len(reference) and key.startswith("test"):
         axes.axhline(scale * reference[-1][key], color=colour, alpha=0.6, linestyle=":", linewidth=1.5)
 
 
 def _scale_loss(axes: Axes) -> bool:
-    """Make the loss axis logarithmic where the losses span a decade: below it, a linear axis is easier to read."""
+    """Make the loss axis logarithmic if the losses span a decade or more; if not, a linear axis is easier to read."""
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
     values = values[np.isfinite(values) & (values > 0)]
     if not values.size or values.max() < 10 * values.min():
@@ -170,11 +162,11 @@ def _tail(path: str | Path) -> str:
 
 
 def main() -> int:
-    from training.history import read_csv  # a script, and as such above training/
+    from training.history import read_csv  # only for the script: plotting/ does not import training/
 
     parser = Parser(__doc__)
     parser.add_argument("histories", nargs="+", type=Path, metavar="CSV", help="what training scripts wrote")
-    parser.add_argument("--output", type=Path, help="the picture (default: beside the first CSV, with its name)")
+    parser.add_argument("--output", type=Path, help="the picture (default: next to the first CSV, with its name)")
     options = parser.parse_args()
     output = options.output or options.histories[0].with_suffix(".png")
     histories = [read_csv(path) for path in options.histories]

@@ -15,7 +15,8 @@ from PIL import Image
 import predict
 from evaluation import cost, members, metrics
 from models.ensemble import Ensemble, cascade_probs
-from training import loop
+from training import checkpoint, loop
+from utils import multiply_adds
 
 COSTS = [
     {"name": "dear", "milliseconds": 30.0, "multiply_adds": 300},
@@ -85,14 +86,14 @@ def test_subsets_have_their_own_average_and_cost(made_up):
     assert rows[4]["members"] == ["dear", "middling"]
     assert rows[4]["loss"] == pytest.approx(metrics.negative_log_likelihood(mean, made_up.labels))
     assert (rows[4]["milliseconds"], rows[4]["multiply_adds"]) == (39, 390)
-    # The whole has the ensemble's temperature, a single member its own confidence.
+    # The whole has the ensemble's temperature, a single member has none.
     warm = cost.subset_rows(made_up.logits, made_up.labels, COSTS, "softmax", 2.0)
     assert [one["loss"] == two["loss"] for one, two in zip(rows, warm, strict=True)] == [True] * 3 + [False] * 4
 
 
 def test_the_threshold_is_the_lowest_that_costs_no_accuracy(made_up):
     ensemble = made_up.probs.mean(0)
-    value = cost.choose_threshold(made_up.probs, made_up.labels, COSTS, ensemble)
+    value = cost.choose_threshold(made_up.probs, made_up.labels, COSTS)
     accuracies = {row["threshold"]: row["accuracy"] for row in cost.cascade_rows(made_up.probs, made_up.labels, COSTS)}
     enough = metrics.accuracy(ensemble, made_up.labels) - 0.001
     assert accuracies[value] >= enough
@@ -144,6 +145,16 @@ def middle_threshold(folder):
     return float(np.median(probs[0].max(1)))
 
 
+def test_the_cost_of_a_member_is_counted_without_its_weights(folder):
+    path = folder / "checkpoints" / "resnext.pt"
+    content = checkpoint.read(path)
+    expected = multiply_adds(members.build_member(path, content).network, 8)
+    assert members.cost(path, content | {"model": {}}) == expected > 0
+    content["network"] = {"name": "unknown", "arguments": {}}
+    with pytest.raises(UserError, match=r"resnext\.pt: holds a network named 'unknown'; known are "):
+        members.cost(path, content)
+
+
 def test_the_module_and_predict_and_the_rows_of_main_ens_agree(folder):
     threshold = middle_threshold(folder)
     probs = torch.from_numpy(softmax(command_line.numpy_logits(folder, images(), CHEAPEST_FIRST)))
@@ -166,7 +177,7 @@ def test_the_module_and_predict_and_the_rows_of_main_ens_agree(folder):
     assert "seen by " + ", ".join(map("{} {}".format, CHEAPEST_FIRST, saw)) in done.stderr
 
 
-def test_only_what_is_unsure_goes_on(folder):
+def test_only_images_of_low_confidence_go_on(folder):
     ensemble = members.load(
         [folder / "checkpoints" / f"{name}.pt" for name in MEMBERS], cascade=middle_threshold(folder)
     )
@@ -179,7 +190,7 @@ def test_only_what_is_unsure_goes_on(folder):
     assert batches == sorted(batches, reverse=True)
     ensemble.cascade, number = 0.0, len(batches)
     ensemble(torch.from_numpy(images()))
-    assert len(batches) == number + 1, "the second member is not even asked"
+    assert len(batches) == number + 1, "the second member does not run"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +198,7 @@ def test_only_what_is_unsure_goes_on(folder):
     [
         (["--cascade", "--threshold", "1.5"], "the threshold of the cascade is 1.5; it must be 0 to 1"),
         (["--cascade", "--threshold", "nan"], "the threshold of the cascade is nan"),
-        (["--cascade", "--checkpoints", "checkpoints/resnext.pt"], "resnext.pt alone"),
+        (["--cascade", "--checkpoints", "checkpoints/resnext.pt"], "there is only checkpoints/resnext.pt"),
         (["--cascade", "--average", "logits"], "leave out --average logits"),
         (["--cascade", "--temperature", "2"], "leave out --average logits and --temperature"),
         (["--cascade", "--checkpoints", *["checkpoints/resnext.pt"] * 2], "given twice"),

@@ -1,4 +1,4 @@
-"""Logits as the network gives them, and as they come back from the cache beside the checkpoint."""
+"""Logits as the network computes them, and as they come back from the cache next to the checkpoint."""
 
 import io
 import shutil
@@ -39,51 +39,53 @@ def member_logits(*arguments, **settings):
     return logits_cache.member_logits(*arguments, **settings)[0]
 
 
-def test_the_time_they_took_is_kept_with_them(contents, images, monkeypatch):
+def test_the_time_they_took_is_stored_with_them(contents, images, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(logits_cache.time, "perf_counter", lambda: now.append(now[-1] + 0.22) or now[-1])
-    asked = (contents, images, CPU)
-    _, milliseconds = logits_cache.member_logits(*asked, mirrored=True)
+    arguments = (contents, images, CPU)
+    _, milliseconds = logits_cache.member_logits(*arguments, flip=True)
     assert milliseconds == pytest.approx([40.0, 40.0])  # 11 images, two views of 0.22 s
     forbid_building(monkeypatch)
-    assert logits_cache.member_logits(*asked, mirrored=True)[1] == milliseconds
-    assert logits_cache.member_logits(*asked)[1] == pytest.approx([20.0, 20.0])
+    assert logits_cache.member_logits(*arguments, flip=True)[1] == milliseconds
+    assert logits_cache.member_logits(*arguments)[1] == pytest.approx([20.0, 20.0])
 
 
-def kept(contents):
+def stored(contents):
     return sorted((contents[0][0].parent / logits_cache.CACHE).iterdir())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size", [None, 4])
-def test_logits_of_the_images_and_of_their_mirror_images(contents, images, batch_size):
-    logits = member_logits(contents, images, CPU, mirrored=True, batch_size=batch_size)
+def test_logits_of_the_images_and_of_their_flips(contents, images, batch_size):
+    logits = member_logits(contents, images, CPU, flip=True, batch_size=batch_size)
     assert (logits.dtype, logits.shape) == (torch.float32, (2, 2, 11, 3))
     ensemble = members.build(contents)
     torch.testing.assert_close(logits[:, 0], ensemble.logits(images), rtol=1e-5, atol=1e-5)
-    mirrored = torch.from_numpy(images.numpy()[..., ::-1].copy())
-    torch.testing.assert_close(logits[:, 1], ensemble.logits(mirrored), rtol=1e-5, atol=1e-5)
+    flipped = torch.from_numpy(images.numpy()[..., ::-1].copy())
+    torch.testing.assert_close(logits[:, 1], ensemble.logits(flipped), rtol=1e-5, atol=1e-5)
     assert (logits[:, 0] - logits[:, 1]).abs().max() > 1e-4, "the two views ought to differ"
 
 
-def test_only_what_decides_the_logits_makes_another_file(contents, images, monkeypatch, tmp_path):
+def test_only_what_determines_the_logits_or_their_time_makes_another_file(contents, images, monkeypatch, tmp_path):
     first = member_logits(contents, images, CPU)
     forbid_building(monkeypatch)
-    assert torch.equal(member_logits(contents[::-1], images, CPU, batch_size=3), first.flip(0))
+    assert torch.equal(member_logits(contents[::-1], images, CPU), first.flip(0))
     other = images.clone()
     other[3, 0, 0, 0] += 1
-    for asked in (
+    for arguments in (
         {"images": other},
         {"images": images[:10]},
-        {"images": images, "mirrored": True},
+        {"images": images, "flip": True},
         {"images": images, "precision": "bfloat16"},
+        {"images": images, "batch_size": 3},
     ):
         with pytest.raises(AssertionError, match="is built"):
-            member_logits(contents, device=CPU, **asked)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", "0.4")
-        with pytest.raises(AssertionError, match="is built"):
-            member_logits(contents, images, CPU)
+            member_logits(contents, device=CPU, **arguments)
+    for name, value in (("__version__", "0.4"), ("get_num_threads", lambda: 77)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, name, value)
+            with pytest.raises(AssertionError, match="is built"):
+                member_logits(contents, images, CPU)
     shutil.copytree(Path(models.__file__).parent, tmp_path / "models")
     with (tmp_path / "models" / "mobilenetv2.py").open("a") as file:
         file.write("\n# edited\n")
@@ -97,16 +99,29 @@ def test_only_what_decides_the_logits_makes_another_file(contents, images, monke
         member_logits([contents[0], (path, checkpoint.read(path))], images, CPU)
 
 
-def test_without_the_cache_nothing_is_kept_and_its_entry_is_removed(contents, images):
+@pytest.mark.parametrize(("batch_size", "warm_up"), [(None, 5), (2, 2)])
+def test_the_warm_up_is_one_small_batch(contents, images, monkeypatch, batch_size, warm_up):
+    calls, predict = [], logits_cache.predict
+    monkeypatch.setattr(logits_cache, "WARM_UP_IMAGES", 5)
+    monkeypatch.setattr(
+        logits_cache,
+        "predict",
+        lambda network, batch, *rest, **more: calls.append(len(batch)) or predict(network, batch, *rest, **more),
+    )
+    member_logits(contents[:1], images, CPU, batch_size=batch_size)
+    assert calls == [warm_up, 11]
+
+
+def test_without_the_cache_nothing_is_stored_and_its_entry_is_removed(contents, images):
     member_logits(contents, images, CPU, cached=False)
     assert not (contents[0][0].parent / logits_cache.CACHE).exists()
     member_logits(contents, images, CPU)
-    assert len(kept(contents)) == 2
+    assert len(stored(contents)) == 2
     member_logits(contents, images, CPU, cached=False)
-    assert kept(contents) == []
+    assert stored(contents) == []
 
 
-def test_a_checkpoint_that_is_replaced_meanwhile_keeps_its_own_logits(contents, images):
+def test_a_checkpoint_that_is_replaced_meanwhile_keeps_its_logits(contents, images):
     old = member_logits(contents, images, CPU, cached=False)
     path = changed(contents[0][0], lambda content: content["model"]["classifier.bias"].add_(1))
     assert torch.equal(member_logits(contents, images, CPU), old)
@@ -130,9 +145,9 @@ def npz(logits):
     ],
     ids=["cut", "one byte", "another shape", "not finite"],
 )
-def test_damaged_logits_are_made_anew(contents, images, capsys, damage):
+def test_damaged_logits_are_computed_again(contents, images, capsys, damage):
     first = member_logits(contents, images, CPU)
-    path = kept(contents)[0]
+    path = stored(contents)[0]
     path.write_bytes(damage(path.read_bytes()))
     assert torch.equal(member_logits(contents, images, CPU), first)
     assert f"{path} is damaged" in capsys.readouterr().err
@@ -151,7 +166,7 @@ def test_a_place_that_cannot_be_written_is_only_noted(contents, images, capsys, 
     assert "warning: no room" in capsys.readouterr().err
 
 
-def test_logits_that_are_not_finite_are_refused_and_not_kept(contents, images):
+def test_logits_that_are_not_finite_are_refused_and_not_stored(contents, images):
     path, content = contents[0]
     overflow(content)
     with pytest.raises(UserError, match=r"tiny0\.pt: its predictions are not finite"):

@@ -65,9 +65,9 @@ def test_members_and_ensemble_equal_numpy(folder, tested):
     _, result = tested
     test = digits()
     probs = softmax(numpy_logits(folder, test.images))
-    for row, own in zip([*result["members"], result["ensemble"]], [*probs, probs.mean(0)], strict=True):
-        assert row["loss"] == loss(own, test.labels)
-        assert row["accuracy"] == pytest.approx((own.argmax(1) == test.labels).mean(), abs=1e-6)
+    for row, expected in zip([*result["members"], result["ensemble"]], [*probs, probs.mean(0)], strict=True):
+        assert row["loss"] == loss(expected, test.labels)
+        assert row["accuracy"] == pytest.approx((expected.argmax(1) == test.labels).mean(), abs=1e-6)
     for row in result["members"]:
         last = checkpoint.read(folder / row["checkpoint"])["history"][-1]
         assert (row["loss"], row["accuracy"]) == (pytest.approx(last["test_loss"], abs=1e-6), last["test_accuracy"])
@@ -116,7 +116,7 @@ def test_in_bfloat16_it_is_another_computation_and_nearly_the_same_result(folder
     assert 0 < abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) < 0.05
 
 
-def test_mirror_images_equal_doing_it_by_hand(folder, tested):
+def test_flipped_images_equal_doing_it_by_hand(folder, tested):
     done, result = analysed(folder, "--tta", "flip")
     assert "with --tta flip" in done.stdout
     assert "ensemble (softmax averaged, --tta flip)" in done.stdout
@@ -125,12 +125,12 @@ def test_mirror_images_equal_doing_it_by_hand(folder, tested):
     test = digits()
     views = [softmax(numpy_logits(folder, images)) for images in (test.images, test.images[..., ::-1].copy())]
     probs = np.mean(views, 0)
-    for row, own in zip([*result["members"], result["ensemble"]], [*probs, probs.mean(0)], strict=True):
-        assert row["loss"] == loss(own, test.labels)
-    assert abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) > 1e-5, "mirror images ought to differ"
+    for row, expected in zip([*result["members"], result["ensemble"]], [*probs, probs.mean(0)], strict=True):
+        assert row["loss"] == loss(expected, test.labels)
+    assert abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) > 1e-5, "flipped images ought to differ"
 
 
-def test_a_second_analysis_builds_no_network_and_says_the_same(folder, tested, monkeypatch):
+def test_a_second_analysis_computes_no_logits_and_gives_the_same(folder, tested, monkeypatch):
     forbid_building(monkeypatch)
     done, result = analysed(folder)
     assert result == tested[1]
@@ -166,7 +166,7 @@ def test_subsets_and_the_cascade_are_those_of_the_module(folder, tested):
             probs = members.load(paths, cascade=row["threshold"])(torch.from_numpy(test.images)).numpy()
         assert row["loss"] == loss(probs, test.labels)
         assert row["accuracy"] == pytest.approx((probs.argmax(1) == test.labels).mean(), abs=1e-6)
-    assert f"cascade at 0.9 (the default): {100 * row['accuracy']:.2f} %" in printed
+    assert f"cascade at 0.9 (default): {100 * row['accuracy']:.2f} %" in printed
     assert len(result["doubtful_labels"]) == 50
 
 
@@ -174,11 +174,11 @@ def test_validation_images_choose_the_threshold_of_the_cascade(folder, held_out)
     done, result = analysed(folder, *held_out)
     value = result["cascade_threshold"]["value"]
     assert result["cascade_threshold"] == {"value": value, "chosen_by": "validation", "num_images": 100}
-    assert f"cascade at {value:g} (chosen by 100 validation images)" in done.stdout
+    assert f"cascade at {value:g} (chosen on 100 validation images)" in done.stdout
     assert analysed(folder, *held_out, "--temperature", "fit")[1]["cascade"] == []
 
 
-def test_seeds_of_one_network_with_a_temperature_fitted_on_the_validation_images_alone(folder, held_out):
+def test_seeds_of_one_network_with_a_temperature_fitted_on_the_validation_images_only(folder, held_out):
     done, result = analysed(folder, *held_out, "--temperature", "fit")
     temperature = result["temperature"]
     assert temperature["fitted_on"] == 100
@@ -234,14 +234,14 @@ def test_data_flag_tests_on_other_images(folder, tmp_path):
     assert (result["data"], result["num_images"]) == (str(tmp_path), 40), "whatever subset the members had"
 
 
-def test_one_member_alone_unfinished_and_trained_without_mirror_images(folder, tmp_path):
+def test_one_member_unfinished_and_trained_without_flips(folder, tmp_path):
     def change(content):
         content["finished"], content["training"]["epoch"], content["recipe"]["flip"] = False, 1, 0.0
 
     half = changed(folder / "checkpoints" / "resnext.pt", change, tmp_path / "half.pt")
     done, result = analysed(folder, half, "--tta", "flip")
     assert "half.pt is not finished, 1 of 2 epochs" in done.stderr
-    assert "half.pt mirrored images, and it was trained without (--flip 0)" in done.stderr
+    assert f"warning: --tta flip: {half} was trained without flips (--flip 0)" in done.stderr
     assert result["ensemble"]["loss"] == pytest.approx(result["members"][0]["loss"], abs=1e-12)
 
 
@@ -269,17 +269,17 @@ def test_missing_checkpoint_names_its_script(folder, tmp_path):
     ],
 )
 def test_members_of_other_data_are_refused(folder, tmp_path, change, words):
-    first, own = (folder / "checkpoints" / f"{name}.pt" for name in ("densenet", "resnext"))
-    other = changed(own, lambda content: change(content["data"]), tmp_path / "other.pt")
+    first, second = (folder / "checkpoints" / f"{name}.pt" for name in ("densenet", "resnext"))
+    other = changed(second, lambda content: change(content["data"]), tmp_path / "other.pt")
     error = refused(folder, first, other)
     assert words.format(first, other) in error
     assert str(other) in error
 
 
 def test_members_of_other_training_images_go_together(folder, tmp_path):
-    first, own = (folder / "checkpoints" / f"{name}.pt" for name in ("densenet", "resnext"))
+    first, second = (folder / "checkpoints" / f"{name}.pt" for name in ("densenet", "resnext"))
     change = {"val_size": 20, "train_size": 30}
-    other = changed(own, lambda content: content["data"]["split"].update(change), tmp_path / "other.pt")
+    other = changed(second, lambda content: content["data"]["split"].update(change), tmp_path / "other.pt")
     assert run(folder, main_ens, first, other, "--plot-dir", tmp_path).returncode == 0
     assert f"--val-size: 20 in {other}, 0 in {first}" in refused(folder, other, first, "--temperature", "fit")
 
@@ -302,7 +302,10 @@ def test_the_checkpoints_of_a_folder_and_those_that_are_there(folder, tmp_path):
     [
         (lambda content: content["data"].update(digest="0" * 32), "digits no longer holds the images that {} was"),
         (lambda content: content["data"].update(classes=["a"]), "--data digits has the classes 0, 1, 2, 3, "),
-        (lambda content: content["data"].update(source="photos"), "{} was trained on it, as seen from there; give -"),
+        (
+            lambda content: content["data"].update(source="photos"),
+            "{} was trained on this path, relative to the working folder of that run; give the",
+        ),
         (lambda content: content["model"]["classifier.weight"].fill_(math.nan), "{}: its predictions are not finite"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every figure of predicted probabilities against the same worked out in numpy, some against torchmetrics too."""
+"""Every metric of predicted probabilities against the same computed in numpy, some against torchmetrics too."""
 
 import math
 
@@ -27,12 +27,12 @@ def labels():
 
 def test_loss_accuracy_and_brier_score_equal_numpy(logits, labels):
     probs = softmax(logits[0])
-    own, targets = torch.from_numpy(probs), torch.from_numpy(labels)
+    tensor, targets = torch.from_numpy(probs), torch.from_numpy(labels)
     loss, correct = -np.log(probs[np.arange(500), labels]), probs.argmax(1) == labels
     brier = ((probs - np.eye(7)[labels]) ** 2).sum(1)
-    np.testing.assert_allclose(metrics.per_image(own, targets), np.stack([loss, correct, brier], 1), atol=1e-12)
+    np.testing.assert_allclose(metrics.per_image(tensor, targets), np.stack([loss, correct, brier], 1), atol=1e-12)
     assert metrics.accuracy(torch.from_numpy(logits[0]), targets) == correct.mean()
-    assert metrics.negative_log_likelihood(own, targets) == pytest.approx(loss.mean(), abs=1e-12)
+    assert metrics.negative_log_likelihood(tensor, targets) == pytest.approx(loss.mean(), abs=1e-12)
 
 
 def test_a_probability_of_zero_is_a_large_loss_not_an_infinite_one():
@@ -41,20 +41,21 @@ def test_a_probability_of_zero_is_a_large_loss_not_an_infinite_one():
 
 
 def test_both_averages_equal_numpy(logits):
-    own, mean = torch.from_numpy(logits), softmax(logits).mean(0)
-    np.testing.assert_allclose(average_probs(own), mean, atol=1e-12)
-    np.testing.assert_allclose(average_probs(own, "logits"), softmax(logits.mean(0)), atol=1e-12)
+    tensor, mean = torch.from_numpy(logits), softmax(logits).mean(0)
+    np.testing.assert_allclose(average_probs(tensor), mean, atol=1e-12)
+    np.testing.assert_allclose(average_probs(tensor, "logits"), softmax(logits.mean(0)), atol=1e-12)
     assert not np.allclose(softmax(logits.mean(0)), mean, atol=1e-2), "the two averages ought to differ"
     with pytest.raises(ValueError, match="'median'"):
-        average_probs(own, "median")
+        average_probs(tensor, "median")
 
 
 @pytest.mark.parametrize("bins", [10, 15])
-def test_calibration_equals_a_loop_in_numpy(logits, labels, bins):
+def test_calibration_equals_a_loop_in_numpy(monkeypatch, logits, labels, bins):
+    monkeypatch.setattr(metrics, "BINS", bins)
     probs = softmax(logits[0])
     confidence, hits = probs.max(1), probs.argmax(1) == labels
-    own, targets = torch.from_numpy(probs), torch.from_numpy(labels)
-    counts, mean_confidence, accuracies = metrics.reliability(own, targets, bins)
+    tensor, targets = torch.from_numpy(probs), torch.from_numpy(labels)
+    counts, mean_confidence, accuracies = metrics.reliability(tensor, targets)
     error = 0
     for number in range(bins):
         inside = (confidence > number / bins) & (confidence <= (number + 1) / bins)
@@ -65,22 +66,23 @@ def test_calibration_equals_a_loop_in_numpy(logits, labels, bins):
             error += inside.sum() / 500 * abs(hits[inside].mean() - confidence[inside].mean())
         else:
             assert mean_confidence[number] == accuracies[number] == 0
-    assert metrics.calibration_error(own, targets, bins) == pytest.approx(error, abs=1e-12)
+    assert metrics.calibration_error(tensor, targets) == pytest.approx(error, abs=1e-12)
 
 
 def test_calibration_error_equals_torchmetrics(logits, labels):
     torchmetrics = pytest.importorskip("torchmetrics")
-    theirs = torchmetrics.classification.MulticlassCalibrationError(num_classes=7, n_bins=15, norm="l1")
-    for own in logits:
-        probs, targets = torch.from_numpy(softmax(own)), torch.from_numpy(labels)
+    reference = torchmetrics.classification.MulticlassCalibrationError(num_classes=7, n_bins=15, norm="l1")
+    for each in logits:
+        probs, targets = torch.from_numpy(softmax(each)), torch.from_numpy(labels)
         edges = np.arange(16)[:, None] / 15
         assert np.abs(probs.max(1).values.numpy() - edges).min() > 1e-6, "on an edge, rounding decides the bin"
-        assert metrics.calibration_error(probs, targets) == pytest.approx(theirs(probs, targets).item(), abs=1e-6)
+        assert metrics.calibration_error(probs, targets) == pytest.approx(reference(probs, targets).item(), abs=1e-6)
 
 
-def test_a_bin_holds_its_upper_edge():
+def test_a_bin_holds_its_upper_edge(monkeypatch):
+    monkeypatch.setattr(metrics, "BINS", 4)
     probs = torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]])
-    counts, _, _ = metrics.reliability(probs, torch.zeros(3, dtype=torch.long), bins=4)
+    counts, _, _ = metrics.reliability(probs, torch.zeros(3, dtype=torch.long))
     assert counts.tolist() == [0, 1, 1, 1]
 
 
@@ -95,18 +97,21 @@ def test_disagreement_equals_numpy(logits):
 def test_confusions_are_the_most_frequent_mistakes_in_order():
     labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
     probs = torch.eye(3)[[1, 1, 0, 2, 1, 0, 0, 0, 2]]
-    assert metrics.confusions(probs, labels, 2) == [(2, 0, 3), (0, 1, 2)]
-    assert metrics.confusions(probs, labels, 10) == [(2, 0, 3), (0, 1, 2), (1, 2, 1)]
-    assert metrics.confusions(torch.eye(3)[labels], labels, 10) == []
+    matrix = metrics.confusion_matrix(probs, labels)
+    assert matrix.tolist() == [[1, 2, 0], [0, 1, 1], [3, 0, 1]]
+    assert metrics.confusions(matrix, 2) == [(2, 0, 3), (0, 1, 2)]
+    assert metrics.confusions(matrix, 10) == [(2, 0, 3), (0, 1, 2), (1, 2, 1)]
+    assert metrics.confusions(matrix.diag().diag(), 10) == []
 
 
 @pytest.mark.parametrize("at_once", [1, 35, 10_000])
 def test_bootstrap_equals_a_loop(monkeypatch, at_once):
     values = np.random.default_rng(5).normal(size=(7, 3))
     monkeypatch.setattr(metrics, "RESAMPLED_AT_ONCE", at_once)
-    rng = np.random.default_rng(3)
+    monkeypatch.setattr(metrics, "RESAMPLES", 40)
+    rng = np.random.default_rng(0)
     expected = [values[rng.integers(0, 7, 7)].mean(0) for _ in range(40)]
-    np.testing.assert_allclose(metrics.bootstrap(values, 40, seed=3), expected, atol=1e-12)
+    np.testing.assert_allclose(metrics.bootstrap(values), expected, atol=1e-12)
 
 
 def test_an_interval_is_as_wide_as_the_normal_distribution_has_it():

@@ -3,7 +3,6 @@
 import itertools
 import math
 import struct
-import sys
 from pathlib import Path
 
 from common.errors import UserError
@@ -12,15 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from plotting.ensemble import (
-    confusion_matrix,
-    plot_ensemble,
-    plot_mistakes,
-    plot_reliability,
-    running_accuracy,
-    running_loss,
-)
-from plotting.style import GREEN
+from plotting.ensemble import plot_ensemble, plot_mistakes, plot_reliability
+from plotting.style import GREEN, line_style
 from plotting.training import plot_training
 from training.history import read_csv, write_csv
 
@@ -61,21 +53,30 @@ def make_history(epochs: int, *, val: bool = False) -> list[dict]:
     return history
 
 
-def make_ensemble(members: int, classes: int, images: int = 300) -> dict:
-    """Members that are right more often than not, and the mean of their probabilities."""
+def make_probs(members: int, classes: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (M, N, C) of members that are right more often than not, and the labels."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, images)
     logits = rng.normal(size=(members, images, classes))
     logits[:, np.arange(images), labels] += 3
-    probs = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+    return np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True), labels
+
+
+def make_ensemble(members: int, classes: int, images: int = 300) -> dict:
+    """What a picture of an ensemble needs of its members and of the mean of their probabilities."""
+    probs, labels = make_probs(members, classes, images)
 
     def row(name: str, probs: np.ndarray) -> dict:
-        loss, accuracy = -np.log(probs[np.arange(images), labels]).mean(), (probs.argmax(axis=1) == labels).mean()
+        per_image = {"loss": -np.log(probs[np.arange(images), labels]), "accuracy": probs.argmax(axis=1) == labels}
+        loss, accuracy = per_image["loss"].mean(), per_image["accuracy"].mean()
         intervals = {"loss": [0.8 * loss, 1.2 * loss], "accuracy": [0.9 * accuracy, 1.05 * accuracy]}
-        return {"name": name, "loss": loss, "accuracy": accuracy, "intervals": intervals, "probs": probs}
+        return {"name": name, "loss": loss, "accuracy": accuracy, "intervals": intervals, "per_image": per_image}
 
-    rows = [row(f"member {index}", member.astype(np.float32)) for index, member in enumerate(probs)]
-    return {"members": rows, "ensemble": row("ensemble", probs.mean(axis=0)), "labels": labels}
+    ensemble = probs.mean(axis=0)
+    matrix = np.zeros((classes, classes), dtype=int)
+    np.add.at(matrix, (labels, ensemble.argmax(axis=1)), 1)
+    rows = [row(f"member {index}", member) for index, member in enumerate(probs)]
+    return {"rows": [*rows, row("ensemble", ensemble)], "confusion_matrix": matrix}
 
 
 def make_bins(names: list[str]) -> list[dict]:
@@ -86,15 +87,15 @@ def make_bins(names: list[str]) -> list[dict]:
 
 
 def make_mistakes(members: int, classes: int, images: int = 300) -> dict:
-    """Some of the images, at least, have labels that no member knows of."""
-    result = make_ensemble(members, classes, images)
-    result["labels"][::9] = (result["labels"][::9] + 1) % classes
+    """At least some of the images have labels that no member predicts."""
+    probs, labels = make_probs(members, classes, images)
+    labels[::9] = (labels[::9] + 1) % classes
     return {
         "images": np.random.default_rng(1).integers(0, 256, (images, 3, 8, 8), np.uint8),
-        "labels": result["labels"],
-        "members": np.stack([row["probs"] for row in result["members"]]),
-        "ensemble": result["ensemble"]["probs"],
-        "names": [row["name"] for row in result["members"]],
+        "labels": labels,
+        "members": probs,
+        "ensemble": probs.mean(axis=0),
+        "names": [f"member {index}" for index in range(members)],
     }
 
 
@@ -275,7 +276,7 @@ def test_pictures_of_any_number_of_members_and_classes_of_any_name(tmp_path, cap
 
 def test_pictures_of_one_image_and_of_no_mistake(tmp_path):
     result = make_ensemble(1, 2, images=1)
-    for row in (*result["members"], result["ensemble"]):
+    for row in result["rows"]:
         row["intervals"] = {name: [row[name]] * 2 for name in ("loss", "accuracy")}  # without any width
     plot_ensemble(tmp_path / "ensemble.png", **result, classes="ab", title="one image")
     mistakes = make_mistakes(1, 2)
@@ -291,30 +292,34 @@ def test_ensemble_picture_names_what_it_shows():
     accuracy, loss, accuracy_lines, loss_lines, matrix = figure.findobj(Axes)
     assert accuracy.get_title() == "test accuracy (%)"
     assert loss.get_title() == "test loss (nats)"
-    rows = [*result["members"], result["ensemble"]]
+    rows = result["rows"]
     assert [label.get_text() for label in accuracy.get_yticklabels()] == [row["name"] for row in rows]
     assert [text.get_text() for text in accuracy.texts] == [f"{100 * row['accuracy']:.2f}" for row in rows]
     assert [text.get_text() for text in loss.texts] == [f"{row['loss']:.4f}" for row in rows]
     assert [text.get_fontweight() for text in loss.texts] == ["normal"] * 3 + ["bold"]
     broad = [list(line.get_xdata()) for line in loss.lines if line.get_linewidth() == 5]
     assert broad == [row["intervals"]["loss"] for row in rows]
-    for axes, key, scale in ((accuracy_lines, "accuracy", 100), (loss_lines, "loss", 1)):
+    for axes, metric, scale in ((accuracy_lines, "accuracy", 100), (loss_lines, "loss", 1)):
         assert axes.get_xlabel() == "test images seen, shuffled"
-        ends = [line.get_ydata()[-1] for line in axes.lines]
-        assert ends == pytest.approx([scale * row[key] for row in rows], rel=1e-5)
+        for line, row in zip(axes.lines, rows, strict=True):
+            means = [scale * row["per_image"][metric][:seen].mean() for seen in range(1, 301)]
+            assert list(line.get_ydata()) == pytest.approx(means)
     assert [label.get_text() for label in matrix.get_yticklabels()] == list(CIFAR10)
     assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("predicted class", "true class")
-    assert np.asarray(matrix.images[0].get_array()).sum(axis=1) == pytest.approx(100)
+    percent, counts = np.asarray(matrix.images[0].get_array()), result["confusion_matrix"]
+    assert percent == pytest.approx(100 * counts / counts.sum(axis=1, keepdims=True))
 
 
 def test_many_members_stay_apart():
     lines = draw_ensemble(**make_ensemble(12, 3), classes="abc", title="twelve").findobj(Axes)[2].lines
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 13
+    assert len({tuple(line_style(number).values()) for number in range(24)}) == 24
 
 
 def test_many_classes_name_the_worst_confusion():
     result = make_ensemble(1, 100)
-    result["ensemble"]["probs"] = np.eye(100)[np.where(result["labels"] == 7, 60, result["labels"])]
+    result["confusion_matrix"] = 3 * np.eye(100, dtype=int)
+    result["confusion_matrix"][7, [7, 60]] = 0, 3
     figure = draw_ensemble(**result, classes=[f"kind {index}" for index in range(100)], title="many")
     assert any("kind 7 → kind 60  100.0 %" in text for text in all_texts(figure))
 
@@ -346,11 +351,11 @@ def test_mistakes_picture_names_what_it_shows(members):
     labels, ensemble = result["labels"], result["ensemble"]
     predicted, confidence = ensemble.argmax(axis=1), ensemble.max(axis=1)
     wrong = np.flatnonzero(predicted != labels)
-    surest = sorted(wrong, key=lambda image: -confidence[image])[:16]
-    assert len(figure.axes) == len(surest) == 16
-    for axes, image in zip(figure.axes, surest, strict=True):
-        said = f"{CIFAR10[labels[image]]} → {CIFAR10[predicted[image]]}, {100 * confidence[image]:.1f} %"
-        assert axes.get_title(loc="left") == said
+    worst = sorted(wrong, key=lambda image: ensemble[image, labels[image]])[:16]
+    assert len(figure.axes) == len(worst) == 16
+    for axes, image in zip(figure.axes, worst, strict=True):
+        title = f"{CIFAR10[labels[image]]} → {CIFAR10[predicted[image]]}, {100 * confidence[image]:.1f} %"
+        assert axes.get_title(loc="left") == title
         assert np.array_equal(axes.images[0].get_array(), result["images"][image].transpose(1, 2, 0))
         assert axes.images[0].get_interpolation() == "nearest"
         answers = axes.texts[1::2] if members == 3 else axes.texts
@@ -361,24 +366,3 @@ def test_mistakes_picture_names_what_it_shows(members):
     assert f"{len(wrong):,} mistakes" in texts
     for name in result["names"]:
         assert name in texts
-
-
-# --- the numbers in the picture
-
-
-def test_running_figures_against_a_loop():
-    result = make_ensemble(1, 5, images=40)
-    probs, labels = result["members"][0]["probs"], result["labels"]
-    assert running_accuracy(probs, labels)[-1] == result["members"][0]["accuracy"]
-    probs[7, labels[7]] = 0  # which counts as the smallest number above it, as in metrics.per_image
-    accuracy, loss = running_accuracy(probs, labels), running_loss(probs, labels)
-    for seen in range(1, 41):
-        right = [probs[image].argmax() == labels[image] for image in range(seen)]
-        surprise = [-math.log(max(float(probs[image, labels[image]]), sys.float_info.min)) for image in range(seen)]
-        assert accuracy[seen - 1] == pytest.approx(sum(right) / seen)
-        assert loss[seen - 1] == pytest.approx(sum(surprise) / seen)
-
-
-def test_confusion_matrix_has_a_row_for_each_true_class():
-    probs = np.eye(3)[[0, 1, 1, 2]]
-    assert confusion_matrix(probs, np.array([0, 0, 0, 1])).tolist() == [[1, 2, 0], [0, 0, 1], [0, 0, 0]]

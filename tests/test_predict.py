@@ -43,8 +43,8 @@ def run(folder, *flags, **options):
     return command_line.run(folder, predict, *flags, **options)
 
 
-def told(folder, *flags, status=0):
-    """The objects of --json, and what was said on stderr."""
+def json_of(folder, *flags, status=0):
+    """The objects of --json, and the text on stderr."""
     done = run(folder, *flags, "--json", "-", "--device", "cpu")
     assert done.returncode == status, done.stderr
     return json.loads(done.stdout), done.stderr
@@ -63,7 +63,7 @@ def pixels(count=8):
 
 
 def test_predictions_are_the_average_in_numpy(folder):
-    rows, err = told(folder, "photos", "--top", 3)
+    rows, err = json_of(folder, "photos", "--top", 3)
     assert [row["image"] for row in rows] == [str(Path("photos", f"{number}.png")) for number in range(7)] + [
         str(Path("photos", "more", "7.png"))
     ]
@@ -73,20 +73,22 @@ def test_predictions_are_the_average_in_numpy(folder):
         assert [vote["class"] for vote in row["top"]] == [CLASSES[label] for label in np.argsort(-mean)]
         assert [vote["prob"] for vote in row["top"]] == pytest.approx(np.sort(mean)[::-1], abs=1e-6)
         assert list(row["members"]) == list(MEMBERS)
-        for own, vote in zip(probs[:, number], row["members"].values(), strict=True):
-            assert vote == {"class": CLASSES[own.argmax()], "prob": pytest.approx(own.max(), abs=1e-6)}
+        for expected, vote in zip(probs[:, number], row["members"].values(), strict=True):
+            assert vote == {"class": CLASSES[expected.argmax()], "prob": pytest.approx(expected.max(), abs=1e-6)}
     assert err.splitlines()[-1] == "8 images, 0 skipped"
 
 
 def test_flags_between_the_images_choose_members_average_and_temperature(folder):
     flags = ["--average", "logits", "--temperature", "2", "--top", "1"]
     checkpoints = ["--checkpoints", "checkpoints/resnext.pt", "checkpoints/densenet.pt"]
-    rows, _ = told(folder, "photos/1.png", *flags, "photos/0.png", *checkpoints)
+    rows, _ = json_of(folder, "photos/1.png", *flags, "photos/0.png", *checkpoints)
     powers = np.exp(np.log(numpy_probs(folder, pixels(2), ("resnext", "densenet"))).mean(0) / 2)
-    for row, name, own in zip(rows, ("1.png", "0.png"), powers[::-1], strict=True):
+    for row, name, expected in zip(rows, ("1.png", "0.png"), powers[::-1], strict=True):
         assert Path(row["image"]).name == name
         assert list(row["members"]) == ["resnext", "densenet"]
-        assert row["top"] == [{"class": CLASSES[own.argmax()], "prob": pytest.approx(own.max() / own.sum(), abs=1e-6)}]
+        assert row["top"] == [
+            {"class": CLASSES[expected.argmax()], "prob": pytest.approx(expected.max() / expected.sum(), abs=1e-6)}
+        ]
 
 
 def test_the_networks_see_what_they_would_see_in_training(folder, monkeypatch):
@@ -111,7 +113,7 @@ def test_the_networks_see_what_they_would_see_in_training(folder, monkeypatch):
     monkeypatch.setattr(
         predict, "member_logits", lambda net, images, precision: seen.append(images) or logits(net, images, precision)
     )
-    rows, _ = told(folder, made / "train", "--batch-size", 3)
+    rows, _ = json_of(folder, made / "train", "--batch-size", 3)
     assert len(rows) == 8
     assert np.array_equal(np.concatenate(seen), expected.images)
 
@@ -121,7 +123,7 @@ def test_broken_images_are_reported_and_skipped_in_batches_of_any_size(folder):
     (photos / "1.png").write_bytes((photos / "1.png").read_bytes()[:-40])
     (photos / "3.png").write_bytes(b"just some text")
     (photos / "gone.png").symlink_to("nowhere.png")
-    rows, err = told(folder, "photos", "--batch-size", 3, status=1)
+    rows, err = json_of(folder, "photos", "--batch-size", 3, status=1)
     assert len(rows) == 9
     broken = {Path(row["image"]).name: row["error"] for row in rows if "error" in row}
     assert list(broken) == ["1.png", "3.png", "gone.png"]
@@ -133,7 +135,7 @@ def test_broken_images_are_reported_and_skipped_in_batches_of_any_size(folder):
     # The others are none the worse for it.
     for name in broken:
         (photos / name).unlink()
-    whole, _ = told(folder, "photos")
+    whole, _ = json_of(folder, "photos")
     for row, other in zip(whole, (row for row in rows if "top" in row), strict=True):
         assert row["image"] == other["image"]
         for vote, same in zip(row["top"], other["top"], strict=True):
@@ -149,7 +151,7 @@ def test_broken_images_are_reported_and_skipped_in_batches_of_any_size(folder):
 def test_a_pipe_among_the_images_is_not_waited_for(folder):
     pipe = folder / "photos" / "pipe.png"
     os.mkfifo(pipe)
-    rows, _ = told(folder, "photos", status=1)
+    rows, _ = json_of(folder, "photos", status=1)
     assert [row["image"] for row in rows if "error" in row] == [str(Path("photos", "pipe.png"))]
     error = refused(folder, "photos/0.png", "--csv", pipe)
     assert "pipe.png: the predictions could not be written (it is not a regular file)" in error
@@ -163,8 +165,8 @@ def test_what_is_no_image_by_its_name_is_passed_over_in_folders_unless_it_is_nam
     picture(0).save(photos / "8", "png")
     (photos / "more" / "notes.TXT").write_text("no image")
     assert run(folder, "photos", "--csv", "photos/out.csv").returncode == 0
-    assert sorted(Path(row["image"]).name for row in told(folder, "photos")[0]) == [f"{n}.png" for n in range(8)]
-    rows, _ = told(folder, "photos/.hidden/1.png", "photos/8", "photos/more")
+    assert sorted(Path(row["image"]).name for row in json_of(folder, "photos")[0]) == [f"{n}.png" for n in range(8)]
+    rows, _ = json_of(folder, "photos/.hidden/1.png", "photos/8", "photos/more")
     assert [Path(row["image"]).name for row in rows] == ["1.png", "8", "7.png"]
     assert "out.csv: not an image" in run(folder, "photos/out.csv").stderr
 
@@ -177,13 +179,13 @@ def test_names_that_are_no_text_steer_no_terminal(folder):
     done = run(folder, *names, "--csv", "out.csv")
     assert done.returncode == 0, done.stderr
     assert [line.split("  ")[0] for line in done.stdout.splitlines()] == ["two\\nlines \\x1b[31mred.png", "\\udcff.png"]
-    assert [row["image"] for row in told(folder, *names)[0]] == names
+    assert [row["image"] for row in json_of(folder, *names)[0]] == names
     table = list(csv.reader(io.StringIO((folder / "out.csv").read_text("utf-8"))))
     assert [row[0] for row in table[1:]] == [names[0], "\\udcff.png"]
 
 
-def test_verbose_shows_every_vote(folder):
-    rows, _ = told(folder, "photos/0.png")
+def test_verbose_shows_each_members_class(folder):
+    rows, _ = json_of(folder, "photos/0.png")
     done = run(folder, "photos/0.png", "--verbose", "--top", 1)
     lines = done.stdout.splitlines()
     assert len(lines) == 4
@@ -244,7 +246,7 @@ def test_more_than_a_batch_keeps_its_order(folder):
     """More images than a thread's task has, and more than a batch."""
     for number in range(50):
         picture(number).save(folder / "photos" / f"many{number:02}.png")
-    rows, _ = told(folder, "photos", "--batch-size", 20)
+    rows, _ = json_of(folder, "photos", "--batch-size", 20)
     many = [row for row in rows if "many" in row["image"]]
     assert [Path(row["image"]).name for row in many] == [f"many{number:02}.png" for number in range(50)]
     probs = numpy_probs(folder, pixels(50)).mean(0)
@@ -254,7 +256,7 @@ def test_more_than_a_batch_keeps_its_order(folder):
 
 def test_in_bfloat16_the_probabilities_are_nearly_the_same(folder):
     exact, rounded = (
-        [vote["prob"] for row in told(folder, "photos", "--precision", precision)[0] for vote in row["top"]]
+        [vote["prob"] for row in json_of(folder, "photos", "--precision", precision)[0] for vote in row["top"]]
         for precision in ("float32", "bfloat16")
     )
     assert exact != rounded
@@ -265,7 +267,7 @@ def test_in_bfloat16_the_probabilities_are_nearly_the_same(folder):
     ("flags", "words"),
     [
         (["photos", "--top", "0"], "--top is 0; it must be 1 or more"),
-        (["photos", "--top", "4"], "--top is 4; these networks know 3 classes, so it must be 1 to 3"),
+        (["photos", "--top", "4"], "--top is 4; the networks have 3 classes, so it must be 1 to 3"),
         (["photos", "--batch-size", "0"], "--batch-size is 0"),
         (["photos", "--temperature", "0"], "--temperature is 0"),
         (["photos", "--json", "-", "--csv", "-"], "--json and --csv both name -"),

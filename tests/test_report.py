@@ -9,6 +9,7 @@ from evaluation import metrics, report
 from models.ensemble import AVERAGES, average_probs
 
 NAMES = ("a", "b", "c")
+MEMBERS = [{"name": name, "checkpoint": f"{name}.pt"} for name in NAMES]
 CLASSES = tuple("pqrst")
 
 
@@ -42,7 +43,7 @@ def test_a_single_member_has_nothing_to_leave_out():
     logits, labels = make_logits()
     probs = report.average(logits[:1], "softmax")
     torch.testing.assert_close(probs.ensemble, probs.members[0])
-    result = report.report(probs, labels, NAMES[:1], CLASSES)
+    result = report.report(probs, labels, MEMBERS[:1], CLASSES)
     assert (result["leave_one_out"], result["disagreement"]) == ([], [[0.0]])
     assert result["versus_members"][0]["intervals"]["accuracy"] == [0, 0]
 
@@ -67,15 +68,17 @@ def test_the_fit_stays_in_its_range():
 def test_report_against_numpy():
     logits, labels = make_logits()
     probs = report.average(logits, "softmax")
-    result = report.report(probs, labels, NAMES, CLASSES)
+    result = report.report(probs, labels, MEMBERS, CLASSES)
+    assert [(row["name"], row["checkpoint"]) for row in result["members"]] == [(name, f"{name}.pt") for name in NAMES]
+    assert result["temperature"] is None
     everyone = [*zip(result["members"], probs.members, strict=True), (result["ensemble"], probs.ensemble)]
     everyone += zip(result["leave_one_out"], probs.without, strict=True)
-    for row, own in everyone:
-        own, rows = own.numpy(), np.arange(400)
-        assert row["loss"] == pytest.approx(-np.log(own[rows, labels]).mean())
-        assert row["accuracy"] == pytest.approx((own.argmax(1) == labels.numpy()).mean())
-        assert row["brier"] == pytest.approx(((own - np.eye(5)[labels]) ** 2).sum(1).mean())
-        assert row["calibration_error"] == metrics.calibration_error(torch.from_numpy(own), labels)
+    for row, each in everyone:
+        each, rows = each.numpy(), np.arange(400)
+        assert row["loss"] == pytest.approx(-np.log(each[rows, labels]).mean())
+        assert row["accuracy"] == pytest.approx((each.argmax(1) == labels.numpy()).mean())
+        assert row["brier"] == pytest.approx(((each - np.eye(5)[labels]) ** 2).sum(1).mean())
+        assert row["calibration_error"] == metrics.calibration_error(torch.from_numpy(each), labels)
         for name in metrics.PER_IMAGE:
             low, high = row["intervals"][name]
             assert low < row[name] < high
@@ -90,6 +93,23 @@ def test_report_against_numpy():
     first = result["confusions"][0]
     true, predicted = CLASSES.index(first["true"]), CLASSES.index(first["predicted"])
     assert first["images"] == ((labels == true) & (probs.ensemble.argmax(1) == predicted)).sum()
+
+
+def test_the_effect_of_a_temperature():
+    logits, labels = make_logits()
+    plain = report.report(report.average(logits, "softmax"), labels, MEMBERS, CLASSES)
+    result = report.report(report.average(logits, "softmax", 1.5), labels, MEMBERS, CLASSES, fitted_on=50)
+    effect = result["temperature"]
+    assert (effect["value"], effect["fitted_on"]) == (1.5, 50)
+    for name in (*metrics.PER_IMAGE, "calibration_error"):
+        assert effect["before"][name] == plain["ensemble"][name]
+        assert effect["after"][name] == result["ensemble"][name]
+    assert result["members"] == plain["members"]
+    for name in metrics.PER_IMAGE:
+        assert effect["difference"][name] == pytest.approx(effect["after"][name] - effect["before"][name])
+    change = [metrics.per_image(report.average(logits, "softmax", value).ensemble, labels) for value in (1.5, 1.0)]
+    means = metrics.bootstrap((change[0] - change[1]).numpy())
+    assert effect["difference"]["intervals"]["loss"] == pytest.approx(metrics.interval(means[:, 0]))
 
 
 def test_mean_and_standard_deviation_of_the_members_of_one_network():
