@@ -111,6 +111,7 @@ def parse_flags() -> argparse.Namespace:
                 f"--output {options.output}: its ending names no format; expected one of "
                 f"{', '.join(f'.{name}' for name in FORMATS)}, or --format"
             )
+    files.check_output(options.output, tuple(f".{name}" for name in FORMATS))
     members.check_range("--images", options.images, 1, MAX_IMAGES)
     return options
 

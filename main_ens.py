@@ -88,7 +88,8 @@ def main() -> int:
     plot(folder, result, probs, data, device)
     print(text.table(result))
     print(text.comparison(result))
-    print(f"plots and figures: {', '.join(str(folder / name) for name in (*PLOTS, 'ensemble.json'))}")
+    written = PLOTS if len(contents) > 1 else PLOTS[:-1]
+    print(f"plots and numbers: {', '.join(str(folder / name) for name in (*written, 'ensemble.json'))}")
     return 0
 
 
@@ -107,8 +108,6 @@ def parse_flags() -> argparse.Namespace:
     options = parser.parse_args()
     members.check_range("--batch-size", options.batch_size, 1, MAX_IMAGES)
     members.check_range("--test-size", options.test_size, 1, MAX_IMAGES)
-    if options.data_url is not None and not (options.data or "cifar10").lower().startswith("cifar"):
-        raise UserError(f"--data-url is for CIFAR, not for --data {options.data!r}; leave one out")
     if options.temperature == FIT and options.data is not None:
         raise UserError(
             f"--temperature {FIT} needs the validation images of the members' own data, and --data {options.data} "
@@ -155,7 +154,7 @@ def load_first(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) 
     try:
         data = dataset.load(source, image_size=trained["image_size"], data_url=options.data_url, **split)
     except UserError as error:
-        if options.data is not None or Path(source).exists():
+        if options.data is not None or options.data_url is not None or Path(source).exists():
             raise
         raise UserError(
             f"{error}. {path} was trained on this path, relative to the working folder of that run; give the new path "
@@ -201,6 +200,8 @@ def plot(folder: Path, result: dict[str, Any], probs: report.Probs, data: Datase
         classes=data.classes,
         title=title,
     )
+    if len(probs.members) == 1:
+        return
     threshold = result["cascade_threshold"]
     plot_cost(
         folder / "cost.png",

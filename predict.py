@@ -123,9 +123,13 @@ def parse_flags() -> argparse.Namespace:
     options = parser.parse_intermixed_args()
     members.check_range("--batch-size", options.batch_size, 1)
     members.check_range("--top", options.top, 1)
-    # Images may follow --checkpoints.
-    options.images += [str(path) for path in options.checkpoints if not is_checkpoint(path)]
-    options.checkpoints = [path for path in options.checkpoints if is_checkpoint(path)]
+    # Images may follow --checkpoints, and checkpoints stand among the images.
+    given = [*options.images, *map(str, options.checkpoints)]
+    options.images = [path for path in given if not is_checkpoint(Path(path))]
+    options.checkpoints = [Path(path) for path in given if is_checkpoint(Path(path))]
+    for path, ending in ((options.json, ".json"), (options.csv, ".csv")):
+        if path and path != "-":
+            files.check_output(path, (ending,))
     if not options.images:
         raise UserError("no images are given; name image files, or folders of them")
     if options.cascade and (options.average != "softmax" or options.temperature != 1.0):

@@ -57,6 +57,8 @@ def read_all(paths: Sequence[str | Path]) -> Contents:
     Raises UserError if there is none, if one is missing, unusable or given twice, and if one has other classes or
     another image size than the first.
     """
+    if isinstance(paths, str | Path):
+        paths = [paths]
     if not paths:
         raise UserError("an ensemble needs one checkpoint or more; none is given")
     paths = [Path(path) for path in paths]

@@ -69,8 +69,8 @@ def comparison(result: dict[str, Any]) -> str:
         spread = f" ({low} to {high} %)" if low != high else ""
         lines.append(f"two members disagree on {mean} % of the images{spread}")
     if worst := result["confusions"][:3]:
-        named = (f"{row['true']} for {row['predicted']} ({row['images']:,})" for row in worst)
-        lines.append(f"most often mistaken: {', '.join(named)}")
+        named = (f"{row['true']} → {row['predicted']} ({row['images']:,})" for row in worst)
+        lines.append(f"most frequent mistakes, true → predicted: {', '.join(named)}")
     for group in result["by_network"]:
         loss, accuracy = group["loss"], group["accuracy"]
         lines.append(

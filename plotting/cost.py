@@ -67,11 +67,12 @@ def _draw_subsets(axes: Axes, subsets: Sequence[dict], metric: str, scale: float
         if not efficient or best(row[metric], efficient[-1][metric]) != efficient[-1][metric]:
             efficient.append(row)
     axes.plot(
-        [row["milliseconds"] for row in efficient], [scale * row[metric] for row in efficient], color=BLUE, linewidth=1
-    )
+        [row["milliseconds"] for row in efficient], [scale * row[metric] for row in efficient], color=BLUE, linewidth=1,
+        label="better than all cheaper ones",
+    )  # fmt: skip
     names = [row["members"][0] for row in subsets if len(row["members"]) == 1]
     if len(names) <= len(LETTERS):
-        for row, point in zip(subsets[:-1], zip(x, y, strict=True), strict=False):
+        for row, point in zip(subsets, zip(x, y, strict=True), strict=True):
             letters = "".join(LETTERS[names.index(member)] for member in row["members"])
             axes.annotate(letters, point, xytext=(7, 5), textcoords="offset points", fontsize=12)
     axes.margins(y=0.1)

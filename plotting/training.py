@@ -7,7 +7,7 @@ python -m plotting.training plots/*.csv --output runs.png    # the test results 
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import errors
+from common import errors, files
 from common.command_line import Parser
 from common.text import counted, duration
 
@@ -33,7 +33,8 @@ def plot_training(
     """Draw a run: loss, accuracy and learning rate against the epoch.
 
     `history` has a dict for each epoch, at least one, as training/history.py describes it. `averaged` says that the
-    moving average of the weights was tested. `reference` is another run's history, drawn dashed and pale behind, and
+    moving average of the weights was tested. With validation images, the epoch that is kept is marked, and the legend
+    has its results instead of the last epoch's. `reference` is another run's history, drawn dashed and pale behind, and
     `reference_name` its file.
     """
     if not history:
@@ -42,17 +43,21 @@ def plot_training(
     figure.suptitle(f"{short(title, 60)} · {_summary(history)}", fontsize=15)
     loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
 
+    kept = max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))  # the first one of the best
     for axes, quantity, form, scale in ((loss_axes, "loss", "{:.3f}", 1), (accuracy_axes, "accuracy", "{:.2f} %", 100)):
         for split, (name, colour) in SPLITS.items():
             key = f"{split}_{quantity}"
             if key not in history[0]:
                 continue
             tested = f"{name} (EMA)" if averaged and split != "train" else name
-            label = f"{tested} {form.format(scale * history[-1][key])}"
+            label = f"{tested} {form.format(scale * kept[key])}"
             if reference and split != "val":
                 label += f" (reference {form.format(scale * reference[-1][key])})"
                 _draw_reference(axes, reference, history, key, scale, colour)
             _draw_run(axes, history, key, scale, label=label, color=colour)
+        if kept is not history[-1]:
+            label = f"epoch {kept['epoch']} is kept"
+            axes.axvline(kept["epoch"], color=GREY, linestyle="-.", linewidth=1.5, label=label)
     _draw_run(rate_axes, history, "learning_rate", 1, label="this run", color=GREY)
     if reference:
         _draw_reference(rate_axes, reference, history, "learning_rate", 1, GREY, "reference")
@@ -75,7 +80,10 @@ def plot_runs(histories: Sequence[list[dict]], *, names: Sequence[str]) -> Figur
     all_axes = figure.subplots(1, 3)
     for number, (history, name) in enumerate(zip(histories, names, strict=True)):
         last = history[-1]
-        label = f"{short(name, 40)}: {100 * last['test_accuracy']:.2f} %, {last['test_loss']:.3f} · {_summary(history)}"
+        label = (
+            f"{short(name, 40)}: test accuracy {100 * last['test_accuracy']:.2f} %, loss {last['test_loss']:.3f} "
+            f"in the last epoch · {_summary(history)}"
+        )
         for axes, key, scale in zip(
             all_axes, ("test_loss", "test_accuracy", "learning_rate"), (1, 100, 1), strict=True
         ):
@@ -166,9 +174,12 @@ def main() -> int:
 
     parser = Parser(__doc__)
     parser.add_argument("histories", nargs="+", type=Path, metavar="CSV", help="what training scripts wrote")
-    parser.add_argument("--output", type=Path, help="the picture (default: next to the first CSV, with its name)")
+    parser.add_argument("--output", type=Path, help="the picture (default: next to the CSV, by its name or runs.png)")
     options = parser.parse_args()
-    output = options.output or options.histories[0].with_suffix(".png")
+    first = options.histories[0]
+    default = first.with_suffix(".png") if len(options.histories) == 1 else first.with_name("runs.png")
+    output = options.output or default
+    files.check_output(output, (".png",))
     histories = [read_csv(path) for path in options.histories]
     if len(histories) == 1:
         plot_training(output, histories[0], title=options.histories[0].stem)

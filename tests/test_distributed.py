@@ -91,7 +91,7 @@ def finish(process, seconds=150):
         pytest.fail(f"hung: {process.communicate()}")
 
 
-@pytest.mark.parametrize("batch_size", [8, 11, 19])
+@pytest.mark.parametrize("batch_size", [8, 11, 16])
 def test_the_processes_shares_of_a_batch_make_up_the_batch(monkeypatch, tmp_path, batch_size):
     data, settings = tiny_images().train, tiny_recipe_in(tmp_path).augmentation()
     whole = list(TrainLoader(data, batch_size, settings).epoch(1, start=1))
@@ -116,6 +116,8 @@ def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, w
     for one in found:
         assert without_times(one["history"]) == without_times(found[0]["history"])
         for name, value in tested.items():  # the norms' statistics are the first process's, in all of them
+            if "num_batches" in name:  # which a moving average does not have
+                continue
             torch.testing.assert_close(one["model"][name], value, rtol=1e-9, atol=1e-9)
     for row, expected in zip(found[0]["history"], history, strict=True):
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6)  # of float32 logits
@@ -126,7 +128,8 @@ def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, w
     assert len(read_csv(tmp_path / "plots" / "tiny.csv")) == 3
     assert f"in {world_size} processes" in logs[0]
     rate = 0.8 * batch_size / 64
-    assert f"batches of {batch_size} in all processes together, learning rates {rate:g} and" in logs[0]
+    assert f"batches of {batch_size} images, over all processes" in logs[0]
+    assert f"peak learning rate {rate:g}, from 0.8 × {batch_size}/64" in logs[0]
     assert logs[1:] == (world_size - 1) * [""], "one process alone prints"
 
 
@@ -143,7 +146,7 @@ def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
     assert run(1, settings)[0] == [0]
     content = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
     assert [row["epoch"] for row in content["history"]] == [1, 2, 3, 4, 5, 6]
-    assert content["model"]["norm.num_batches_tracked"] == 6 * 3
+    assert content["training"]["model"]["norm.num_batches_tracked"] == 6 * 3
 
 
 def test_a_loss_that_is_not_finite_ends_all_processes(run, tmp_path):
@@ -156,9 +159,8 @@ def test_a_loss_that_is_not_finite_ends_all_processes(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"batch_size": 4}, "--batch-size 4 leaves a process fewer than two images"),
-        ({"batch_size": 19}, "--batch-size 19 leaves a process fewer than two images"),
-        ({"batch_size": 6, "sync_bn": True}, "--sync-bn is for several processes on CUDA"),
+        ({"batch_size": 3}, "--batch-size 3 of 22 images leaves fewer than two for each of 2 processes"),
+        ({"batch_size": 6, "sync_bn": True}, "--sync-bn needs several processes on CUDA; found 2 on CPU"),
         ({"batch_size": 6, "reference": "nowhere.csv"}, "nowhere.csv"),
         ({"batch_size": 6}, "exists already"),
     ],

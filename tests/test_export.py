@@ -178,3 +178,10 @@ def test_mistakes_are_named_before_the_work(paths, tmp_path, monkeypatch, flags,
     changed(paths[1], overflow, tmp_path / "checkpoints" / "broken.pt")
     monkeypatch.setattr(torch.export, "export", None)
     assert words in refused(tmp_path, export, paths[0], *flags)
+
+
+def test_a_checkpoint_is_not_replaced(paths, tmp_path):
+    before = paths[0].read_bytes()
+    said = refused(tmp_path, export, *paths, "--output", paths[0], "--format", "pt2")
+    assert "exists and is no .onnx or .pt2 file; it is not replaced" in said
+    assert paths[0].read_bytes() == before

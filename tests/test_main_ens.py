@@ -103,8 +103,8 @@ def test_what_is_stored_and_printed(folder, tested):
     assert f"ensemble against its best member, {result['best_member']}: " in printed
     assert len(result["confusions"]) <= 10
     for row in result["confusions"][:3]:
-        assert f"{row['true']} for {row['predicted']} ({row['images']})" in printed
-    assert max(len(line) for line in printed.splitlines() if "plots and figures" not in line) <= 100
+        assert f"{row['true']} → {row['predicted']} ({row['images']})" in printed
+    assert max(len(line) for line in printed.splitlines() if "plots and numbers" not in line) <= 100
     for name in ("ensemble", "reliability", "mistakes"):
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import struct
+import sys
 from pathlib import Path
 
 from common.errors import UserError
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from plotting import training
 from plotting.ensemble import plot_ensemble, plot_mistakes, plot_reliability
 from plotting.style import GREEN, line_style
 from plotting.training import plot_training
@@ -366,3 +368,35 @@ def test_mistakes_picture_names_what_it_shows(members):
     assert f"{len(wrong):,} mistakes" in texts
     for name in result["names"]:
         assert name in texts
+
+
+def test_the_epoch_that_is_kept_is_marked_and_its_results_named(tmp_path):
+    history = make_history(5)
+    for row, val_accuracy in zip(history, (0.5, 0.7, 0.9, 0.9, 0.8), strict=True):
+        row |= {"val_loss": 1.0, "val_accuracy": val_accuracy}
+    figure = plot_training(tmp_path / "run.png", history, title="run")
+    labels = figure.axes[1].get_legend_handles_labels()[1]
+    assert f"test {100 * history[2]['test_accuracy']:.2f} %" in labels
+    assert "epoch 3 is kept" in labels
+    assert "kept" not in str(plot_training(tmp_path / "run.png", make_history(5), title="run").axes[1].get_legend())
+
+
+def test_runs_are_drawn_again_from_their_csv(tmp_path, capsys, monkeypatch):
+    for name, epochs in (("short", 3), ("long", 7)):
+        write_csv(make_history(epochs), tmp_path / f"{name}.csv")
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["plotting.training", *map(str, arguments)])
+        training.main()
+        return capsys.readouterr().out.strip()
+
+    assert main(tmp_path / "short.csv") == str(tmp_path / "short.png")
+    assert main(tmp_path / "short.csv", tmp_path / "long.csv") == str(tmp_path / "runs.png")
+    for name in ("short", "runs"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"long\.csv exists and is no \.png file"):
+        main(tmp_path / "short.csv", "--output", tmp_path / "long.csv")
+    figure = training.plot_runs(tmp_path / "runs.png", [make_history(3), make_history(7)], names=["short", "long"])
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [3, 7]
+    assert figure.axes[0].get_xlim()[1] > 7
+    assert [text.get_text()[:6] for text in figure.legends[0].get_texts()] == ["short:", "long: "]

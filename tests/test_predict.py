@@ -317,3 +317,15 @@ def test_the_command_line_into_a_closed_pipe(folder, start):
     process = start(folder, "predict.py", "photos", "--checkpoints", "checkpoints/resnext.pt", "--device", "cpu")
     process.stdout.close()
     assert (process.wait(), process.stderr.read()) == (141, "")
+
+
+def test_checkpoints_may_stand_among_the_images(folder):
+    rows, _ = json_of(folder, "photos/0.png", "checkpoints/resnext.pt", "photos/1.png")
+    assert [list(row["members"]) for row in rows] == [["resnext"]] * 2
+
+
+@pytest.mark.parametrize("flag", ["--json", "--csv"])
+def test_a_file_of_another_kind_is_not_replaced(folder, flag):
+    before = (folder / "photos" / "1.png").read_bytes()
+    assert "1.png exists and is no ." in refused(folder, "photos/0.png", flag, "photos/1.png")
+    assert (folder / "photos" / "1.png").read_bytes() == before

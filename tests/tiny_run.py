@@ -44,9 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             kill_at(model, int(fault[0].split(":")[1]), folder / "killed")
         run = loop.fit(model, tiny_images(), recipe, previous)
         if run.stopped_by is None:
-            torch.save(
-                {"model": (run.ema or run.model).state_dict(), "history": run.history}, folder / f"rank{rank}.pt"
-            )
+            torch.save({"model": run.eval_model.state_dict(), "history": run.history}, folder / f"rank{rank}.pt")
     return run.exit_status
 
 

@@ -112,8 +112,11 @@ class EpochReport:
 
     def end(self, run: "Run") -> None:
         if run.best:
-            best = f"epoch {run.best['epoch']}, with a validation accuracy of {run.best['accuracy']:.2%}"
-            distributed.print_rank0(f"the weights of {best} are kept")
+            test_accuracy = run.history[run.best["epoch"] - 1]["test_accuracy"]
+            distributed.print_rank0(
+                f"the weights of epoch {run.best['epoch']} are kept: validation accuracy {run.best['accuracy']:.2%}, "
+                f"test accuracy {test_accuracy:.2%}"
+            )
         if run.history and distributed.is_main_process():
             self.plot(run.history)
             paths = self.recipe.checkpoint_path, self.recipe.plot_path, self.recipe.csv_path
