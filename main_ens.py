@@ -157,7 +157,7 @@ def load_first(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) 
         if options.data is not None or options.data_url is not None or Path(source).exists():
             raise
         raise UserError(
-            f"{error}. {path} was trained on this path, relative to the working folder of that run; give the new path "
+            f"{error}\n{path} was trained on this path, relative to the working folder of that run; give the new path "
             "as --data"
         ) from None
     if list(data.classes) != trained["classes"]:

@@ -11,7 +11,7 @@ members' logits for the test images; and the histories and pictures that the com
     python benchmarks/ensemble.py --work FOLDER --time-limit 3000 -- --recipe baseline    # again, until it is done
     python benchmarks/ensemble.py --score benchmarks/results/headline --against benchmarks/results/baseline
 
-Time limits need signals between processes, which Windows does not have.
+Windows has neither the signals that time limits need nor the account of CPU time.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import resource
 import shlex
 import signal
 import statistics
@@ -112,6 +113,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)  # by command
     starts: dict[str, int] = field(default_factory=dict)  # by command; each after the first finds its caches filled
     elapsed: float = 0.0  # seconds; with --parallel fewer than the commands' together
+    cpu_seconds: float = 0.0  # of all cores; other programs on them make a run longer, but not this
     finished: list[str] = field(default_factory=list)  # commands
 
     def write(self, work: Path) -> None:
@@ -206,7 +208,7 @@ def run_together(commands: dict[str, list[str]], work: Path, progress: Progress,
     """
     environment = os.environ | {name: str(work / "compiled" / name.lower()) for name in COMPILE_CACHES}
     before, elapsed_before = {name: progress.seconds.get(name, 0.0) for name in commands}, progress.elapsed
-    started, written, asked = time.monotonic(), 0.0, False
+    started, written, asked, cpu_before = time.monotonic(), 0.0, False, cpu_seconds()
     running = {}
     try:
         for name, command in commands.items():
@@ -238,7 +240,14 @@ def run_together(commands: dict[str, list[str]], work: Path, progress: Progress,
             process.terminate()
         for process in running.values():
             process.wait()
+        progress.cpu_seconds += cpu_seconds() - cpu_before
         progress.write(work)
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one has started and seen end."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 # -------------------------------------------------------------------------------------------------------- the results
@@ -279,6 +288,7 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
         "seconds": progress.seconds,
         "starts": progress.starts,
         "total_seconds": sum(progress.seconds.values()),
+        "cpu_seconds": progress.cpu_seconds,
         # The share of the training scripts' time in which they start, load, test, save and draw.
         "not_training": 1 - trained / sum(row["seconds"] for row in rows),
     }

@@ -262,6 +262,7 @@ def test_ensemble(measured):
     assert seconds["dense.py"] > measured.seconds_before["dense.py"] > 0
     assert result["starts"] == {"dense.py": 2, "mobilenetv2.py": 1, "resnext.py": 1, "main_ens.py": 1}
     assert 0 < result["not_training"] < 1
+    assert 0 < result["cpu_seconds"] < os.cpu_count() * result["total_seconds"]
     assert f"| total | | | {result['total_seconds']:.1f} |" in measured.stdout
     tested = json.loads((output / "ensemble.json").read_text())
     assert result["ensemble"] == tested["ensemble"]
