@@ -15,7 +15,7 @@ lists), image_size (S), input (this paragraph in short), average, temperature, f
     network = torch.export.load("ensemble.pt2", extra_files=metadata).module()
     classes, probs = json.loads(metadata["classes"]), network(images)
 
-It takes the three checkpoints that dense.py, mobilenetv2.py and resnext.py write, or those that are given, one or more.
+It takes the checkpoints that dense.py, mobilenetv2.py and resnext.py have written, or those that are given.
 The file is written only if it agrees with PyTorch on test images; it then replaces an existing file in one step.
 """
 

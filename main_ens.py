@@ -1,8 +1,8 @@
 """Test an ensemble of trained networks: average their softmax outputs, and compare it with its members.
 
-Without arguments it takes the three checkpoints that dense.py, mobilenetv2.py and resnext.py write; otherwise any
-number of checkpoints of any kind. The checkpoints also say which data to test on. The logits for the test images are
-cached next to the checkpoints, so that a second run is fast.
+Without arguments it takes the checkpoints that dense.py, mobilenetv2.py and resnext.py have written; otherwise any
+number of checkpoints of any kind, or a folder of them. They also say which data to test on. The logits for the test
+images are cached next to the checkpoints, so that a second run is fast.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Classify images with an ensemble of trained networks: python predict.py cat.jpg photos/
 
-Without --checkpoints it takes the three that dense.py, mobilenetv2.py and resnext.py write. Folders are
+Without --checkpoints it takes those that dense.py, mobilenetv2.py and resnext.py have written. Folders are
 searched recursively. Images of any size are resized as the training images were. An image that cannot be decoded is
 reported and skipped, and the exit status is then 1.
 """

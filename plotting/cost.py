@@ -51,7 +51,7 @@ def plot_cost(
         handles,
         labels,
         loc="outside lower center",
-        ncols=len(labels),
+        ncols=3,  # two lines: in one, the ends would be cut off
         frameon=False,
         title=letters if len(names) <= len(LETTERS) else None,
     )
@@ -72,7 +72,7 @@ def _draw_subsets(axes: Axes, subsets: Sequence[dict], metric: str, scale: float
     )  # fmt: skip
     names = [row["members"][0] for row in subsets if len(row["members"]) == 1]
     if len(names) <= len(LETTERS):
-        for row, point in zip(subsets, zip(x, y, strict=True), strict=True):
+        for number, (row, point) in enumerate(zip(subsets, zip(x, y, strict=True), strict=True)):
             letters = "".join(LETTERS[names.index(member)] for member in row["members"])
-            axes.annotate(letters, point, xytext=(7, 5), textcoords="offset points", fontsize=12)
+            axes.annotate(letters, point, xytext=(7, (5, -14)[number % 2]), textcoords="offset points", fontsize=12)
     axes.margins(y=0.1)

@@ -15,6 +15,7 @@ from PIL import Image
 import predict
 from evaluation import cost, members, metrics
 from models.ensemble import Ensemble, cascade_probs
+from plotting.cost import plot_cost
 from training import checkpoint, loop
 from utils import multiply_adds
 
@@ -98,6 +99,19 @@ def test_the_threshold_is_the_lowest_that_costs_no_accuracy(made_up):
     enough = metrics.accuracy(ensemble, made_up.labels) - 0.001
     assert accuracies[value] >= enough
     assert all(accuracy < enough for threshold, accuracy in accuracies.items() if threshold < value)
+
+
+def test_the_picture_of_the_costs_is_whole(made_up, tmp_path):
+    subsets = cost.subset_rows(made_up.logits, made_up.labels, COSTS, "softmax", 1.0)
+    cascade = cost.cascade_rows(made_up.probs, made_up.labels, COSTS)
+    figure = plot_cost(
+        tmp_path / "cost.png", subsets=subsets, cascade=cascade, threshold=0.9, device="CPU", title="three networks"
+    )
+    legend = figure.legends[0]
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert len(legend.get_texts()) == 5
+    assert legend.get_title().get_text() == "A dear   B cheap   C middling"
 
 
 def test_doubtful_labels_are_the_least_probable(made_up):
