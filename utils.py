@@ -7,6 +7,7 @@ thousands of images at a time (dataset/transforms.py), cuts the result into batc
 import contextlib
 import copy
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,6 @@ from common.device import autocast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dataset import Split, transforms
@@ -219,6 +219,10 @@ def eval_batch_size(images: Tensor, device: torch.device) -> int:
 
 def multiply_adds(model: nn.Module, image_size: int) -> int:
     """Multiply-adds of one image's forward pass (convolutions and matrix products)."""
+    # Imported here: where CUDA's PyTorch comes without Triton, as on Windows, it warns of that.
+    logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
+    from torch.utils.flop_counter import FlopCounterMode
+
     images = torch.empty(1, 3, image_size, image_size, device="meta")  # shapes suffice to count
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(model).to("meta").eval()(images)
