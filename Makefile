@@ -10,7 +10,14 @@ PIP := $(VENV) -m pip install --disable-pip-version-check -c constraints.txt
 DEMO := --data digits --image-size 16 --flip 0 --crop-padding 2 --recipe baseline --base-lr 0.02 --overwrite
 DIRS := --checkpoint-dir checkpoints/demo --plot-dir plots/demo
 
-.PHONY: demo test test-slow test-faults format clean
+# make gpu: all that is to be measured on a GPU, into $(GPU); stopped at any time, it goes on with what is missing there.
+# With a Python that has all packages already: make gpu VENV=python3 -o .venv/dev. CONVOLUTIONS, TRAIN, ENSEMBLE: more flags.
+GPU := benchmarks/results/gpu
+NETWORKS := densenet mobilenetv2 resnext29
+MEASURED := convolutions.json tests.txt $(NETWORKS:%=compile-%.json) headline/result.json $(NETWORKS:%=plain-%.json) \
+	baseline/result.json
+
+.PHONY: demo test test-slow test-faults gpu gpu-files format clean
 demo: .venv/core
 	@echo "Three small networks on 1,797 handwritten digits, enlarged to 16×16 pixels"
 	$(VENV) dense.py $(DEMO) $(DIRS) --depth 37 --growth-rate 12 --epochs 12
@@ -29,6 +36,34 @@ test-slow: .venv/dev
 
 test-faults: .venv/dev
 	FAULTS=200 $(VENV) -m pytest -v -m slow tests/test_faults.py
+
+gpu: .venv/dev
+	-$(MAKE) --keep-going gpu-files
+	$(VENV) benchmarks/gpu.py $(GPU)
+
+gpu-files: $(MEASURED:%=$(GPU)/%)
+
+$(GPU)/convolutions.json:
+	$(VENV) benchmarks/convolutions.py $(CONVOLUTIONS) --output $@
+
+$(GPU)/tests.txt:  # each in a process of its own: an error on a GPU breaks all that follows in the same one
+	mkdir -p $(@D)
+	for test in $$($(VENV) -m pytest --collect-only tests/test_cuda_graph.py -k on_a_gpu | grep ::); do \
+		$(VENV) -m pytest -vv "$$test" | tail -n 30; done > $@.part
+	mv $@.part $@
+
+$(GPU)/compile-%.json:
+	$(VENV) benchmarks/train.py --networks $* --kinds ours --compile none graph inductor both --rounds 1 --seconds 1 \
+		$(TRAIN) --output $@
+
+$(GPU)/plain-%.json:
+	$(VENV) benchmarks/train.py --networks $* --rounds 1 --seconds 2 $(TRAIN) --output $@
+
+$(GPU)/headline/result.json:
+	$(VENV) benchmarks/ensemble.py --work runs/headline --output $(@D) $(ENSEMBLE)
+
+$(GPU)/baseline/result.json:
+	$(VENV) benchmarks/ensemble.py --work runs/baseline --output $(@D) --parallel $(ENSEMBLE) -- --recipe baseline
 
 format: .venv/dev
 	$(VENV) -m ruff check --fix .

@@ -51,13 +51,16 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def steps_per_epoch(num_images: int, batch_size: int) -> int:
+def steps_per_epoch(num_images: int, batch_size: int, device: torch.device) -> int:
     """How many batches an epoch has.
 
-    A last one with fewer than two images for each process, which batch norm cannot train on, is dropped.
+    A smaller last one is dropped if it has fewer than two images for each process, which batch norm cannot train on.
+    On CUDA also if it has less than 1 % of the images, because it needs a CUDA graph and a search for algorithms of
+    its own.
     """
     whole, rest = divmod(num_images, batch_size)
-    return whole + (rest >= 2 * distributed.world_size() or not whole)
+    at_least = max(2 * distributed.world_size(), num_images / 100 if device.type == "cuda" else 0)
+    return whole + (rest >= at_least or not whole)
 
 
 class TrainLoader:
@@ -104,7 +107,7 @@ class TrainLoader:
         self.stream = torch.cuda.Stream(self.device) if ahead and self.device.type == "cuda" else None
 
     def __len__(self) -> int:
-        return steps_per_epoch(len(self.images), self.batch_size)
+        return steps_per_epoch(len(self.images), self.batch_size, self.device)
 
     @property
     def num_images(self) -> int:

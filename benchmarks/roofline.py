@@ -1,4 +1,4 @@
-"""Count what a training step does for an image of 32×32: operations, bytes, and the speed limits that follow.
+"""Count what a training step does for an image of 32×32: operations, bytes, kernels, and the speed limits.
 
 Operations: those of convolutions and matrix products, forward and backward.
 
@@ -70,7 +70,8 @@ def main() -> int:
 def count(name: str) -> dict[str, Any]:
     """Operations and bytes of a training step for one image."""
     # What two more images add: the weights, which are read once for all, drop out.
-    numbers = trace(name, 4) - trace(name, 2)
+    more, fewer = trace(name, 4), trace(name, 2)
+    numbers = more.numbers - fewer.numbers
     by_operator = {operator: BYTES * number // 2 for operator, number in numbers.most_common() if number}
     convolutions = by_operator["convolution"] + by_operator["convolution_backward"]
     return {
@@ -78,21 +79,23 @@ def count(name: str) -> dict[str, Any]:
         "bytes_eager": sum(by_operator.values()),
         "bytes_fused": convolutions,
         "bytes_by_operator": by_operator,
+        "kernels": more.kernels,
     }
 
 
-def trace(name: str, batch_size: int) -> Counter:
-    """Numbers that each operator of a step reads and writes."""
+def trace(name: str, batch_size: int) -> "Traffic":
+    """The operators of a network's forward and backward pass."""
     with torch.device("meta"), Traffic() as traffic:
         logits = NETWORKS[name](10)(torch.empty(batch_size, 3, 32, 32))
         F.cross_entropy(logits, torch.empty(batch_size, dtype=torch.long)).backward()
-    return traffic.numbers
+    return traffic
 
 
 class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.numbers = Counter()
+        self.numbers: Counter = Counter()  # read and written, by operator
+        self.kernels = 0  # operators that are not only a view; each is a kernel or more
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -106,6 +109,7 @@ class Traffic(TorchDispatchMode):
                 passes_over = read[:2] if "backward" in name else read[:1]
                 read, written = [2 * number for number in passes_over], written[:1]
             self.numbers[name] += sum(read) + sum(written)
+            self.kernels += 1
         return result
 
 

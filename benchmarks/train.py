@@ -152,8 +152,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     # To keep freed memory, as set_up_device does on the CPU, is a part of ours.
     device = torch.device("cpu") if kind not in OURS and options.device == "cpu" else set_up_device(options.device)
     data = dataset.load(options.data, image_size=options.image_size)
-    count = len(data.train) if options.images is None else options.images
-    split = harness.some_of(data.train, count, at_least=2, source=options.data)
     recipe = replace(RECIPES[name], image_size=options.image_size)
     if kind in OURS:
         batch_size = recipe.batch_size if options.batch_size is None else options.batch_size
@@ -162,12 +160,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         recipe = replace(recipe, batch_size=batch_size, compile=compile_choice, precision=precision)
     else:
         batch_size = BASELINE_BATCH_SIZE if kind == "baseline" else options.tuned_batch_size
-    last_size = len(split) % batch_size
-    if batch_size == 1 or last_size == 1:
-        raise UserError(
-            f"{kind}: batches of {batch_size} end with one of a single image out of {len(split):,}, which batch-norm "
-            "cannot train on; give another batch size or number of --images"
-        )
+    count = len(data.train) if options.images is None else options.images
+    split = harness.some_of(data.train, count, at_least=2, source=options.data)
+    if len(split) > batch_size:
+        split = split.take(slice(len(split) // batch_size * batch_size))  # a smaller last batch belongs in no window
     torch.manual_seed(recipe.seed)
     model = NETWORKS[name](len(data.classes), **recipe.network_arguments())
     try:
@@ -181,9 +177,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         next(training)
         harness.synchronize(device)
         result["start_up_seconds"] = time.time() - options.started
-        if last_size:  # an epoch's last batch needs preparations of its own, which belong in no window
-            images, labels = next(batches)
-            step(images[:last_size], labels[:last_size])
         warm_up = (10 if device.type == "cuda" else 1) if options.warm_up is None else options.warm_up
         rate(training, warm_up, device)
         in_window = steps_in(options.seconds, training, device)

@@ -7,15 +7,15 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
 from common.errors import UserError
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 # One process decodes the images while the others wait for it.
 TIMEOUT = timedelta(minutes=30)
@@ -134,11 +134,26 @@ def _reduced(values: list[float], operation: dist.ReduceOp) -> list[float]:
     return tensor.tolist()
 
 
-def copy_buffers(model: nn.Module) -> None:
-    """Copy rank 0's batch-norm statistics to every process."""
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Copy rank 0's values into every process's tensors."""
     if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def average_gradients(model: nn.Module, *, weight: float) -> None:
+    """Average a model's gradients over the processes; `weight` is this one's share of the batch.
+
+    One exchange of all gradients, which a CUDA graph can capture. DistributedDataParallel has several, to overlap them
+    with the backward pass, but needs a hook for each parameter.
+    """
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).mul_(weight)
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view(own.shape) for part, own in zip(parts, gradients, strict=True)])
 
 
 @contextlib.contextmanager

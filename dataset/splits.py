@@ -22,7 +22,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: np.ndarray) -> "Split":
+    def take(self, rows: np.ndarray | slice) -> "Split":
         return Split(self.images[rows], self.labels[rows])
 
     def drop(self, rows: np.ndarray) -> "Split":

@@ -107,6 +107,13 @@ def test_convolutions(tmp_path):
     )
 
 
+def test_gpu_names_what_is_missing(tmp_path):
+    done = run(tmp_path, "gpu.py", ".")
+    assert done.returncode == 1
+    assert "compile-densenet.json" in done.stderr
+    assert "tests.txt" in done.stderr
+
+
 def test_bfloat16_is_measured_where_a_processor_is_fast_in_it(monkeypatch):
     for there, number in ((True, 5), (False, 3)):
         monkeypatch.setattr(train, "cpu_has_bfloat16", lambda there=there: there)

@@ -1,9 +1,10 @@
 """A step as CUDA graph or compiled: it trains the same; a way that fails is left for eager mode."""
 
 import contextlib
+import math
 from unittest import mock
 
-from common import distributed
+from common.device import explain_out_of_memory
 from common.errors import UserError
 
 import pytest
@@ -110,15 +111,12 @@ def test_graphs_are_for_cuda_and_elsewhere_that_is_said_of_a_flag_that_was_given
     plain = train()
     capsys.readouterr()
     assert_same_run(train(compile=choice), plain)
-    said = f"--compile {choice} needs CUDA and one process; using none"
+    said = f"--compile {choice} needs CUDA; using none"
     assert capsys.readouterr().out.count(said) == (choice != "auto")
 
 
-@pytest.mark.parametrize(
-    ("device", "processes", "way"), [("cpu", 1, "none"), ("cuda", 1, "graph"), ("cuda", 2, "none")]
-)
-def test_auto_is_what_fits_the_device(monkeypatch, device, processes, way):
-    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+@pytest.mark.parametrize(("device", "way"), [("cpu", "none"), ("cuda", "graph")])
+def test_auto_is_what_fits_the_device(device, way):
     assert pick_compile("auto", torch.device(device)) == way
     assert pick_compile("inductor", torch.device(device)) == "inductor"
 
@@ -168,7 +166,13 @@ def test_a_recorded_step_is_replayed_on_each_batch(tiny, tiny_recipe, tiny_data,
 
         def step(images, labels, network, trainer=trainer, steps=steps):
             if Graph.recording:  # CUDA records what a step would do, and does nothing
-                Graph.recording.replay = lambda: trainer.step(images, labels, network)
+
+                def replay():
+                    trainer.step(images, labels, network)
+                    images.fill_(math.nan)  # every replay has to fill its buffers again
+                    labels.zero_()
+
+                Graph.recording.replay = replay
                 return
             steps.append(len(images))
             trainer.step(images, labels, network)
@@ -183,6 +187,57 @@ def test_a_recorded_step_is_replayed_on_each_batch(tiny, tiny_recipe, tiny_data,
         assert steps == (2 * [4, 4, 4, 4, 4, 2] if way == "none" else warm_up)
     assert_same(ends[1], ends[0])
     assert [set(compiled.sizes) for compiled in made] == ([{4}] if choice == "both" else [])
+
+
+@pytest.mark.parametrize(
+    ("fails_in", "error", "reason"),
+    [
+        ("start", RuntimeError("the stream is in use"), r"\(the stream is in use\)"),
+        ("step", ValueError("this operator cannot"), r"\(this operator cannot; the recording is broken off\)"),
+        ("end", RuntimeError("the recording is broken off"), r"\(the recording is broken off\)"),
+        ("step", torch.OutOfMemoryError("CUDA out of memory"), None),
+    ],
+)
+def test_a_recording_that_fails_leaves_the_state_as_it_was(
+    tiny, tiny_recipe, tiny_data, graphs, monkeypatch, fails_in, error, reason
+):
+    recipe, device, recording = tiny_recipe(**ALL_ON), torch.device("cpu"), []
+
+    @contextlib.contextmanager
+    def record(*_, **__):
+        if fails_in == "start":
+            raise error
+        recording.append(True)
+        try:
+            yield
+        finally:
+            raise RuntimeError("the recording is broken off")  # as the end of a recording does after any failure in it
+
+    def step(images, labels, network):
+        if recording and fails_in == "step":
+            raise error
+        trainer.step(images, labels, network)
+
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    model = tiny()
+    run = loop.Run(model, loop.make_optimizer(model, recipe, device), loop.ModelEma(model, 0.9))
+    trainer = loop.Trainer(run, tiny_data().train, recipe, device)
+    trainer.fast_step = FastStep(step, model, trainer.state, choice="graph", batch_size=recipe.batch_size)
+    before = [tensor.clone() for tensor in trainer.state()]
+    words = rf"^--compile graph fails here {reason}; take --compile none$" if reason else "--batch-size 4: out of"
+    with pytest.raises(UserError, match=words), explain_out_of_memory(recipe.batch_size):
+        trainer.train_step(0, 0, *next(trainer.loader.epoch(0)))
+    assert_same(trainer.state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_processes_prepare_a_step_together_though_one_may_have_as_many_images_as_before():
+    prepared = []
+    fast_step = FastStep(None, nn.Linear(1, 1), list, choice="none", batch_size=9)
+    fast_step.prepare = lambda images, labels, is_whole: prepared.append(is_whole) or (lambda images, labels: None)
+    for global_batch_size in (9, 9, 7):  # a third of 9, and of 7 images for the last of three processes
+        fast_step(torch.zeros(3, 1), torch.zeros(3), global_batch_size)
+    assert prepared == [True, False]
 
 
 # ------------------------------------------------------------------------------------------------------- with a GPU

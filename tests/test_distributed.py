@@ -19,6 +19,7 @@ from conftest import ALL_ON, assert_same, tiny_images, tiny_network, tiny_recipe
 
 from training import checkpoint
 from training.history import read_csv
+from training.signals import StopSignals
 from utils import TrainLoader
 
 HERE = Path(__file__).parent
@@ -102,6 +103,17 @@ def test_the_processes_shares_of_a_batch_make_up_the_batch(monkeypatch, tmp_path
         shares.append(list(TrainLoader(data, batch_size, settings, chunk_size=batch_size).epoch(1, start=1)))
     for batch, *parts in zip(whole, *shares, strict=True):
         assert_same([torch.cat(part) for part in zip(*parts, strict=True)], list(batch))
+
+
+@pytest.mark.parametrize(("device", "exchanges"), [("cpu", 40), ("cuda", 2)])
+def test_processes_on_gpus_exchange_signals_every_16_steps(monkeypatch, device, exchanges):
+    asked = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce_max", lambda number: asked.append(number) or number)
+    stop = StopSignals()
+    stop.number = signal.SIGTERM
+    stopped = [stop.after_step(step, torch.device(device)) for step in range(1, 41)]
+    assert len(asked) == sum(stopped) == exchanges
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 6), (3, 8)])

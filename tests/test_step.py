@@ -1,19 +1,27 @@
-"""What a training step may do to be captured as a CUDA graph, watched operator by operator, on the CPU."""
+"""What a training step and the loader may do on a GPU, watched operator by operator, on the CPU."""
 
-from collections import Counter
-from dataclasses import replace
+import contextlib
+import json
+from collections import Counter, defaultdict
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_images
+from torch.cuda._sanitizer import EventHandler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dense
 import mobilenetv2
 import resnext
+from benchmarks import roofline
+from dataset.transforms import Plan
 from models import NETWORKS
 from training import loop
+from utils import TrainLoader
 
 SMALL = {
     dense: {"depth": 37, "growth_rate": 4},
@@ -90,3 +98,81 @@ def test_addresses_stay_the_same(trainer):
     after = [tensor.data_ptr() for tensor in (*trainer.state(), trainer.lr_tensor, trainer.ema.update_rate)]
     assert after == before
     assert len(set(before)) == len(before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_reads_and_writes_no_more_than_it_did(name):
+    """After a change that is meant to, run benchmarks/roofline.py again."""
+    stored = json.loads((Path(__file__).parents[1] / "benchmarks/results/roofline.json").read_text())["networks"][name]
+    counted = roofline.count(name)
+    for quantity in ("kernels", "bytes_eager", "bytes_fused"):
+        assert counted[quantity] == pytest.approx(stored[quantity], rel=0.02), quantity
+
+
+class Streams(TorchDispatchMode):
+    """Stands in for CUDA's streams, and has PyTorch's sanitizer look for two that use memory at the same time.
+
+    As in CUDA's allocator, memory that a stream has freed can be given to a new tensor of the same stream.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.handler, self.current, self.num_events = EventHandler(), 0, 0
+        self.owners, self.races = {}, []
+
+    def stream(self, number):
+        return SimpleNamespace(number=number, wait_stream=lambda other: self.wait(number, other.number))
+
+    def wait(self, waiting, other):
+        self.num_events += 1
+        self.handler._handle_event_record(self.num_events, other)
+        self.handler._handle_event_wait(self.num_events, waiting)
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        before, self.current = self.current, stream.number
+        yield
+        self.current = before
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        is_new = "lift_fresh" in str(function)  # the tensor of torch.tensor
+        if is_new or not function.is_view:
+            inputs, outputs = storages((args, kwargs)), storages(result)
+            made = outputs if is_new else outputs - inputs
+            self.owners |= dict.fromkeys(made, self.current)
+            changed = set()
+            for argument, value in zip(function._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    changed |= storages(value)
+            read, written = (
+                {(address, self.owners.get(address)) for address in addresses}
+                for addresses in (inputs - changed - made, changed | made)
+            )
+            self.races += self.handler._handle_kernel_launch(
+                self.current, read, written, set(), str(function), defaultdict(list)
+            )
+        return result
+
+
+def test_the_loader_augments_on_a_second_stream_without_a_race(monkeypatch):
+    def copied(plan, _):
+        draws = {field.name: getattr(plan.draws, field.name).clone() for field in fields(plan.draws)}
+        tensors = {name: getattr(plan, name).clone() for name in ("index", "sort_order", "inverse_order")}
+        return replace(plan, **tensors, draws=replace(plan.draws, **draws))
+
+    streams = Streams()
+    monkeypatch.setattr(Plan, "to", copied)  # a copy, as from the host to a GPU
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: streams.stream(streams.current))
+    monkeypatch.setattr(torch.cuda, "stream", streams.on)
+    settings = dense.RECIPE.augmentation()
+    loader = TrainLoader(tiny_images(train_size=60).train, 4, settings, chunk_size=8, ahead=True)
+    loader.stream = streams.stream(1)
+    with streams:
+        for epoch in range(3):
+            for step, (images, _) in enumerate(loader.epoch(epoch)):
+                images.square_()
+                if epoch == 1 and step == 2:
+                    break  # as after a signal
+    assert streams.num_events > 20
+    assert not streams.races, streams.races[0]

@@ -4,6 +4,8 @@ import platform
 from dataclasses import fields, replace
 from itertools import combinations
 
+from common import distributed
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 from dataset import Split, operators, transforms
 from dataset.operators import GEOMETRIC_OPS, MAGNITUDE_BINS
 from dataset.transforms import JITTER_OPS, Augmentation, Augmenter
-from utils import MEAN, STD, TrainLoader, epoch_generator, normalize
+from utils import MEAN, STD, TrainLoader, epoch_generator, normalize, steps_per_epoch
 
 RANDAUGMENT = v2.RandAugment()
 SPACE = RANDAUGMENT._AUGMENTATION_SPACE
@@ -356,6 +358,24 @@ def test_every_image_comes_once_an_epoch_with_its_label(split):
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         assert labels.sort().values.tolist() == list(range(COUNT))
         assert torch.equal(images, normalize(torch.from_numpy(split.images)[labels]))
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "processes", "on_cpu", "on_cuda"),
+    [
+        (50_000, 128, 1, 391, 390),  # 80 images are left
+        (1000, 90, 1, 12, 12),  # 10 of 1000
+        (1000, 99, 1, 11, 11),
+        (1001, 100, 1, 10, 10),  # batch norm needs two images, in each process
+        (1003, 100, 1, 11, 10),
+        (1003, 100, 2, 10, 10),
+        (3, 100, 1, 1, 1),
+    ],
+)
+def test_a_last_batch_is_dropped_that_is_too_small(monkeypatch, num_images, batch_size, processes, on_cpu, on_cuda):
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    found = [steps_per_epoch(num_images, batch_size, torch.device(device)) for device in ("cpu", "cuda")]
+    assert found == [on_cpu, on_cuda]
 
 
 def test_at_the_end_only_crop_and_flip_remain(split):

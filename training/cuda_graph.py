@@ -22,22 +22,21 @@ Step = Callable[[Tensor, Tensor, nn.Module], None]
 
 
 def pick_compile(choice: str, device: torch.device) -> str:
-    """What --compile comes to: `auto` is "graph" where a step can be recorded, on CUDA with one process."""
-    can_record = device.type == "cuda" and distributed.world_size() == 1
+    """Resolve --compile: `auto` is "graph" on CUDA, "none" elsewhere."""
     if choice == "auto":
-        return "graph" if can_record else "none"
-    if choice in ("graph", "both") and not can_record:
-        instead = "inductor" if choice == "both" and device.type == "cuda" else "none"
-        distributed.print_rank0(f"--compile {choice} needs CUDA and one process; using {instead}")
-        return instead
+        return "graph" if device.type == "cuda" else "none"
+    if choice in ("graph", "both") and device.type != "cuda":
+        distributed.print_rank0(f"--compile {choice} needs CUDA; using none")
+        return "none"
     return choice
 
 
 class FastStep:
     """A training step in the mode that --compile selects: "none", "graph", "inductor" or "both".
 
-    `step` may only change the tensors that `state` returns, always the same ones. At the first batch of each size the
-    step is compiled or captured by running it; then the state is restored, so that this trains nothing.
+    `step` may only change the tensors that `state` returns, always the same ones. At the first batch of each size, over
+    all processes, the step is compiled or captured by running it; then the state is restored, so that this trains
+    nothing.
 
     Raises UserError if that fails. It does not go on in eager mode: on PyTorch 2.11 a capture that failed leaves the
     memory allocator as if it were still captured (github.com/pytorch/pytorch/issues/180395).
@@ -53,23 +52,24 @@ class FastStep:
         batch_size: int,
     ):
         self.step, self.model, self.state, self.choice, self.batch_size = step, model, state, choice, batch_size
-        self.prepared: dict[int, Callable[[Tensor, Tensor], None]] = {}  # by the batch's size
+        # By the batch's size over all processes, so that all of them prepare the same step at the same time.
+        self.prepared: dict[int, Callable[[Tensor, Tensor], None]] = {}
         # The graphs never run concurrently: they share one pool.
         self.pool = torch.cuda.graph_pool_handle() if choice in ("graph", "both") else None
         self.compiled = torch.compile(model, dynamic=False) if choice in ("inductor", "both") else None
 
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
-        if len(images) not in self.prepared:
-            self.prepared[len(images)] = self.prepare(images, labels)
-        self.prepared[len(images)](images, labels)
+    def __call__(self, images: Tensor, labels: Tensor, global_batch_size: int) -> None:
+        if global_batch_size not in self.prepared:
+            self.prepared[global_batch_size] = self.prepare(images, labels, global_batch_size == self.batch_size)
+        self.prepared[global_batch_size](images, labels)
 
-    def prepare(self, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def prepare(self, images: Tensor, labels: Tensor, is_whole: bool) -> Callable[[Tensor, Tensor], None]:
         """Return the step for batches of this size. The state is unchanged when this returns."""
         plain = functools.partial(self.step, network=self.model)
         if self.choice == "none":
             return plain
         # The smaller last batch runs uncompiled: compiling twice costs more than it saves.
-        network = self.compiled if self.compiled is not None and len(images) == self.batch_size else self.model
+        network = self.compiled if self.compiled is not None and is_whole else self.model
         if network is self.model and not self.pool:
             return plain
         before = [tensor.clone() for tensor in self.state()]

@@ -7,7 +7,6 @@ bit-identical to an uninterrupted one.
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +18,6 @@ from common.errors import UserError
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dataset import Dataset, Split
@@ -69,19 +67,17 @@ class Trainer:
         self.label_smoothing, self.precision = recipe.label_smoothing, pick_precision(recipe.precision, device)
         self.sums = RunningSums(device, self.lr)
         self.pace = messages.Pace(run.epoch * steps + run.step, recipe.epochs * steps)
-        self.global_batch_size = 0  # images of the current batch, over all processes
-        network = wrap_ddp(self.model) if distributed.world_size() > 1 else self.model
-        choice, batch_size = pick_compile(recipe.compile, device), self.loader.local_batch_size
-        self.fast_step = FastStep(self.step, network, self.state, choice=choice, batch_size=batch_size)
+        self.global_batch_size = recipe.batch_size  # images of the current batch, over all processes
+        choice = pick_compile(recipe.compile, device)
+        self.fast_step = FastStep(self.step, self.model, self.state, choice=choice, batch_size=recipe.batch_size)
 
     def step(self, images: Tensor, labels: Tensor, network: nn.Module) -> None:
         """One training step, without host-device synchronisation, so that a CUDA graph can capture it."""
         with autocast(self.device, self.precision):
             logits = network(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)  # in float32, by autocast
-        if distributed.world_size() > 1:  # DDP averages the gradients of parts that may differ by an image
-            loss = loss * (len(labels) * distributed.world_size() / self.global_batch_size)
         loss.backward()
+        distributed.average_gradients(self.model, weight=len(labels) / self.global_batch_size)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
@@ -94,7 +90,7 @@ class Trainer:
         if self.ema:
             self.ema.set_update_rate(epoch * len(self.loader) + step)
         self.global_batch_size = self.loader.global_batch_size(step)
-        self.fast_step(images, labels)
+        self.fast_step(images, labels, self.global_batch_size)
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
@@ -114,7 +110,7 @@ def train_epoch(run: Run, trainer: Trainer, stop: StopSignals) -> None:
             trainer.train_step(run.epoch, run.step, images, labels)
             run.step += 1
             bar.show(run.step, lambda: sums.read(run.epoch, run.step))
-            if stop.in_any_process():
+            if stop.after_step(run.step, trainer.device):
                 break
     run.sums = distributed.all_reduce_sum(sums.read(run.epoch, run.step))
     run.seconds = time.monotonic() - started
@@ -123,7 +119,7 @@ def train_epoch(run: Run, trainer: Trainer, stop: StopSignals) -> None:
 def evaluate(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]], stop: StopSignals) -> dict | None:
     """Loss and accuracy of the run's model on each split; None if a signal came first."""
     rank, world_size = distributed.rank(), distributed.world_size()
-    distributed.copy_buffers(run.eval_model)
+    distributed.broadcast(run.eval_model.buffers())
     model = run.eval_model.eval()
     row = {}
     for name, (images, labels) in splits.items():
@@ -204,6 +200,7 @@ def fit(
         checkpoint.Saver(recipe, in_background=device.type == "cuda") as saver,
     ):
         model.to(device, memory_format=torch.channels_last)
+        distributed.broadcast(model.state_dict().values())
         run = Run(model, make_optimizer(model, recipe, device), make_ema(model, effective, data.train))
         if previous:
             saver.restore(run, previous)
@@ -285,7 +282,8 @@ def make_buffers(optimizer: Optimizer) -> None:
 def make_ema(model: nn.Module, recipe: Recipe, train: Split) -> ModelEma | None:
     if not recipe.ema_horizon:
         return None
-    total_steps = recipe.epochs * steps_per_epoch(len(train), recipe.batch_size)
+    device = next(model.parameters()).device
+    total_steps = recipe.epochs * steps_per_epoch(len(train), recipe.batch_size, device)
     return ModelEma(model, ema_decay(recipe.ema_horizon, total_steps))
 
 
@@ -332,16 +330,6 @@ def not_finite(what: str, epoch: int, step: int, lr: float) -> UserError:
         f"the {what} is not finite at epoch {epoch + 1}, step {step + 1}, learning rate {lr:g}; nothing of this epoch "
         "is saved. Lower --base-lr, or look for broken images"
     )
-
-
-# ---------------------------------------------------------------------------------------------------- several processes
-
-
-def wrap_ddp(model: nn.Module) -> nn.Module:
-    """The model wrapped in DDP: gradients are averaged; batch-norm uses each process's own images."""
-    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PyTorch 2.11 has no newer name
-        # The first process's statistics are kept: no need to copy them at every step.
-        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def synchronized(model: nn.Module, device: torch.device) -> nn.Module:

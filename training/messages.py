@@ -26,7 +26,7 @@ def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) ->
     say = distributed.print_rank0
     sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.network_arguments().items())
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    steps = steps_per_epoch(len(data.train), recipe.batch_size)
+    steps = steps_per_epoch(len(data.train), recipe.batch_size, device)
     where = f"{device.type.upper()}, {counted(torch.get_num_threads(), 'thread')}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)

@@ -7,6 +7,8 @@ import threading
 from common import distributed
 from common.errors import ending_signals
 
+import torch
+
 
 class StopSignals:
     """Within the block the first signal sets a flag that the loop checks; the second one exits at once.
@@ -35,6 +37,15 @@ class StopSignals:
 
     def __bool__(self) -> bool:
         return self.number is not None
+
+    def after_step(self, step: int, device: torch.device) -> bool:
+        """Whether to stop after this step; all processes must ask after the same steps.
+
+        Several processes on GPUs exchange signals only every 16 steps: each time, all GPUs must catch up.
+        """
+        if distributed.world_size() > 1 and device.type == "cuda" and step % 16:
+            return False
+        return self.in_any_process()
 
     def in_any_process(self) -> bool:
         """Whether any process got a signal; all processes must ask at the same place."""
