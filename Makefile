@@ -11,10 +11,10 @@ DEMO := --data digits --image-size 16 --flip 0 --crop-padding 2 --recipe baselin
 DIRS := --checkpoint-dir checkpoints/demo --plot-dir plots/demo
 
 # make gpu: all that is to be measured on a GPU, into $(GPU); stopped at any time, it goes on with what is missing there.
-# With a Python that has all packages already: make gpu VENV=python3 -o .venv/dev. CONVOLUTIONS, TRAIN, ENSEMBLE: more flags.
+# With a Python that has all packages already: make gpu VENV=python3 -o .venv/dev. LAYERS, TRAIN, ENSEMBLE: more flags.
 GPU := benchmarks/results/gpu
 NETWORKS := densenet mobilenetv2 resnext29
-MEASURED := convolutions.json tests.txt $(NETWORKS:%=compile-%.json) headline/result.json $(NETWORKS:%=plain-%.json) \
+MEASURED := layers.json tests.txt $(NETWORKS:%=compile-%.json) headline/result.json $(NETWORKS:%=plain-%.json) \
 	baseline/result.json
 
 .PHONY: demo test test-slow test-faults gpu gpu-files format clean
@@ -43,8 +43,8 @@ gpu: .venv/dev
 
 gpu-files: $(MEASURED:%=$(GPU)/%)
 
-$(GPU)/convolutions.json:
-	$(VENV) benchmarks/convolutions.py $(CONVOLUTIONS) --output $@
+$(GPU)/layers.json:
+	$(VENV) benchmarks/layers.py $(LAYERS) --output $@
 
 $(GPU)/tests.txt:  # each in a process of its own: an error on a GPU breaks all that follows in the same one
 	mkdir -p $(@D)

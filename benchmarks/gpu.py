@@ -36,9 +36,10 @@ def main() -> int:
             return {}
 
     rows: dict[str, dict[str, str]] = defaultdict(dict)  # by label, then by network
-    for network, figures in read("convolutions.json").get("networks", {}).items():
-        for way, spent in figures["milliseconds"].items():
-            rows[f"convolutions {way}, ms"][network] = f"{spent:.2f}"
+    for network, layers in read("layers.json").get("networks", {}).items():
+        for kind, figures in layers.items():
+            for way, spent in figures["milliseconds"].items():
+                rows[f"{kind} {way}, ms"][network] = f"{spent:.2f}"
     for network, recipe in RECIPES.items():
         compiled = read(f"compile-{network}.json")
         for way, figures in compiled.get("networks", {}).get(network, {}).get("compile", {}).items():

@@ -14,7 +14,7 @@ class GroupedConv2d(nn.Conv2d):
     """3×3 in groups; with `dense`, the same by a convolution over all channels whose other weights are 0.
 
     That has `groups` times as many operations, but in bfloat16 and channels-last cuDNN may be many times slower on
-    groups (github.com/pytorch/pytorch/pull/99773); benchmarks/convolutions.py measures both.
+    groups (github.com/pytorch/pytorch/pull/99773); benchmarks/layers.py measures both.
     """
 
     def __init__(self, channels: int, *, groups: int, stride: int, dense: bool):

@@ -92,19 +92,21 @@ def test_train(tmp_path):
     assert f"| ours, images/s | {train.spelled(rate)} |" in done.stdout
 
 
-def test_convolutions(tmp_path):
+def test_layers(tmp_path):
     small = ["--networks", "resnext29", "--batch-size", 2, "--rounds", 1]
-    done = run(tmp_path, "convolutions.py", *small, "--output", "c.json")
+    done = run(tmp_path, "layers.py", *small, "--output", "l.json")
     assert done.returncode == 0, done.stderr
-    network = json.loads((tmp_path / "c.json").read_text())["networks"]["resnext29"]
-    assert sum(row["count"] for row in network["convolutions"]) == 1 + 9 * 3 + 3
-    grouped = [row for row in network["convolutions"] if row["shape"][4] == 2]
+    network = json.loads((tmp_path / "l.json").read_text())["networks"]["resnext29"]
+    convolutions, norms = network["convolutions"]["rows"], network["norms"]["rows"]
+    assert [sum(row["count"] for row in rows) for rows in (convolutions, norms)] == 2 * [1 + 9 * 3 + 3]
+    grouped = [row for row in convolutions if row["shape"][4] == 2]
     assert sum(row["count"] for row in grouped) == 9
     assert all(row["channels_last dense"] > 0 for row in grouped)
-    dense = network["milliseconds"]["contiguous dense"]
-    assert dense == pytest.approx(
-        sum(row["count"] * row.get("contiguous dense", row["contiguous grouped"]) for row in network["convolutions"])
+    assert network["convolutions"]["milliseconds"]["contiguous dense"] == pytest.approx(
+        sum(row["count"] * row.get("contiguous dense", row["contiguous grouped"]) for row in convolutions)
     )
+    for way in ("eager", "compiled"):
+        assert network["norms"]["milliseconds"][way] == pytest.approx(sum(row["count"] * row[way] for row in norms))
 
 
 def test_gpu_names_what_is_missing(tmp_path):
