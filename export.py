@@ -74,7 +74,11 @@ def main() -> int:
         for path, logits in zip(paths, ensemble.logits(images[:BATCH_SIZE]), strict=True):
             members.check_finite(path, logits)
 
-    written = file_format.write(ensemble, metadata(ensemble, members.names(paths)))
+    try:
+        written = file_format.write(ensemble, metadata(ensemble, members.names(paths)))
+    except ImportError as error:  # too old for this PyTorch
+        upgrade = f"pip install --upgrade {' '.join(file_format.packages)}"
+        raise UserError(f"the format {options.format} does not work here ({error}): {upgrade}") from None
     with files.replacing(options.output, "the file") as file:
         file.write(written)
         file.flush()

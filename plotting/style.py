@@ -59,9 +59,10 @@ def style() -> Iterator[None]:
     font_log = logging.getLogger("matplotlib.font_manager")
     level = font_log.level
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # No warning for each character that no installed font has, which is drawn as a box, and none for a fallback
-        # font that lacks a weight.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        # No warning for each character that no installed font has, which is drawn as a box, for a script whose letters
+        # matplotlib before 3.11 does not join, or for a fallback font that lacks a weight.
+        for message in ("Glyph .* missing from", "Matplotlib currently does not support"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
         font_log.setLevel(logging.ERROR)
         try:
             yield

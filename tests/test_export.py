@@ -162,6 +162,17 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     assert error == "error: the format onnx needs the packages onnx, onnxscript: pip install onnx onnxscript\n"
 
 
+def test_packages_that_are_too_old_for_pytorch_are_named(paths, tmp_path, monkeypatch):
+    def write(*_):
+        raise ModuleNotFoundError("No module named 'onnxscript.torch_2_11'")
+
+    monkeypatch.setitem(export.FORMATS, "onnx", dataclasses.replace(export.FORMATS["onnx"], write=write))
+    error = refused(tmp_path, export, paths[0], "--output", "a.onnx", "--random")
+    assert "No module named 'onnxscript.torch_2_11'" in error
+    assert error.endswith(": pip install --upgrade onnx onnxscript onnxruntime\n")
+    assert not (tmp_path / "a.onnx").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
