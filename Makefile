@@ -49,7 +49,8 @@ $(GPU)/layers.json:
 $(GPU)/tests.txt:  # each in a process of its own: an error on a GPU breaks all that follows in the same one
 	mkdir -p $(@D)
 	for test in $$($(VENV) -m pytest --collect-only tests/test_cuda_graph.py -k on_a_gpu | grep ::); do \
-		$(VENV) -m pytest -vv "$$test" | tail -n 30; done > $@.part
+		timeout 500 $(VENV) -m pytest -vv "$$test" | tail -n 30; done > $@.part
+	test -s $@.part
 	mv $@.part $@
 
 $(GPU)/compile-%.json:

@@ -83,6 +83,8 @@ def main() -> int:
                 if result := in_a_process(name, kind, choice, device, one_of_several=bool(options.compile)):
                     measured[name].append(result)
                     print(f"round {round_number}, {name}, {line(result)}", flush=True)
+    if failed := [name for name, results in measured.items() if not results]:
+        raise UserError(f"{', '.join(failed)}: no way of running a step works; what they said stands above")
     networks = {name: summary(recipes[name], results) for name, results in measured.items()}
     results = harness.provenance(device) | {
         "data": options.data,

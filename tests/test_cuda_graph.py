@@ -231,6 +231,13 @@ def test_a_recording_that_fails_leaves_the_state_as_it_was(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_run_ends_without_its_graphs(train, monkeypatch):
+    trainers, original = [], loop.Trainer
+    monkeypatch.setattr(loop, "Trainer", lambda *values: trainers.append(original(*values)) or trainers[-1])
+    train(epochs=1)
+    assert trainers[0].fast_step.prepared == {}
+
+
 def test_processes_prepare_a_step_together_though_one_may_have_as_many_images_as_before():
     prepared = []
     fast_step = FastStep(None, nn.Linear(1, 1), list, choice="none", batch_size=9)

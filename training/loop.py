@@ -5,6 +5,7 @@ kill loses at most the current epoch (on a GPU two, because saving overlaps trai
 bit-identical to an uninterrupted one.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -75,7 +76,9 @@ class Trainer:
         """One training step, without host-device synchronisation, so that a CUDA graph can capture it."""
         with autocast(self.device, self.precision):
             logits = network(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)  # in float32, by autocast
+            # On CUDA, autocast would leave the softmax in bfloat16.
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         loss.backward()
         distributed.average_gradients(self.model, weight=len(labels) / self.global_batch_size)
         self.optimizer.step()
@@ -130,7 +133,7 @@ def evaluate(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]
             trainer.device,
             precision=trainer.precision,
             # A smaller --batch-size also reduces memory here.
-            batch_size=min(eval_batch_size(images, trainer.device), 4 * trainer.loader.batch_size),
+            batch_size=min(eval_batch_size(images, trainer.device), 16 * trainer.loader.batch_size),
             # Several processes would have to stop at the same batch.
             stop=lambda: world_size == 1 and stop,
             label=name if distributed.is_main_process() else None,
@@ -198,6 +201,7 @@ def fit(
         explain_out_of_memory(recipe.batch_size),
         history.tensorboard(recipe, previous["training"]["epoch"] if previous else 0) as log,
         checkpoint.Saver(recipe, in_background=device.type == "cuda") as saver,
+        contextlib.ExitStack() as at_the_end,
     ):
         model.to(device, memory_format=torch.channels_last)
         distributed.broadcast(model.state_dict().values())
@@ -205,6 +209,7 @@ def fit(
         if previous:
             saver.restore(run, previous)
         trainer = Trainer(run, data.train, effective, device)
+        at_the_end.callback(trainer.fast_step.prepared.clear)  # NCCL does not end before the graphs that use it
         messages.announce(run, data, effective, device)
         report = messages.EpochReport(effective, len(data.classes), log, draw)
         splits = {"test": data.test} if data.val is None else {"test": data.test, "val": data.val}

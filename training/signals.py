@@ -41,7 +41,7 @@ class StopSignals:
     def after_step(self, step: int, device: torch.device) -> bool:
         """Whether to stop after this step; all processes must ask after the same steps.
 
-        Several processes on GPUs exchange signals only every 16 steps: each time, all GPUs must catch up.
+        Several processes on GPUs exchange signals only every 16 steps: each time, all hosts must wait.
         """
         if distributed.world_size() > 1 and device.type == "cuda" and step % 16:
             return False
