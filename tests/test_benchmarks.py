@@ -142,21 +142,6 @@ def test_search(tmp_path):
     assert f"| usual | 2 | {mean:.2f} ± {spread:.2f} |" in done.stdout
 
 
-def test_race(tmp_path):
-    small = ["--data", "digits", "--image-size", 16, "--epochs", 1, "--train-size", 100]
-    done = run(tmp_path, "race.py", *small, "--output", "r.json", "--picture", "r.png")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "r.json").read_text())
-    for name in ("ours", "baseline"):
-        last = result[name][-1]
-        assert f"{name}: {100 * last['test_accuracy']:.2f} % after" in done.stdout
-        assert [point["seconds"] for point in result[name]] == sorted(point["seconds"] for point in result[name])
-    assert result["ours"][-1]["epochs"] == 1
-    # The baseline stops with the first step behind the other's time; the test of its network comes on top.
-    assert result["baseline"][-1]["seconds"] > result["ours"][-1]["seconds"]
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.skipif(not shutil.which("taskset"), reason="needs taskset")
 def test_busy(tmp_path):
     tiny = ["--rounds", 1, "--spins", 4000, "--seconds", 0.1, "--batch-size", 2]
