@@ -7,9 +7,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -294,6 +296,19 @@ def run_ensemble(folder, *flags):
         sys.argv = argv
 
 
+def send_sigterm_once(sleep):
+    """`sleep`, which sends this process SIGTERM the first time, twice as timeout and make do."""
+    sent = []
+
+    def sleep_and_send(seconds):
+        sleep(seconds)
+        while len(sent) < 2:
+            sent.append(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    return sleep_and_send
+
+
 def files_in(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
@@ -305,14 +320,16 @@ def softmax(logits):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A folder with a run's output in `out`, after a first attempt that its time limit ended at once."""
+    """A folder with a run's output in `out`, after a first attempt that a signal ended at once."""
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONUTF8", "1")
         flags = [*DIGITS, "--work", "work", "--output", "out"]
-        stopped = run_ensemble(folder, *flags, "--time-limit", 0.1, "--", *SHORT)
-        assert stopped.returncode == 3, stopped.stderr
+        with pytest.MonkeyPatch.context() as stopping:
+            stopping.setattr(ensemble.time, "sleep", send_sigterm_once(time.sleep))
+            stopped = run_ensemble(folder, *flags, "--", *SHORT)
+        assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
         assert "the same command goes on" in stopped.stdout
         assert files_in(folder / "out") == []
         before = json.loads((folder / "work" / "progress.json").read_text())
@@ -337,7 +354,7 @@ def test_ensemble(measured):
     assert result["starts"] == {"dense.py": 2, "mobilenetv2.py": 1, "resnext.py": 1, "main_ens.py": 1}
     assert 0 < result["not_training"] < 1
     assert 0 < result["cpu_seconds"] < os.cpu_count() * result["total_seconds"]
-    assert f"| total | | | {result['total_seconds']:.1f} |" in measured.stdout
+    assert f"| total |  |  | {result['total_seconds']:.1f} |" in measured.stdout
     tested = json.loads((output / "ensemble.json").read_text())
     assert result["ensemble"] == tested["ensemble"]
     for row, member in zip(result["members"], tested["members"], strict=True):
@@ -356,7 +373,7 @@ def test_the_kept_logits_score_as_the_ensemble_did(measured):
         assert arrays["classes"].tolist() == [str(digit) for digit in range(10)]
         labels = arrays["labels"]
         probs = np.mean([softmax(arrays[name].astype(float)) for name in MEMBERS], axis=0)
-    assert labels.dtype == np.uint8
+    assert labels.dtype == np.int16
     assert len(labels) == result["num_images"]["test"] == 100
     # Half precision can turn a tie.
     assert np.mean(probs.argmax(1) == labels) == pytest.approx(result["ensemble"]["accuracy"], abs=0.011)
@@ -366,21 +383,21 @@ def test_the_kept_logits_score_as_the_ensemble_did(measured):
 
 def test_a_finished_run_is_compared_without_running_again(measured):
     flags = [*DIGITS, "--work", "work", "--output", "again"]
-    done = run_ensemble(measured.folder, *flags, "--against", "out", "--", *SHORT)
+    done = run_ensemble(measured.folder, *flags, "--", *SHORT)
     assert done.returncode == 0, done.stderr
     first, again = (json.loads((measured.folder / name / "result.json").read_text()) for name in ("out", "again"))
-    against = again.pop("against")
     assert again == first
+
+    compared = run_ensemble(measured.folder, "--output", "again", "--against", "out")
+    assert compared.returncode == 0, compared.stderr
+    against = json.loads((measured.folder / "again" / "against.json").read_text())
+    assert against["against"] == "out"
     assert [row["name"] for row in against["rows"]] == [*MEMBERS, "ensemble"]
     for row in against["rows"]:
         for quantity in ("accuracy", "loss"):
-            assert row[quantity]["difference"] == 0
-            assert row[quantity]["interval"] == [0, 0]
-
-    scored = run_ensemble(measured.folder, "--score", "out", "--against", "out")
-    assert scored.returncode == 0, scored.stderr
-    assert "| ensemble | +0.00 (+0.00 to +0.00) | +0.0000 (+0.0000 to +0.0000) |" in scored.stdout
-    assert scored.stdout.strip() in done.stdout
+            assert row[quantity] == 0
+            assert row["intervals"][quantity] == [0, 0]
+    assert "| ensemble | +0.00 (+0.00 to +0.00) | +0.0000 (+0.0000 to +0.0000) |" in compared.stdout
 
 
 def test_a_run_goes_on_only_as_it_began(measured):
@@ -405,7 +422,7 @@ def test_intervals_are_those_of_a_plain_bootstrap(tmp_path):
     ]
     for name, logits in zip(("a", "b"), runs, strict=True):
         write_logits(tmp_path / name, logits, labels)
-    done = run_ensemble(tmp_path, "--score", "a", "--against", "b")
+    done = run_ensemble(tmp_path, "--output", "a", "--against", "b")
     assert done.returncode == 0, done.stderr
 
     def scores(probs):
@@ -435,8 +452,8 @@ def test_only_the_same_images_are_compared(tmp_path):
     write_logits(tmp_path / "b", logits, np.array([0, 1, 2, 1]))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "logits.npz").write_bytes(b"PK\3\4 and no more")
-    for other, message in (("b", "other labels"), ("c", "not what this benchmark writes"), ("d", "no such file")):
-        done = run_ensemble(tmp_path, "--score", "a", "--against", other)
+    for other, message in (("b", "other labels"), ("c", "not what this benchmark writes"), ("d", "No such file")):
+        done = run_ensemble(tmp_path, "--output", "a", "--against", other)
         assert done.returncode == 2
         assert message in done.stderr
 
@@ -460,12 +477,11 @@ def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, para
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--time-limit", 60], "--work"),
-        (["--score", "out"], "--against"),
+        (["--against", "elsewhere"], "logits.npz"),
         (["--", "--name", "mine"], "--name for dense.py"),
         (["--data", "nowhere"], "nowhere"),
     ],
-    ids=["limit", "score", "name", "data"],
+    ids=["against", "name", "data"],
 )
 def test_flags_that_cannot_work_are_named_at_once(tmp_path, flags, message):
     done = run_ensemble(tmp_path, *flags)
