@@ -54,8 +54,8 @@ $(GPU)/tests.txt:  # each in a process of its own: an error on a GPU breaks all 
 	mv $@.part $@
 
 $(GPU)/compile-%.json:
-	$(VENV) benchmarks/train.py --networks $* --kinds ours --compile none graph inductor both --rounds 1 --seconds 1 \
-		$(TRAIN) --output $@
+	$(VENV) benchmarks/train.py --networks $* --kinds ours_none ours_graph ours_inductor ours_both --rounds 1 \
+		--seconds 1 $(TRAIN) --output $@
 
 $(GPU)/plain-%.json:
 	$(VENV) benchmarks/train.py --networks $* --rounds 1 --seconds 2 $(TRAIN) --output $@

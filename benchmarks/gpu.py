@@ -14,12 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import errors
 from common.command_line import Parser
 
-import dense
-import mobilenetv2
-import resnext
-
-RECIPES = {module.RECIPE.network: module.RECIPE for module in (dense, mobilenetv2, resnext)}
-COLUMNS = [*RECIPES, "ensemble"]
+from benchmarks import harness
+from benchmarks.train import RECIPES
 
 
 def main() -> int:
@@ -41,25 +37,22 @@ def main() -> int:
             for way, spent in figures["milliseconds"].items():
                 rows[f"{kind} {way}, ms"][network] = f"{spent:.2f}"
     for network, recipe in RECIPES.items():
-        compiled = read(f"compile-{network}.json")
-        for way, figures in compiled.get("networks", {}).get(network, {}).get("compile", {}).items():
+        for way, figures in read(f"compile-{network}.json").get("networks", {}).get(network, {}).items():
             rate = figures["images_per_second"]
-            seconds = figures["start_up_seconds"] + recipe.epochs * compiled["num_images"] / rate
-            rows[f"--compile {way}, images/s"][network] = f"{rate:,.0f}"
-            rows[f"--compile {way}, start-up and default epochs"][network] = f"{seconds / 60:.1f} min"
-        ratios = read(f"plain-{network}.json").get("networks", {}).get(network, {}).get("ratios", {})
-        for kind, ratio in ratios.items():
-            rows[f"ours / {kind}"][network] = f"{ratio:.2f}"
+            seconds = figures["start_up_seconds"] + recipe.epochs * figures["num_images"] / rate
+            rows[f"{way}, images/s"][network] = f"{rate:,.0f}"
+            rows[f"{way}, start-up and default epochs"][network] = f"{seconds / 60:.1f} min"
+        for kind, figures in read(f"plain-{network}.json").get("networks", {}).get(network, {}).items():
+            if "ratio" in figures:
+                rows[f"ours / {kind}"][network] = f"{figures['ratio']:.2f}"
     for name in ("headline", "baseline"):
         if result := read(f"{name}/result.json"):
             ensemble = result["ensemble"] | {"seconds": result["total_seconds"]}
-            for network, row in zip(COLUMNS, [*result["members"], ensemble], strict=True):
+            for network, row in zip([*RECIPES, "ensemble"], [*result["members"], ensemble], strict=True):
                 rows[f"{name}: accuracy, loss"][network] = f"{row['accuracy']:.2%}, {row['loss']:.4f}"
                 rows[f"{name}: time"][network] = f"{row['seconds'] / 60:.1f} min"
 
-    print(f"| | {' | '.join(COLUMNS)} |\n|---|{'--:|' * len(COLUMNS)}")
-    for label, cells in rows.items():
-        print(f"| {' | '.join([label, *(cells.get(column, '') for column in COLUMNS)])} |")
+    harness.print_table(rows)
     if (tests := folder / "tests.txt").is_file():
         print("\n" + "\n".join(line for line in tests.read_text().splitlines() if "::" in line))
     else:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: some of a data set's images, and what every one writes with its numbers.
+"""What the benchmarks share: flags, turns, clocks, processes, tables, and what stands beside the numbers.
 
 That is the machine, the versions, the commit and the command.
 """
@@ -6,32 +6,187 @@ That is the machine, the versions, the commit and the command.
 import argparse
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from common import files
+from common.command_line import Parser
+from common.device import DEVICES
 from common.errors import UserError
 
 import numpy as np
 import PIL
 import torch
 import torchvision
-from torch.utils.flop_counter import FlopCounterMode
 
-from dataset import Split
+import dataset
+from dataset import Dataset
 from models import NETWORKS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benchmarks/results"
 
+Value = TypeVar("Value")
+
+
+# ---------------------------------------------------------------------------------------------------------- the flags
+
+
+def make_parser(description: str | None, output: str, **defaults: Any) -> Parser:
+    """The parser of a script that writes `output`, with the flags of `FLAGS` that have a default here."""
+    parser = Parser(description)
+    parser.add_argument("--output", default=f"{RESULTS}/{output}", help="(default: %(default)s)")
+    for name, default in defaults.items():
+        parser.add_argument("--" + name.replace("_", "-"), default=default, **FLAGS[name])
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # see in_a_process
+    return parser
+
+
+def positive(text: str) -> int:
+    """The type of a flag that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """The type of a flag that measures something."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return value
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "data": {"help": "cifar10, digits, or a folder of images (default: %(default)s)"},
+    "images": {"type": positive, "help": "train on at most so many images"},
+    "image_size": {"type": positive, "help": "side of the images (default: %(default)s)"},
+    "networks": {"nargs": "+", "choices": list(NETWORKS), "help": "(default: all)"},
+    "batch_size": {"type": positive, "help": "images in a step (default: %(default)s)"},
+    "rounds": {"type": positive, "help": "turns of each measurement (default: %(default)s)"},
+    "seconds": {"type": above_zero, "help": "about how long a measurement lasts (default: %(default)g)"},
+    "device": {"choices": DEVICES, "help": "auto: CUDA, else MPS, else the CPU"},
+}
+
+
+def load_images(options: argparse.Namespace, *, at_least: int) -> Dataset:
+    """The data of --data, with at most --images training images, of all classes. Raises UserError for too few."""
+    data = dataset.load(options.data, image_size=options.image_size)
+    count = min(options.images or math.inf, len(data.train))
+    if count < at_least:
+        raise UserError(f"--data {options.data}: {count} training images; expected {at_least} or more")
+    return replace(data, train=data.train.take(np.random.default_rng(0).permutation(len(data.train))[:count]))
+
+
+# ------------------------------------------------------------------------------------------------------- measurements
+
+
+def in_turn(
+    ways: dict[str, Callable[[], Value]],
+    rounds: int,
+    *,
+    warm_up: bool = False,
+    show: Callable[[Value], str] | None = None,
+) -> dict[str, list[Value]]:
+    """What each of `ways` gives in each round. They take turns: whatever else the machine does meets all of them.
+
+    With `warm_up`, a round 0 comes first, which does not count. `show` spells a value that is printed at once.
+    """
+    values: dict[str, list[Value]] = {name: [] for name in ways}
+    for number in range(0 if warm_up else 1, rounds + 1):
+        for name, measure in ways.items():
+            value = measure()
+            if show:
+                print(f"round {number}, {name}: {show(value)}", flush=True)
+            if number:
+                values[name].append(value)
+    return values
+
+
+def in_a_process(*measured: object, environment: dict[str, str] | None = None) -> Any:
+    """The JSON that this script prints last, started again with its own flags and --measure `measured`.
+
+    For what cannot be taken back within a process: settings of the memory allocator, of OpenMP and of TF32.
+    Raises UserError if the process fails; without a message if it has said why.
+    """
+    command = [sys.executable, *sys.argv, "--measure", *map(str, measured)]
+    ended = subprocess.run(
+        command, env=os.environ | (environment or {}), stdout=subprocess.PIPE, text=True, check=False
+    )
+    if ended.returncode < 0:
+        what = " ".join(map(str, measured))
+        raise UserError(
+            f"{what}: the process was killed by signal {-ended.returncode}; if memory ran out, give smaller batches, "
+            "or leave it out"
+        )
+    if ended.returncode:
+        raise UserError("", silent=True)
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work` takes until the device has done all of it."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+# -------------------------------------------------------------------------------------------------------- the results
+
+
+def report(
+    options: argparse.Namespace, device: torch.device, rows: dict[str, dict[str, str]], **results: object
+) -> int:
+    """Write --output: `provenance`, the flags, and `results`; print a table of `rows`. Returns an exit status."""
+    flags = {name: value for name, value in vars(options).items() if name not in ("output", "measure")}
+    write_results(provenance(device) | flags | results, options.output)
+    print_table(rows)
+    print(f"\nResults: {options.output}")
+    return 0
+
+
+def write_results(results: dict[str, Any], path: str | Path) -> None:
+    """Raises UserError if the file cannot be written."""
+    with files.replacing(path, "the results") as file:
+        file.write((json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def print_table(rows: dict[str, dict[str, str]]) -> None:
+    """In Markdown: a row for each label, its cells by column. A cell that a row lacks is empty."""
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    print(f"\n| | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}")
+    for label, cells in rows.items():
+        print(f"| {' | '.join([label, *(cells.get(column, '') for column in columns)])} |")
+
+
+def spelled(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a reader needs to judge a figure, or to measure it again."""
-    return {"device": device_name(device), "versions": versions(), "commit": commit(), "command": command()}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions |= {"torchvision": str(torchvision.__version__), "numpy": np.__version__, "pillow": PIL.__version__}
+    how = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
+    return {"device": device_name(device), "versions": versions} | how
 
 
 def device_name(device: torch.device) -> str:
@@ -52,16 +207,6 @@ def processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-    }
-
-
 def commit() -> str | None:
     """The commit of the code that runs, with "-dirty" where a file differs from it; None outside a git repository.
 
@@ -80,64 +225,3 @@ def commit() -> str | None:
 def git(*arguments: str) -> str:
     result = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, encoding="utf-8")
     return result.stdout.strip()
-
-
-def command() -> str:
-    return shlex.join(["python", *sys.argv])
-
-
-def some_of(train: Split, count: int, *, at_least: int, source: str) -> Split:
-    """`count` of the training images of --data `source`, of all classes.
-
-    Raises UserError if there are not so many, or `count` is below `at_least`.
-    """
-    if len(train) < at_least:
-        raise UserError(f"--data {source} has {len(train)} training images; expected {at_least} or more")
-    if not at_least <= count <= len(train):
-        raise UserError(f"--images {count}: expected {at_least} to {len(train)}, as many as --data {source} has")
-    return train.take(np.random.default_rng(0).permutation(len(train))[:count])
-
-
-def positive(text: str) -> int:
-    """The type of a flag that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given, so that a clock read now tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def write_results(results: dict[str, Any], path: str | Path) -> None:
-    """Raises UserError if the file cannot be written."""
-    with files.replacing(path, "the results") as file:
-        file.write((json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def flops_per_image(network: str, num_classes: int = 10, image_size: int = 32, **arguments: Any) -> int:
-    """Floating-point operations of a forward and a backward pass, in convolutions and matrix products."""
-    with torch.device("meta"):  # shapes suffice to count
-        model = NETWORKS[network](num_classes, **arguments)
-        images = torch.empty(2, 3, image_size, image_size)
-    formulas = {torch.ops.aten.convolution_backward: convolution_backward_flops}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        model(images).sum().backward()
-    return counter.get_total_flops() // len(images)
-
-
-def convolution_backward_flops(
-    grad_shape: list[int], _: list[int], weight_shape: list[int], *others: Any, **__: Any
-) -> int:
-    """As many as forward for the gradient of the input and as many again for that of the weights, where it is asked.
-
-    PyTorch's own formula takes the latter for that of a convolution without groups: in a depthwise one, it counts the
-    operations once for each channel.
-    """
-    output_mask = others[-1]
-    forward = 2 * grad_shape[0] * math.prod(grad_shape[2:]) * math.prod(weight_shape)
-    return forward * sum(output_mask[:2])

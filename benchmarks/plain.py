@@ -1,6 +1,8 @@
 """What a user would otherwise write: a plain loop, and a DataLoader with torchvision's transforms, image by image."""
 
+import time
 from collections.abc import Callable
+from typing import Any
 
 from common.device import autocast
 
@@ -14,10 +16,12 @@ from torchvision import transforms
 from dataset import Split
 from dataset.image_folder import num_cores
 from dataset.transforms import Augmentation
+from models import NETWORKS
 from utils import MEAN, STD
 
 BASELINE_BATCH_SIZE = 64
 WORKERS = {"baseline": 2, "tuned": num_cores(), "tuned_bfloat16": num_cores()}  # processes of the DataLoader
+LIBGOMP_SPINS = "300000"  # libgomp's GOMP_SPINCOUNT where nothing sets one, as common/__init__.py does
 
 Step = Callable[[Tensor, Tensor], None]  # trains on images and labels
 
@@ -41,64 +45,52 @@ def torchvision_loader(
     split: Split, settings: Augmentation, *, batch_size: int, workers: int, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader:
     """Shuffled batches on the host: images, float32 (B, 3, H, W), and labels, int64 (B,). Its processes stay."""
-    transform = transforms.Compose(
-        [
-            transforms.RandomCrop(split.images.shape[-1], padding=settings.crop_padding),
-            transforms.ColorJitter(settings.brightness, settings.contrast, settings.saturation, settings.hue),
-            transforms.RandomHorizontalFlip(settings.flip),
-            transforms.RandAugment(settings.randaugment_ops, settings.randaugment_magnitude),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-    return torch.utils.data.DataLoader(
-        PilImages(split, transform),
-        batch_size,
-        shuffle=True,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        persistent_workers=True,
-    )
+    steps = [
+        transforms.RandomCrop(split.images.shape[-1], padding=settings.crop_padding),
+        transforms.ColorJitter(settings.brightness, settings.contrast, settings.saturation, settings.hue),
+        transforms.RandomHorizontalFlip(settings.flip),
+        transforms.RandAugment(settings.randaugment_ops, settings.randaugment_magnitude),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ]
+    images, own = PilImages(split, transforms.Compose(steps)), {"num_workers": workers, "pin_memory": pin_memory}
+    return torch.utils.data.DataLoader(images, batch_size, shuffle=True, persistent_workers=True, **own)
 
 
-def baseline_step(model: nn.Module, device: torch.device) -> Step:
-    model.to(device)
+def plain_step(model: nn.Module, device: torch.device, *, precision: str = "float32", tuned: bool = True) -> Step:
+    """A step of the plain loop. `tuned`: channels-last, and nothing waits for the device."""
+    layout = torch.channels_last if tuned else torch.contiguous_format
+    model.to(device, memory_format=layout).train()
     optimizer = plain_optimizer(model)
-    loss_sum = hits = 0
+    sums: list[Any] = [0, 0]  # of losses and hits
 
     def step(images: Tensor, labels: Tensor) -> None:
-        nonlocal loss_sum, hits
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.item()
-        hits += (logits.argmax(1) == labels).sum().item()
-
-    return step
-
-
-def tuned_step(model: nn.Module, device: torch.device, precision: str) -> Step:
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = plain_optimizer(model)
-    loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+        images = images.to(device, memory_format=layout, non_blocking=tuned)
+        labels = labels.to(device, non_blocking=tuned)
         optimizer.zero_grad()
         with autocast(device, precision):
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         loss.backward()
         optimizer.step()
-        loss_sum.add_(loss.detach())
-        hits.add_((logits.argmax(1) == labels).sum())
+        for number, value in enumerate((loss.detach(), (logits.argmax(1) == labels).sum())):
+            sums[number] += value if tuned else value.item()
 
     return step
 
 
 def plain_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+
+def rate_on_one_batch(network: str, seconds: float, batch_size: int, **arguments: Any) -> float:
+    """Images a second of the tuned loop in float32 on the CPU, on one batch of noise, for so long after two steps."""
+    step = plain_step(NETWORKS[network](10, **arguments), torch.device("cpu"))
+    images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
+    step(images, labels)
+    step(images, labels)
+    started, count = time.perf_counter(), 0
+    while (taken := time.perf_counter() - started) < seconds:
+        step(images, labels)
+        count += 1
+    return count * batch_size / taken

@@ -16,12 +16,10 @@ import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors, files
-from common.command_line import Parser
 
 import torch
 from matplotlib.figure import Figure
@@ -43,23 +41,20 @@ Point = dict[str, float]  # seconds since the start, epochs done, test_accuracy,
 
 
 def main() -> int:
-    options = parse_flags()
-    if options.baseline is not None:
-        for point in train_baseline(options):
-            print(json.dumps(point), flush=True)
+    flags = {"data": "cifar10", "image_size": 32}
+    parser = harness.make_parser(__doc__, "race.json", **flags)
+    parser.add_argument("--epochs", type=positive, default=8, help="of ours (default: %(default)s)")
+    parser.add_argument("--train-size", type=positive, help="train on so many images (default: all)")
+    parser.add_argument("--picture", default="docs/race.png", help="(default: %(default)s)")
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(train_baseline(options, *map(float, options.measure))))
         return 0
     ours, seconds = race_ours(options)
-    print(f"ours: {line(ours[-1])}", flush=True)
-    command = [sys.executable, __file__, *sys.argv[1:], "--baseline", str(seconds), "--started", str(time.time())]
-    ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    baseline = [json.loads(text) for text in ended.stdout.splitlines()]
-    print(f"baseline: {line(baseline[-1])}")
-    device = torch.device("cpu")
-    results = harness.provenance(device) | {"data": options.data, "ours": ours, "baseline": baseline}
-    harness.write_results(results, options.output)
-    draw(results, options.picture)
-    print(f"figures: {options.output}   picture: {options.picture}")
-    return 0
+    curves = {"ours": ours, "baseline": harness.in_a_process(time.time(), seconds)}
+    draw(curves, harness.device_name(torch.device("cpu")), options.picture)
+    rows = {name: {"after": line(points[-1])} for name, points in curves.items()}
+    return harness.report(options, torch.device("cpu"), rows, **curves)
 
 
 def race_ours(options: argparse.Namespace) -> tuple[list[Point], float]:
@@ -83,7 +78,7 @@ def race_ours(options: argparse.Namespace) -> tuple[list[Point], float]:
 TESTED = ("test_accuracy", "test_loss")
 
 
-def train_baseline(options: argparse.Namespace) -> list[Point]:
+def train_baseline(options: argparse.Namespace, started: float, seconds: float) -> list[Point]:
     """Its curve, the last point where the time is up, in mid-epoch."""
     device = torch.device("cpu")
     recipe = mobilenetv2.RECIPE
@@ -102,7 +97,7 @@ def train_baseline(options: argparse.Namespace) -> list[Point]:
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
-            if is_over := time.time() - options.started >= options.baseline:
+            if is_over := time.time() - started >= seconds:
                 break
         model.eval()
         logits = predict(lambda batch: model(normalize(batch)), torch.from_numpy(data.test.images), device)
@@ -110,7 +105,7 @@ def train_baseline(options: argparse.Namespace) -> list[Point]:
         labels = torch.from_numpy(data.test.labels)
         points.append(
             {
-                "seconds": time.time() - options.started,
+                "seconds": time.time() - started,
                 "epochs": epoch + step / len(loader),
                 "test_accuracy": (logits.argmax(1) == labels).float().mean().item(),
                 "test_loss": F.cross_entropy(logits, labels).item(),
@@ -122,12 +117,11 @@ def train_baseline(options: argparse.Namespace) -> list[Point]:
 
 
 def line(point: Point) -> str:
-    return (
-        f"{100 * point['test_accuracy']:.2f} % after {point['seconds'] / 60:.1f} minutes, {point['epochs']:.2f} epochs"
-    )
+    accuracy, minutes = 100 * point["test_accuracy"], point["seconds"] / 60
+    return f"{accuracy:.2f} % after {minutes:.1f} minutes, {point['epochs']:.2f} epochs"
 
 
-def draw(results: dict[str, Any], path: str) -> None:
+def draw(curves: dict[str, list[Point]], device: str, path: str) -> None:
     figure = Figure(figsize=(9, 4.5), dpi=style.DPI, layout="constrained")
     axes = figure.add_subplot()
     contestants = {
@@ -135,10 +129,10 @@ def draw(results: dict[str, Any], path: str) -> None:
         "baseline": ("plain loop, the baseline's recipe of 200 epochs", style.BLUE),
     }
     for name, (label, colour) in contestants.items():
-        minutes = [point["seconds"] / 60 for point in results[name]]
-        percent = [100 * point["test_accuracy"] for point in results[name]]
+        minutes = [point["seconds"] / 60 for point in curves[name]]
+        percent = [100 * point["test_accuracy"] for point in curves[name]]
         axes.plot(minutes, percent, "o-", color=colour, label=f"{label}: {percent[-1]:.2f} %")
-    axes.set_xlabel(f"minutes on {results['device']}")
+    axes.set_xlabel(f"minutes on {device}")
     axes.set_ylabel("test accuracy, %")
     axes.set_xlim(left=0)
     axes.grid(color=style.PALE)
@@ -147,21 +141,6 @@ def draw(results: dict[str, Any], path: str) -> None:
     axes.set_title("MobileNetV2 on CIFAR-10, equal time")
     with files.replacing(path, "the picture") as file:
         figure.savefig(file, format="png")
-
-
-def parse_flags() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("--epochs", type=positive, default=8, help="of ours (default: %(default)s)")
-    parser.add_argument("--data", default="cifar10", help="(default: %(default)s)")
-    parser.add_argument("--image-size", type=positive, default=32, help="side of the images (default: %(default)s)")
-    parser.add_argument("--train-size", type=positive, help="train on so many images (default: all)")
-    parser.add_argument("--output", default=f"{harness.RESULTS}/race.json", help="(default: %(default)s)")
-    parser.add_argument("--picture", default="docs/race.png", help="(default: %(default)s)")
-    parser.add_argument("--baseline", type=float, help=argparse.SUPPRESS)  # seconds that it has
-    parser.add_argument(
-        "--started", type=float, help=argparse.SUPPRESS
-    )  # when its process was, in seconds of the epoch
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

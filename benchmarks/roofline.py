@@ -20,16 +20,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import errors
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common import errors
-from common.command_line import Parser
 
 from benchmarks import harness
 from models import NETWORKS
@@ -38,33 +37,19 @@ BYTES = 2  # of a number in bfloat16
 
 
 def main() -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("--flops", type=float, default=790e12, help="operations a second (default: %(default)g)")
-    parser.add_argument("--bandwidth", type=float, default=3.0e12, help="bytes a second (default: %(default)g)")
-    parser.add_argument("--output", default=f"{harness.RESULTS}/roofline.json", help="JSON file (default: %(default)s)")
+    parser, number = harness.make_parser(__doc__, "roofline.json"), harness.above_zero
+    parser.add_argument("--flops", type=number, default=790e12, help="operations a second (default: %(default)g)")
+    parser.add_argument("--bandwidth", type=number, default=3.0e12, help="bytes a second (default: %(default)g)")
     options = parser.parse_args()
-    for name in ("flops", "bandwidth"):
-        if not getattr(options, name) > 0:
-            raise errors.UserError(f"--{name} is {getattr(options, name):g}; it must be above 0")
-
-    networks = {name: count(name) for name in NETWORKS}
-    print("| an image of 32×32 | GFLOP | MB, eager | MB, fused | images/s: operations | bytes, eager | bytes, fused |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    networks, rows = {name: count(name) for name in NETWORKS}, {}
     for name, counted in networks.items():
-        limits = {
-            "operations": options.flops / counted["flops"],
-            "eager": options.bandwidth / counted["bytes_eager"],
-            "fused": options.bandwidth / counted["bytes_fused"],
-        }
+        limits = {"operations": options.flops / counted["flops"]}
+        limits |= {kind: options.bandwidth / counted[f"bytes_{kind}"] for kind in ("eager", "fused")}
         counted["images_per_second"] = limits
-        print(
-            f"| {name} | {counted['flops'] / 1e9:.2f} | {counted['bytes_eager'] / 1e6:.1f} | "
-            f"{counted['bytes_fused'] / 1e6:.1f} | {limits['operations']:,.0f} | {limits['eager']:,.0f} | "
-            f"{limits['fused']:,.0f} |"
-        )
-    rates = {"flops_per_second": options.flops, "bytes_per_second": options.bandwidth}
-    harness.write_results(harness.provenance(torch.device("cpu")) | rates | {"networks": networks}, options.output)
-    return 0
+        rows[name] = {"GFLOP": f"{counted['flops'] / 1e9:.2f}"}
+        rows[name] |= {f"MB, {kind}": f"{counted[f'bytes_{kind}'] / 1e6:.1f}" for kind in ("eager", "fused")}
+        rows[name] |= {f"images/s by {kind}": f"{limit:,.0f}" for kind, limit in limits.items()}
+    return harness.report(options, torch.device("cpu"), rows, networks=networks)
 
 
 def count(name: str) -> dict[str, Any]:
@@ -73,18 +58,17 @@ def count(name: str) -> dict[str, Any]:
     more, fewer = trace(name, 4), trace(name, 2)
     numbers = more.numbers - fewer.numbers
     by_operator = {operator: BYTES * number // 2 for operator, number in numbers.most_common() if number}
-    convolutions = by_operator["convolution"] + by_operator["convolution_backward"]
     return {
-        "flops": harness.flops_per_image(name),
+        "flops": (more.flops - fewer.flops) // 2,
         "bytes_eager": sum(by_operator.values()),
-        "bytes_fused": convolutions,
+        "bytes_fused": by_operator["convolution"] + by_operator["convolution_backward"],
         "bytes_by_operator": by_operator,
         "kernels": more.kernels,
     }
 
 
 def trace(name: str, batch_size: int) -> "Traffic":
-    """The operators of a network's forward and backward pass."""
+    """The operators of a network's forward and backward pass; shapes suffice to count."""
     with torch.device("meta"), Traffic() as traffic:
         logits = NETWORKS[name](10)(torch.empty(batch_size, 3, 32, 32))
         F.cross_entropy(logits, torch.empty(batch_size, dtype=torch.long)).backward()
@@ -94,6 +78,7 @@ def trace(name: str, batch_size: int) -> "Traffic":
 class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
+        self.flops = 0
         self.numbers: Counter = Counter()  # read and written, by operator
         self.kernels = 0  # operators that are not only a view; each is a kernel or more
 
@@ -103,8 +88,13 @@ class Traffic(TorchDispatchMode):
             read, written = ([value.numel() for value in tree_leaves(part) if isinstance(value, Tensor)]
                              for part in ((args, kwargs), result))  # fmt: skip
             name = function._schema.name.split("::")[1]
-            if name == "convolution_backward":
+            if name == "convolution":  # each output is a sum over the weights of its channel
+                self.flops += 2 * written[0] * args[1][0].numel()
+            elif name == "convolution_backward":  # as many for the input's gradient and for the weights', if asked for
+                self.flops += 2 * read[0] * args[2][0].numel() * sum(args[-1][:2])
                 read = [2 * read[0], read[1]]
+            elif name in ("mm", "addmm"):
+                self.flops += 2 * written[0] * args[-2].shape[1]
             elif "batch_norm" in name:
                 passes_over = read[:2] if "backward" in name else read[:1]
                 read, written = [2 * number for number in passes_over], written[:1]

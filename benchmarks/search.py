@@ -26,7 +26,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors
-from common.command_line import Parser
 from common.errors import UserError
 
 import torch
@@ -37,6 +36,7 @@ from evaluation.members import SCRIPTS
 from training.history import read_csv
 
 FEW = "100"  # test images: an epoch ends with a test, and this one is not looked at
+KEPT = ("val_accuracy", "val_loss", "train_accuracy", "train_loss")
 
 
 def main() -> int:
@@ -44,28 +44,27 @@ def main() -> int:
     output = Path(options.output)
     rows: list[dict[str, Any]] = json.loads(output.read_text())["runs"] if output.exists() else []
     done = {(row["script"], row["flags"], row["seed"]) for row in rows}
-    wanted = [
-        (label, shlex.join([*options.flags, *flags]), seed)
-        for seed in options.seeds
-        for label, flags in options.run
-        if (options.script, shlex.join([*options.flags, *flags]), seed) not in done
-    ]
     about = harness.provenance(torch.device("cpu")) | {"data": options.data, "val_size": options.val_size}
     commit = about.pop("commit")  # of each run: a later one that is added may be of another
+    wanted = [
+        {"label": label, "script": options.script, "flags": shlex.join(flags), "seed": seed, "commit": commit}
+        for seed in options.seeds
+        for label, flags in ((label, [*options.flags, *own]) for label, own in options.run)
+        if (options.script, shlex.join(flags), seed) not in done
+    ]
     one_at_a_time = threading.Lock()
 
-    def run(job: tuple[str, str, int]) -> None:
-        label, flags, seed = job
-        row = {"label": label, "script": options.script, "flags": flags, "seed": seed, "commit": commit}
-        row |= train(options, flags, seed)
+    def run(row: dict[str, Any]) -> None:
+        row = row | train(options, row["flags"], row["seed"])
         with one_at_a_time:
             rows.append(row)
             harness.write_results(about | {"runs": rows}, output)
-        print(f"{label}, seed {seed}: {100 * row['val_accuracy']:.2f} %, loss {row['val_loss']:.4f}", flush=True)
+        accuracy, loss = 100 * row["val_accuracy"], row["val_loss"]
+        print(f"{row['label']}, seed {row['seed']}: {accuracy:.2f} %, loss {loss:.4f}", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(run, wanted))
-    print(table(rows))
+    harness.print_table(table(rows))
     return 0
 
 
@@ -77,29 +76,27 @@ def train(options: argparse.Namespace, flags: str, seed: int) -> dict[str, float
             "--data", options.data, "--val-size", str(options.val_size), "--test-size", FEW,
             "--name", "run", "--checkpoint-dir", folder, "--plot-dir", folder,
         ]  # fmt: skip
-        started = time.monotonic()
-        ended = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-        )
+        started, one_thread = time.monotonic(), os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=False)
         if ended.returncode:
             raise UserError(f"{options.script} {flags} ended with status {ended.returncode}: {ended.stderr[-500:]}")
         last = read_csv(Path(folder) / "run.csv")[-1]
-    kept = ("val_accuracy", "val_loss", "train_accuracy", "train_loss")
-    return {name: float(last[name]) for name in kept} | {"seconds": time.monotonic() - started}
+    return {name: last[name] for name in KEPT} | {"seconds": time.monotonic() - started}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """Mean and standard deviation over the seeds, a row for each set of flags."""
-    lines = ["| flags | seeds | val accuracy | val loss | train accuracy |", "|---|--:|--:|--:|--:|"]
-    for script, flags in dict.fromkeys((row["script"], row["flags"]) for row in rows):
-        group = [row for row in rows if (row["script"], row["flags"]) == (script, flags)]
-        cells = []
-        for name, scale in (("val_accuracy", 100), ("val_loss", 1), ("train_accuracy", 100)):
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['label']} ({row['script']} {row['flags']})", []).append(row)
+    cells = {label: {"seeds": str(len(group))} for label, group in groups.items()}
+    for label, group in groups.items():
+        for name in KEPT:
+            scale, digits = (100, 2) if name.endswith("accuracy") else (1, 3)
             values = [scale * row[name] for row in group]
-            spread = f" ± {statistics.stdev(values):.{2 if scale > 1 else 3}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{2 if scale > 1 else 3}f}{spread}")
-        lines.append(f"| {group[0]['label']} | {len(group)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells[label][name] = f"{statistics.mean(values):.{digits}f}{spread}"
+    return cells
 
 
 def named_flags(text: str) -> tuple[str, list[str]]:
@@ -111,14 +108,12 @@ def named_flags(text: str) -> tuple[str, list[str]]:
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = harness.make_parser(__doc__, "search.json", data="cifar10")
     parser.add_argument("--script", choices=list(SCRIPTS.values()), required=True)
     parser.add_argument("--run", type=named_flags, action="append", required=True, metavar="'LABEL: FLAGS'")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="(default: one for each core)")
-    parser.add_argument("--data", default="cifar10", help="(default: %(default)s)")
     parser.add_argument("--val-size", type=positive, default=5000, help="(default: %(default)s)")
-    parser.add_argument("--output", required=True, help="JSON file; one that is there is added to")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of every run")
     return parser.parse_args()
 

@@ -7,20 +7,25 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
 from common import errors
+from common.errors import UserError
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ensemble, harness, train
+from benchmarks import busy, ensemble, harness, roofline, train
+from dataset.image_folder import num_cores
 from models import NETWORKS
 
 pytestmark = pytest.mark.slow
@@ -60,36 +65,44 @@ def test_augment_names_data_that_is_not_there(tmp_path):
 
 
 def test_memory(tmp_path):
-    done = run(tmp_path, "memory.py", "--rounds", 1, "--steps", 1, "--networks", "mobilenetv2", "--output", "m.json")
+    tiny = ["--rounds", 1, "--seconds", 0.01, "--networks", "mobilenetv2"]
+    done = run(tmp_path, "memory.py", *tiny, "--output", "m.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "m.json").read_text())
     network = result["networks"]["mobilenetv2"]
     assert network["ratio"] == network["images_per_second"]["kept"] / network["images_per_second"]["given_back"]
+    assert f"| {network['ratio']:.2f} |" in done.stdout
 
 
 def test_train(tmp_path):
     small = ["--data", "digits", "--image-size", 16, "--images", 32, "--networks", "mobilenetv2", "--device", "cpu"]
     short = ["--rounds", 1, "--windows", 1, "--seconds", 0.01, "--batch-size", 24, "--tuned-batch-size", 16]
-    kinds = ("ours", "ours_float32", "baseline", "tuned_bfloat16")  # which is the tuned loop in another precision
-    short += ["--kinds", *kinds, "--compile", "none", "graph"]
-    done = run(tmp_path, "train.py", *small, *short, "--output", "t.json")
+    kinds = ("ours", "ours_float32", "ours_graph", "baseline", "tuned_bfloat16")
+    done = run(tmp_path, "train.py", *small, *short, "--kinds", *kinds, "--output", "t.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "t.json").read_text())
-    assert {"device", "versions", "commit", "command", "num_images", "networks"} <= result.keys()
+    assert {"device", "versions", "commit", "command", "data", "rounds", "windows", "networks"} <= result.keys()
     network = result["networks"]["mobilenetv2"]
-    rate = network["images_per_second"]
-    assert network["batch_size"] == 24
-    assert list(network["compile"]) == ["none"], "on the CPU there are no graphs"
-    assert network["compile_choice"] == "none"
-    assert network["compile"]["none"]["images_per_second"] == rate
-    assert network["data_share"] == 1 - rate / statistics.median(network["compile"]["none"]["windows_on_chunk"])
-    for kind, batch_size in (("ours_float32", 24), ("baseline", 64), ("tuned_bfloat16", 16)):
-        assert network[kind]["batch_size"] == batch_size
-        assert network["ratios"][kind] == rate / network[kind]["images_per_second"]
-        assert math.isclose(result["geometric_mean_ratios"][kind], network["ratios"][kind])
-        assert f"| {network['ratios'][kind]:.2f} |" in done.stdout
-        assert f"| {network[kind]['start_up_seconds']:.1f} s |" in done.stdout
-    assert f"| ours, images/s | {train.spelled(rate)} |" in done.stdout
+    assert list(network) == list(kinds)
+    rate = network["ours"]["images_per_second"]
+    assert network["ours"]["num_images"] == network["ours"]["batch_size"] == 24
+    assert network["ours_graph"]["compile"] == "none", "on the CPU there are no graphs"
+    assert "ratio" not in network["ours"]
+    # The baseline's batches of 64 are of 32, which is all there is.
+    for kind, batch_size in (("ours_float32", 24), ("ours_graph", 24), ("baseline", 32), ("tuned_bfloat16", 16)):
+        figures = network[kind]
+        assert figures["batch_size"] == batch_size
+        assert figures["ratio"] == rate / figures["images_per_second"]
+        assert math.isclose(result["geometric_mean_ratios"][kind], figures["ratio"])
+        assert f"| ours / {kind} | {figures['ratio']:.2f} | {figures['ratio']:.2f} |" in done.stdout
+        assert f"| {kind}, start-up | {figures['start_up_seconds']:.1f} s |" in done.stdout
+        if sys.platform == "linux":
+            assert f"| {kind}, peak memory | {figures['peak_memory_bytes'] / 2**30:.2f} GiB |" in done.stdout
+    assert [network[kind]["precision"] for kind in kinds[1:]] == [
+        "float32", network["ours"]["precision"], "float32", "bfloat16"
+    ]  # fmt: skip
+    assert [network[kind]["workers"] for kind in kinds[3:]] == [2, num_cores()]
+    assert f"| ours, images/s | {harness.spelled(rate)} |" in done.stdout
 
 
 def test_layers(tmp_path):
@@ -139,7 +152,7 @@ def test_search(tmp_path):
     assert rows[0] == first["runs"][0], "what is there is not run again"
     accuracies = [100 * row["val_accuracy"] for row in rows]
     mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
-    assert f"| usual | 2 | {mean:.2f} ± {spread:.2f} |" in done.stdout
+    assert f"| usual (mobilenetv2.py {rows[0]['flags']}) | 2 | {mean:.2f} ± {spread:.2f} |" in done.stdout
 
 
 def test_race(tmp_path):
@@ -149,7 +162,7 @@ def test_race(tmp_path):
     result = json.loads((tmp_path / "r.json").read_text())
     for name in ("ours", "baseline"):
         last = result[name][-1]
-        assert f"{name}: {100 * last['test_accuracy']:.2f} % after" in done.stdout
+        assert f"{100 * last['test_accuracy']:.2f} % after" in done.stdout
         assert [point["seconds"] for point in result[name]] == sorted(point["seconds"] for point in result[name])
     assert result["ours"][-1]["epochs"] == 1
     # The baseline stops with the first step behind the other's time; the test of its network comes on top.
@@ -177,34 +190,103 @@ def test_train_names_data_that_is_not_there(tmp_path):
 
 
 def test_operations_of_an_image_are_about_three_times_the_forward_pass():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "roofline.json").read_text())["networks"]
     for name, recipe in train.RECIPES.items():
         with torch.device("meta"):
             model, images = NETWORKS[name](10, **recipe.network_arguments()), torch.empty(1, 3, 32, 32)
             model.eval()
         with FlopCounterMode(display=False) as counter:
             model(images)
+        operations = roofline.count(name)["flops"]
         # Less the gradient of the images, which nobody asks for.
-        assert 2.9 < harness.flops_per_image(recipe.network) / counter.get_total_flops() <= 3
+        assert 2.9 < operations / counter.get_total_flops() <= 3
+        assert operations == stored[name]["flops"]
 
 
-def measurement(choice, rate):
+def test_roofline(tmp_path):
+    done = run(tmp_path, "roofline.py", "--flops", 1e12, "--output", "r.json")
+    assert done.returncode == 0, done.stderr
+    network = json.loads((tmp_path / "r.json").read_text())["networks"]["mobilenetv2"]
+    assert network["images_per_second"]["operations"] == 1e12 / network["flops"]
+    assert network["images_per_second"]["fused"] == 3e12 / network["bytes_fused"]
+    assert f"| {network['bytes_eager'] / 1e6:.1f} |" in done.stdout
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "many"])
+def test_a_rate_is_above_zero(tmp_path, value):
+    done = run(tmp_path, "roofline.py", f"--bandwidth={value}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--bandwidth" in done.stderr
+
+
+def test_the_ways_take_turns(capsys):
+    calls, ways = [], {}
+    for name in ("one", "two"):
+        ways[name] = lambda name=name: calls.append(name) or len(calls)
+    found = harness.in_turn(ways, 2, warm_up=True, show="{} calls".format)
+    assert calls == ["one", "two"] * 3
+    assert found == {"one": [3, 5], "two": [4, 6]}, "the first round does not count"
+    assert capsys.readouterr().out.splitlines()[1:3] == ["round 0, two: 2 calls", "round 1, one: 3 calls"]
+
+
+def test_what_a_process_measured_or_why_it_could_not(monkeypatch, capfd, tmp_path):
+    script = tmp_path / "script.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--flag"])
+    script.write_text("import json, os, sys; print('words'); print(json.dumps([sys.argv[1:], os.environ['SPINS']]))")
+    found = harness.in_a_process("ours", 0.5, environment={"SPINS": "7"})
+    assert found == [["--flag", "--measure", "ours", "0.5"], "7"]
+    script.write_text("import sys; sys.exit('the disk is on fire')")
+    with pytest.raises(UserError) as error:
+        harness.in_a_process("ours")
+    assert error.value.silent
+    assert "the disk is on fire" in capfd.readouterr().err
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(UserError, match="ours 7: the process was killed by signal 9; if memory ran out"):
+        harness.in_a_process("ours", 7)
+
+
+def test_a_way_to_run_a_step_may_fail_but_not_a_kind(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise UserError("no compiler")
+
+    monkeypatch.setattr(harness, "in_a_process", fail)
+    cpu = torch.device("cpu")
+    assert train.try_out("densenet", "ours_inductor", cpu) is None
+    assert "densenet, ours_inductor is left out. no compiler" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no compiler"):
+        train.try_out("densenet", "ours", cpu)
+
+
+def test_plain_loops_spin_as_long_as_libgomp_does_by_itself(monkeypatch):
+    given = {}
+    monkeypatch.setattr(harness, "in_a_process", lambda *job, environment: given.update({job[1]: environment}))
+    for count, expected in ((common.SPIN_COUNT, "300000"), ("7", "7")):
+        monkeypatch.setenv("GOMP_SPINCOUNT", count)
+        for kind in ("ours", "tuned"):
+            train.try_out("densenet", kind, torch.device("cpu"))
+        assert given == {"ours": {"GOMP_SPINCOUNT": count}, "tuned": {"GOMP_SPINCOUNT": expected}}
+
+
+def test_libgomp_by_itself_is_measured_as_such(monkeypatch):
+    """Without the variable common/__init__.py would set its own."""
+    monkeypatch.setattr(harness, "in_a_process", lambda *_, environment: environment)
+    assert busy.measure("default", "nothing", 1.0) == {"GOMP_SPINCOUNT": "300000"}
+    assert busy.measure("16000", "nothing", 1.0) == {"GOMP_SPINCOUNT": "16000"}
+
+
+def measurement(rate):
     return {
-        "kind": "ours", "precision": "float32", "choice": choice, "windows": [rate, rate + 1, rate + 5],
-        "windows_on_chunk": [2 * rate], "batch_size": 8, "start_up_seconds": rate, "peak_memory_bytes": 1000 + rate,
+        "precision": "float32", "compile": "none", "windows": [rate, rate + 1, rate + 5], "batch_size": 8,
+        "start_up_seconds": rate, "peak_memory_bytes": 1000 + rate,
     }  # fmt: skip
 
 
-def test_rounds_are_pooled_by_the_way_of_running_a_step():
-    network = train.summary(
-        train.RECIPES["densenet"], [measurement("none", 10), measurement("graph", 90), measurement("none", 12)]
-    )
-    assert network["compile_choice"] == "graph", "the fastest, where the recipe's own was not measured"
-    figures = network["compile"]["none"]
-    assert figures["windows"] == [10, 11, 15, 12, 13, 17]
-    assert figures["images_per_second"] == 12.5
-    assert figures["start_up_seconds"] == 11
-    assert figures["peak_memory_bytes"] == 1012
-    assert figures["data_share"] == 1 - 12.5 / 22
+def test_rounds_are_pooled():
+    assert train.pooled([measurement(10), measurement(12)]) == {
+        "precision": "float32", "compile": "none", "windows": [10, 11, 15, 12, 13, 17], "batch_size": 8,
+        "images_per_second": 12.5, "start_up_seconds": 11, "peak_memory_bytes": 1012,
+    }  # fmt: skip
 
 
 DIGITS = [
@@ -229,6 +311,19 @@ def run_ensemble(folder, *flags):
         sys.argv = argv
 
 
+def send_sigterm_once(sleep):
+    """`sleep`, which sends this process SIGTERM the first time, twice as timeout and make do."""
+    sent = []
+
+    def sleep_and_send(seconds):
+        sleep(seconds)
+        while len(sent) < 2:
+            sent.append(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    return sleep_and_send
+
+
 def files_in(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
@@ -240,14 +335,17 @@ def softmax(logits):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A folder with a run's output in `out`, after a first attempt that its time limit ended at once."""
+    """A folder with a run's output in `out`, after attempts that a time limit and a signal ended at once."""
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONUTF8", "1")
         flags = [*DIGITS, "--work", "work", "--output", "out"]
-        stopped = run_ensemble(folder, *flags, "--time-limit", 0.1, "--", *SHORT)
-        assert stopped.returncode == 3, stopped.stderr
+        assert run_ensemble(folder, *flags, "--time-limit", 1e-6, "--", *SHORT).returncode == 3
+        with pytest.MonkeyPatch.context() as stopping:
+            stopping.setattr(ensemble.time, "sleep", send_sigterm_once(time.sleep))
+            stopped = run_ensemble(folder, *flags, "--", *SHORT)
+        assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
         assert "the same command goes on" in stopped.stdout
         assert files_in(folder / "out") == []
         before = json.loads((folder / "work" / "progress.json").read_text())
@@ -272,7 +370,7 @@ def test_ensemble(measured):
     assert result["starts"] == {"dense.py": 2, "mobilenetv2.py": 1, "resnext.py": 1, "main_ens.py": 1}
     assert 0 < result["not_training"] < 1
     assert 0 < result["cpu_seconds"] < os.cpu_count() * result["total_seconds"]
-    assert f"| total | | | {result['total_seconds']:.1f} |" in measured.stdout
+    assert f"| total |  |  | {result['total_seconds']:.1f} |" in measured.stdout
     tested = json.loads((output / "ensemble.json").read_text())
     assert result["ensemble"] == tested["ensemble"]
     for row, member in zip(result["members"], tested["members"], strict=True):
@@ -291,7 +389,7 @@ def test_the_kept_logits_score_as_the_ensemble_did(measured):
         assert arrays["classes"].tolist() == [str(digit) for digit in range(10)]
         labels = arrays["labels"]
         probs = np.mean([softmax(arrays[name].astype(float)) for name in MEMBERS], axis=0)
-    assert labels.dtype == np.uint8
+    assert labels.dtype == np.int16
     assert len(labels) == result["num_images"]["test"] == 100
     # Half precision can turn a tie.
     assert np.mean(probs.argmax(1) == labels) == pytest.approx(result["ensemble"]["accuracy"], abs=0.011)
@@ -301,21 +399,21 @@ def test_the_kept_logits_score_as_the_ensemble_did(measured):
 
 def test_a_finished_run_is_compared_without_running_again(measured):
     flags = [*DIGITS, "--work", "work", "--output", "again"]
-    done = run_ensemble(measured.folder, *flags, "--against", "out", "--", *SHORT)
+    done = run_ensemble(measured.folder, *flags, "--", *SHORT)
     assert done.returncode == 0, done.stderr
     first, again = (json.loads((measured.folder / name / "result.json").read_text()) for name in ("out", "again"))
-    against = again.pop("against")
     assert again == first
+
+    compared = run_ensemble(measured.folder, "--output", "again", "--against", "out")
+    assert compared.returncode == 0, compared.stderr
+    against = json.loads((measured.folder / "again" / "against.json").read_text())
+    assert against["against"] == "out"
     assert [row["name"] for row in against["rows"]] == [*MEMBERS, "ensemble"]
     for row in against["rows"]:
         for quantity in ("accuracy", "loss"):
-            assert row[quantity]["difference"] == 0
-            assert row[quantity]["interval"] == [0, 0]
-
-    scored = run_ensemble(measured.folder, "--score", "out", "--against", "out")
-    assert scored.returncode == 0, scored.stderr
-    assert "| ensemble | +0.00 (+0.00 to +0.00) | +0.0000 (+0.0000 to +0.0000) |" in scored.stdout
-    assert scored.stdout.strip() in done.stdout
+            assert row[quantity] == 0
+            assert row["intervals"][quantity] == [0, 0]
+    assert "| ensemble | +0.00 (+0.00 to +0.00) | +0.0000 (+0.0000 to +0.0000) |" in compared.stdout
 
 
 def test_a_run_goes_on_only_as_it_began(measured):
@@ -340,7 +438,7 @@ def test_intervals_are_those_of_a_plain_bootstrap(tmp_path):
     ]
     for name, logits in zip(("a", "b"), runs, strict=True):
         write_logits(tmp_path / name, logits, labels)
-    done = run_ensemble(tmp_path, "--score", "a", "--against", "b")
+    done = run_ensemble(tmp_path, "--output", "a", "--against", "b")
     assert done.returncode == 0, done.stderr
 
     def scores(probs):
@@ -370,8 +468,8 @@ def test_only_the_same_images_are_compared(tmp_path):
     write_logits(tmp_path / "b", logits, np.array([0, 1, 2, 1]))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "logits.npz").write_bytes(b"PK\3\4 and no more")
-    for other, message in (("b", "other labels"), ("c", "not what this benchmark writes"), ("d", "no such file")):
-        done = run_ensemble(tmp_path, "--score", "a", "--against", other)
+    for other, message in (("b", "other labels"), ("c", "not what this benchmark writes"), ("d", "No such file")):
+        done = run_ensemble(tmp_path, "--output", "a", "--against", other)
         assert done.returncode == 2
         assert message in done.stderr
 
@@ -395,12 +493,11 @@ def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, para
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--time-limit", 60], "--work"),
-        (["--score", "out"], "--against"),
+        (["--against", "elsewhere"], "logits.npz"),
         (["--", "--name", "mine"], "--name for dense.py"),
         (["--data", "nowhere"], "nowhere"),
     ],
-    ids=["limit", "score", "name", "data"],
+    ids=["against", "name", "data"],
 )
 def test_flags_that_cannot_work_are_named_at_once(tmp_path, flags, message):
     done = run_ensemble(tmp_path, *flags)
@@ -416,19 +513,20 @@ def test_the_cascade_is_measured_beside_the_whole(measured):
     assert done.returncode == 0, done.stderr
     result = json.loads((measured.folder / "work" / "c.json").read_text())
     assert (result["threshold"], result["num_images"], result["members"]) == (0.2, 60, MEMBERS)
-    assert result["ratio"] == result["cascade"]["milliseconds"] / result["whole"]["milliseconds"]
-    assert f"cascade: {100 * result['cascade']['accuracy']:.2f} %" in done.stdout
+    whole, cascade = result["figures"]["whole"], result["figures"]["cascade"]
+    assert result["ratio"] == cascade["milliseconds"] / whole["milliseconds"]
+    assert f"{cascade['accuracy']:.2%}" in done.stdout
 
 
 def test_deploy(tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    small = ["--networks", "mobilenetv2", "--rounds", 1, "--threads", 1]
+    small = ["--networks", "mobilenetv2", "--rounds", 1]
     done = run(tmp_path, "deploy.py", *small, "--output", "d.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "d.json").read_text())
     assert {"device", "versions", "commit", "command", "rounds"} <= result.keys()
-    assert result["versions"]["onnxruntime"]
+    assert result["packages"]["onnxruntime"]
     torchs, *files = (result["networks"]["mobilenetv2"][name] for name in ("torch", "onnx", "pt2"))
     for row in files:
         assert row["bytes"] > 4 * 2_236_682, "a file holds all parameters"
