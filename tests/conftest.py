@@ -16,6 +16,7 @@ from torch import nn
 
 from dataset import Dataset, Split
 from models import NETWORKS
+from training import checkpoint, loop
 from training.recipe import Recipe, flag
 
 # The same arithmetic on every machine: with AVX-512 in bfloat16, --precision auto would take that. PyTorch reads this
@@ -129,6 +130,27 @@ def tiny_recipe(tmp_path):
 @pytest.fixture
 def tiny_data():
     return tiny_images
+
+
+@pytest.fixture
+def train(tiny, tiny_recipe, tiny_data):
+    """Train the tiny network as a script's main does; `on_forward` and `data` are for the test to meddle with."""
+
+    def run(data=None, *, val=False, on_forward=None, **changes):
+        recipe = tiny_recipe(**changes)
+        with checkpoint.previous_run(recipe) as previous:
+            recipe, data = recipe.resumed(previous), data or tiny_data(val=val)
+            model = tiny(len(data.classes), recipe.channels)
+            model.on_forward = on_forward
+            return loop.fit(model, data, recipe, previous)
+
+    return run
+
+
+@pytest.fixture
+def images():
+    """Noise."""
+    return torch.randint(0, 256, (11, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")

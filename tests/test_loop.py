@@ -22,14 +22,14 @@ import naive_loop
 import numpy as np
 import pytest
 import torch
+from command_line import changed
 from conftest import ALL_ON, ROOT, TIMES, assert_same, without_times
 
 import mobilenetv2
 import utils
-from evaluation import members
 from training import checkpoint, loop, messages
 from training.history import read_csv
-from utils import CosineSchedule, normalize, predict
+from utils import CosineSchedule, predict
 
 STEPS = 6  # of an epoch of tiny_data: five batches of 4 and one of 2
 
@@ -40,20 +40,6 @@ def signals_as_before():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def train(tiny, tiny_recipe, tiny_data):
-    """Train the tiny network as a script's main does; `on_forward` and `data` are for the test to meddle with."""
-
-    def run(data=None, *, val=False, on_forward=None, **changes):
-        recipe = tiny_recipe(**changes)
-        with checkpoint.previous_run(recipe) as previous:
-            model = tiny()
-            model.on_forward = on_forward
-            return loop.fit(model, data or tiny_data(val=val), recipe, previous)
-
-    return run
 
 
 @pytest.fixture
@@ -123,12 +109,6 @@ def test_weights_and_curves_are_those_of_a_naive_loop(
         assert_same(checkpoint.read(path)["model"], run.eval_model.state_dict())
 
 
-def test_the_last_of_200_epochs_trains_at_0_000101():
-    schedule = CosineSchedule(0.01, 0.0001, 200, 782)
-    assert schedule(0, 0) == schedule(0, 781) == 0.01
-    assert f"{schedule(199, 0):.6f}" == "0.000101"
-
-
 @pytest.mark.parametrize("each", ["epoch", "batch"])
 @pytest.mark.parametrize("warmup", [0.0, 0.2, 0.25])
 def test_the_rate_climbs_and_then_falls_without_a_leap(each, warmup):
@@ -143,14 +123,6 @@ def test_the_rate_climbs_and_then_falls_without_a_leap(each, warmup):
     assert 0.0008 < rates[-1] < 0.005
     assert len(set(rates)) in (changes, changes - 1)  # the climb's end and the cosine's start may be the same
     assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < (0.05 if each == "epoch" else 0.01)
-
-
-def test_twice_the_batch_doubles_both_rates_and_the_run_says_so(train, tiny_data, capsys):
-    said = "peak learning rate 1.6, from 0.8 × 128/64"
-    for batch_size, factor in ((64, 1), (128, 2)):
-        run = train(tiny_data(train_size=130), batch_size=batch_size, name=f"batch{batch_size}", epochs=2)
-        assert [row["learning_rate"] for row in run.history] == pytest.approx([0.8 * factor, 0.408 * factor])
-        assert (said in capsys.readouterr().out) == (factor == 2)
 
 
 @pytest.mark.parametrize(("step_seconds", "least", "most"), [(0.01, 1, 1), (0.5, 3, 4)])
@@ -170,9 +142,8 @@ def test_the_device_is_asked_once_a_second_and_at_the_end_of_an_epoch(train, mon
 
 def test_predict_keeps_its_batches_small_for_large_images(tiny, monkeypatch):
     monkeypatch.setitem(utils.EVAL_PIXELS, "cpu", 4 * 8 * 8)
-    sizes = []
-
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    sizes = []
 
     def network(batch):
         sizes.append(len(batch))
@@ -221,32 +192,12 @@ def test_with_validation_the_best_epoch_is_kept_beside_the_last(train, path, mon
     assert [row["val_accuracy"] for row in last["history"]] == [0.2, 0.5, 0.5, 0.4]
 
 
-def test_a_checkpoint_describes_itself_in_plain_values(train, tiny_data, tiny_recipe, path):
-    run = train()
+def test_a_checkpoint_describes_itself(train, path):
+    train()
     content = checkpoint.read(path)
-    assert_same(members.build_member(path, content).network.state_dict(), run.model.state_dict())
-    kinds = set()
-
-    def walk(value):
-        kinds.add(type(value))
-        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            walk(part)
-
-    walk({**content, "model": dict(content["model"])})
-    assert kinds <= {dict, list, str, int, float, bool, type(None), torch.Tensor}
     assert content["network"] == {"name": "tiny", "arguments": {"num_classes": 3, "channels": 4}}
     assert (content["chosen"], content["finished"]) == ({"epoch": 3, "by": "last"}, True)
-    assert content["recipe"] == tiny_recipe(precision="float32").as_dict()
     assert content["versions"]["torch"] == str(torch.__version__)
-    described = content["data"]
-    assert (described["source"], described["digest"]) == (tiny_data().source, tiny_data().digest)
-    assert (described["classes"], described["image_size"]) == (["red", "green", "blue"], 8)
-    assert described["split"] == {
-        "split_seed": 0, "train_size": None, "val_size": 0, "test_size": None, "test_split": 0.2,
-    }  # fmt: skip
-    assert normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten().tolist() == pytest.approx(
-        [-mean / std for mean, std in zip(described["mean"], described["std"], strict=True)]
-    )
 
 
 @pytest.mark.parametrize("epochs_done", [0, 1])
@@ -429,14 +380,9 @@ def test_a_loss_that_is_not_finite_is_named_and_nothing_of_it_saved(train, path,
 
     with pytest.raises(UserError) as error:
         train(on_forward=at_call(number, keep_and_spoil, training="test" not in where))
-    assert f"{where}, learning rate 0.03775; nothing of this epoch is saved" in str(error.value)
+    said = f"{where}, learning rate 0.03775; nothing of this epoch is saved. Lower --base-lr"
+    assert said in str(error.value)
     assert [path.read_bytes(), csv_path.read_bytes()] == kept
-
-
-def test_a_rate_far_too_high_is_noticed_in_the_first_epoch(train, tmp_path):
-    with pytest.raises(UserError, match=r"epoch 1, step \d, learning rate 6\.25e\+28; nothing .* Lower --base-lr"):
-        train(base_lr=1e30)
-    assert [path for path in tmp_path.rglob("*.*") if path.suffix != ".lock"] == []
 
 
 # ------------------------------------------------------------------------------------------------- stopped and resumed
@@ -500,8 +446,7 @@ def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path,
 
 def test_images_that_were_split_off_for_the_test_are_told_once(train, tiny_data, capsys):
     train(replace(tiny_data(), test_split=0.25), split_seed=3)
-    said = "25 % of each class is the test set; made up has none"
-    said += " (--test-split 0.25, --split-seed 3)"
+    said = "25 % of each class is the test set; made up has none (--test-split 0.25, --split-seed 3)"
     assert capsys.readouterr().out.splitlines().count(said) == 1
 
 
@@ -548,9 +493,7 @@ def test_what_the_processor_can_do_is_what_it_says():
 
 def test_a_resumed_epoch_counts_its_first_part_in_its_time(train, path):
     train(on_forward=at_call(3, send(signal.SIGINT)))
-    content = checkpoint.read(path)
-    content["training"]["seconds"] = 1000.0
-    checkpoint.write(path, content)
+    changed(path, lambda content: content["training"].update(seconds=1000.0))
     row, *_ = train(resume=True).history
     assert 1000 < row["seconds"] < 1100
     assert 22 / 1100 < row["images_per_second"] < 22 / 1000
@@ -633,37 +576,22 @@ def test_other_images_are_refused(train, tiny_data, path):
     assert train(replace(tiny_data(), source="elsewhere"), resume=True).exit_status == 0, "the same images, moved"
 
 
-def without_its_end(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def with_changes(change):
-    def damage(path):
-        content = checkpoint.read(path)
-        change(content)
-        checkpoint.write(path, content)
-
-    return damage
-
-
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("change", "words"),
     [
-        (without_its_end, "truncated"),
-        (with_changes(lambda content: content["network"].update(name="densenet")), "holds a densenet, not a tiny"),
-        (with_changes(lambda content: content.pop("history")), "not usable, history is missing"),
+        (lambda content: content["network"].update(name="densenet"), "holds a densenet, not a tiny"),
+        (lambda content: content.pop("history"), "not usable, history is missing"),
         (
-            with_changes(lambda content: content["model"].update({"classifier.bias": torch.zeros(4)})),
+            lambda content: content["model"].update({"classifier.bias": torch.zeros(4)}),
             "not usable (Error(s) in loading state_dict for Tiny: size mismatch for classifier.bias",
         ),
-        (with_changes(lambda content: content["training"]["optimizer"].clear()), "not usable"),
+        (lambda content: content["training"]["optimizer"].clear(), "not usable"),
     ],
-    ids=["truncated", "another network", "no history", "other shapes", "no momentum"],
+    ids=["another network", "no history", "other shapes", "no momentum"],
 )
-def test_a_checkpoint_that_cannot_be_resumed_is_refused(train, path, damage, words):
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(train, path, change, words):
     train()
-    damage(path)
-    before = path.read_bytes()
+    before = changed(path, change).read_bytes()
     with pytest.raises(UserError) as error:
         train(resume=True)
     assert str(error.value).startswith(str(path))
