@@ -1,7 +1,5 @@
 """The measuring scripts run, at a size that measures nothing, and write what they promise."""
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -13,11 +11,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import errors
-
+import command_line
 import numpy as np
 import pytest
 import torch
+from command_line import MEMBERS, softmax
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ensemble, harness, train
@@ -26,6 +24,7 @@ from models import NETWORKS
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+SMALL = ["--data", "digits", "--image-size", 16]
 
 
 def run(folder, script, *flags):
@@ -40,73 +39,69 @@ def run(folder, script, *flags):
     )
 
 
-def test_augment(tmp_path):
-    small = ["--data", "digits", "--image-size", 16, "--images", 64, "--rounds", 1]
-    done = run(tmp_path, "augment.py", *small, "--output", "a.json")
+def measured_by(folder, script, *flags):
+    """What a script writes, with where and how it was measured, and what it prints."""
+    done = run(folder, script, "--output", "out.json", *flags)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "a.json").read_text())
-    assert {"device", "versions", "commit", "command", "images_per_second", "ratio"} <= result.keys()
+    result = json.loads((folder / "out.json").read_text())
+    assert {"device", "versions", "command"} <= result.keys()
+    return result, done.stdout
+
+
+def test_augment(tmp_path):
+    result, printed = measured_by(tmp_path, "augment.py", *SMALL, "--images", 64, "--rounds", 1)
     rates = result["images_per_second"]
     assert result["ratio"] == rates["ours"] / rates["torchvision"]
-    assert f"{rates['ours']:,.0f}" in done.stdout
+    assert f"{rates['ours']:,.0f}" in printed
 
 
-def test_augment_names_data_that_is_not_there(tmp_path):
-    done = run(tmp_path, "augment.py", "--data", "nowhere", "--output", "a.json")
+@pytest.mark.parametrize("script", ["augment.py", "train.py"])
+def test_data_that_is_not_there_is_named(tmp_path, script):
+    done = run(tmp_path, script, "--data", "nowhere", "--output", "out.json")
     assert done.returncode == 2
-    assert "nowhere" in done.stderr
+    assert "error: --data nowhere" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_memory(tmp_path):
-    done = run(tmp_path, "memory.py", "--rounds", 1, "--steps", 1, "--networks", "mobilenetv2", "--output", "m.json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "m.json").read_text())
+    result, _ = measured_by(tmp_path, "memory.py", "--rounds", 1, "--steps", 1, "--networks", "mobilenetv2")
     network = result["networks"]["mobilenetv2"]
     assert network["ratio"] == network["images_per_second"]["kept"] / network["images_per_second"]["given_back"]
 
 
 def test_train(tmp_path):
-    small = ["--data", "digits", "--image-size", 16, "--images", 32, "--networks", "mobilenetv2", "--device", "cpu"]
-    short = ["--rounds", 1, "--windows", 1, "--seconds", 0.01, "--batch-size", 24, "--tuned-batch-size", 16]
+    flags = [*SMALL, "--images", 32, "--networks", "mobilenetv2", "--device", "cpu", "--rounds", 1, "--windows", 1]
+    flags += ["--seconds", 0.01, "--batch-size", 24, "--tuned-batch-size", 16, "--compile", "none", "graph"]
     kinds = ("ours", "ours_float32", "baseline", "tuned_bfloat16")  # which is the tuned loop in another precision
-    short += ["--kinds", *kinds, "--compile", "none", "graph"]
-    done = run(tmp_path, "train.py", *small, *short, "--output", "t.json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "t.json").read_text())
-    assert {"device", "versions", "commit", "command", "num_images", "networks"} <= result.keys()
+    result, printed = measured_by(tmp_path, "train.py", *flags, "--kinds", *kinds)
     network = result["networks"]["mobilenetv2"]
     rate = network["images_per_second"]
     assert network["batch_size"] == 24
     assert list(network["compile"]) == ["none"], "on the CPU there are no graphs"
-    assert network["compile_choice"] == "none"
     assert network["compile"]["none"]["images_per_second"] == rate
     assert network["data_share"] == 1 - rate / statistics.median(network["compile"]["none"]["windows_on_chunk"])
     for kind, batch_size in (("ours_float32", 24), ("baseline", 64), ("tuned_bfloat16", 16)):
         assert network[kind]["batch_size"] == batch_size
         assert network["ratios"][kind] == rate / network[kind]["images_per_second"]
         assert math.isclose(result["geometric_mean_ratios"][kind], network["ratios"][kind])
-        assert f"| {network['ratios'][kind]:.2f} |" in done.stdout
-        assert f"| {network[kind]['start_up_seconds']:.1f} s |" in done.stdout
-    assert f"| ours, images/s | {train.spelled(rate)} |" in done.stdout
+        assert f"| {network['ratios'][kind]:.2f} |" in printed
+        assert f"| {network[kind]['start_up_seconds']:.1f} s |" in printed
+    assert f"| ours, images/s | {train.spelled(rate)} |" in printed
 
 
 def test_layers(tmp_path):
-    small = ["--networks", "resnext29", "--batch-size", 2, "--rounds", 1]
-    done = run(tmp_path, "layers.py", *small, "--output", "l.json")
-    assert done.returncode == 0, done.stderr
-    network = json.loads((tmp_path / "l.json").read_text())["networks"]["resnext29"]
-    convolutions, norms = network["convolutions"]["rows"], network["norms"]["rows"]
-    assert [sum(row["count"] for row in rows) for rows in (convolutions, norms)] == 2 * [1 + 9 * 3 + 3]
-    grouped = [row for row in convolutions if row["shape"][4] == 2]
+    result, _ = measured_by(tmp_path, "layers.py", "--networks", "resnext29", "--batch-size", 2, "--rounds", 1)
+    convolutions, norms = (result["networks"]["resnext29"][kind] for kind in ("convolutions", "norms"))
+    assert [sum(row["count"] for row in layers["rows"]) for layers in (convolutions, norms)] == 2 * [1 + 9 * 3 + 3]
+    grouped = [row for row in convolutions["rows"] if row["shape"][4] == 2]
     assert sum(row["count"] for row in grouped) == 9
     assert all(row["channels_last dense"] > 0 for row in grouped)
-    assert network["convolutions"]["milliseconds"]["contiguous dense"] == pytest.approx(
-        sum(row["count"] * row.get("contiguous dense", row["contiguous grouped"]) for row in convolutions)
+    assert convolutions["milliseconds"]["contiguous dense"] == pytest.approx(
+        sum(row["count"] * row.get("contiguous dense", row["contiguous grouped"]) for row in convolutions["rows"])
     )
     for way in ("eager", "compiled"):
-        assert network["norms"]["milliseconds"][way] == pytest.approx(sum(row["count"] * row[way] for row in norms))
+        assert norms["milliseconds"][way] == pytest.approx(sum(row["count"] * row[way] for row in norms["rows"]))
 
 
 def test_gpu_names_what_is_missing(tmp_path):
@@ -116,40 +111,25 @@ def test_gpu_names_what_is_missing(tmp_path):
     assert "tests.txt" in done.stderr
 
 
-def test_bfloat16_is_measured_where_a_processor_is_fast_in_it(monkeypatch):
-    for there, number in ((True, 5), (False, 3)):
-        monkeypatch.setattr(train, "cpu_has_bfloat16", lambda there=there: there)
-        assert len(train.kinds_for(torch.device("cpu"))) == number
-        assert train.kinds_for(torch.device("cuda")) == ["ours", "baseline", "tuned"]
-
-
 def test_search(tmp_path):
-    flags = ["--data", "digits", "--val-size", 30, "--script", "mobilenetv2.py", "--output", "s.json"]
-    flags += ["--run", "usual: --base-lr 0.02", "--seeds"]
+    flags = ["--data", "digits", "--val-size", 30, "--script", "mobilenetv2.py", "--run", "usual: --base-lr 0.02"]
     fixed = ["--", "--image-size", 16, "--width", 0.25, "--train-size", 40, "--epochs", 1, "--batch-size", 16]
-    done = run(tmp_path, "search.py", *flags, 0, *fixed)
-    assert done.returncode == 0, done.stderr
-    first = json.loads((tmp_path / "s.json").read_text())
-    assert {"device", "versions", "command", "val_size"} <= first.keys()
-    assert "commit" in first["runs"][0]
-    assert [(row["label"], row["seed"]) for row in first["runs"]] == [("usual", 0)]
-    assert not any("test" in name for name in first["runs"][0])
-    done = run(tmp_path, "search.py", *flags, 0, 1, *fixed)
-    rows = json.loads((tmp_path / "s.json").read_text())["runs"]
-    assert rows[0] == first["runs"][0], "what is there is not run again"
-    accuracies = [100 * row["val_accuracy"] for row in rows]
+    [first] = measured_by(tmp_path, "search.py", *flags, "--seeds", 0, *fixed)[0]["runs"]
+    assert (first["label"], first["seed"], "commit" in first) == ("usual", 0, True)
+    assert not any("test" in name for name in first)
+    result, printed = measured_by(tmp_path, "search.py", *flags, "--seeds", 0, 1, *fixed)
+    assert result["runs"][0] == first, "what is there is not run again"
+    accuracies = [100 * row["val_accuracy"] for row in result["runs"]]
     mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
-    assert f"| usual | 2 | {mean:.2f} ± {spread:.2f} |" in done.stdout
+    assert f"| usual | 2 | {mean:.2f} ± {spread:.2f} |" in printed
 
 
 def test_race(tmp_path):
-    small = ["--data", "digits", "--image-size", 16, "--epochs", 1, "--train-size", 100]
-    done = run(tmp_path, "race.py", *small, "--output", "r.json", "--picture", "r.png")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "r.json").read_text())
+    flags = [*SMALL, "--epochs", 1, "--train-size", 100, "--picture", "r.png"]
+    result, printed = measured_by(tmp_path, "race.py", *flags)
     for name in ("ours", "baseline"):
         last = result[name][-1]
-        assert f"{name}: {100 * last['test_accuracy']:.2f} % after" in done.stdout
+        assert f"{name}: {100 * last['test_accuracy']:.2f} % after" in printed
         assert [point["seconds"] for point in result[name]] == sorted(point["seconds"] for point in result[name])
     assert result["ours"][-1]["epochs"] == 1
     # The baseline stops with the first step behind the other's time; the test of its network comes on top.
@@ -159,21 +139,10 @@ def test_race(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("taskset"), reason="needs taskset")
 def test_busy(tmp_path):
-    tiny = ["--rounds", 1, "--spins", 4000, "--seconds", 0.1, "--batch-size", 2]
-    done = run(tmp_path, "busy.py", *tiny, "--output", "b.json")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "b.json").read_text())["figures"]
+    flags = ["--rounds", 1, "--spins", 4000, "--seconds", 0.1, "--batch-size", 2]
+    figures = measured_by(tmp_path, "busy.py", *flags)[0]["figures"]
     assert [row["beside"] for row in figures] == ["nothing", "same session", "another session"]
     assert all(row["spins"] == "4000" and row["images_per_second"] > 0 for row in figures)
-
-
-def test_train_names_data_that_is_not_there(tmp_path):
-    done = run(tmp_path, "train.py", "--data", "nowhere", "--output", "t.json")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --data nowhere")
-    assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_operations_of_an_image_are_about_three_times_the_forward_pass():
@@ -207,35 +176,19 @@ def test_rounds_are_pooled_by_the_way_of_running_a_step():
     assert figures["data_share"] == 1 - 12.5 / 22
 
 
-DIGITS = [
-    "--data", "digits", "--dense", "--depth 37 --growth-rate 4", "--mobilenetv2", "--width 0.25",
-    "--resnext", "--base-width 2",
-]  # fmt: skip
+DIGITS = ["--data", "digits", "--dense", "--depth 37 --growth-rate 4", "--mobilenetv2", "--width 0.25"]
+DIGITS += ["--resnext", "--base-width 2"]
 SHORT = ["--image-size", 16, "--epochs", 1, "--batch-size", 64, "--train-size", 200, "--test-size", 100]
 SHORT += ["--base-lr", 0.1, "--device", "cpu"]
-MEMBERS = ["densenet", "mobilenetv2", "resnext"]
 
 
 def run_ensemble(folder, *flags):
     """Call benchmarks/ensemble.py's main in `folder`, in this process; the scripts are processes of their own."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["benchmarks/ensemble.py", *map(str, flags)]
-    try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            errors.run(ensemble.main)
-    except SystemExit as end:
-        return SimpleNamespace(returncode=end.code, stdout=out.getvalue(), stderr=err.getvalue())
-    finally:
-        sys.argv = argv
+    return command_line.run(folder, ensemble, *flags)
 
 
 def files_in(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
-def softmax(logits):
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
 
 
 @pytest.fixture(scope="module")
@@ -334,34 +287,25 @@ def write_logits(folder, logits, labels):
 def test_intervals_are_those_of_a_plain_bootstrap(tmp_path):
     rng = np.random.default_rng(7)
     labels = rng.integers(3, size=80)
-    runs = [
-        {name: (rng.normal(0, 1, (80, 3)) + sharp * np.eye(3)[labels]).astype(np.float16) for name in ("one", "two")}
-        for sharp in (1.5, 1.0)
-    ]
-    for name, logits in zip(("a", "b"), runs, strict=True):
-        write_logits(tmp_path / name, logits, labels)
+    sharpness = np.array([1.5, 1.0]).reshape(2, 1, 1, 1)  # of two runs, of two members each
+    logits = (rng.normal(0, 1, (2, 2, 80, 3)) + sharpness * np.eye(3)[labels]).astype(np.float16)
+    for folder, (one, two) in zip(("a", "b"), logits, strict=True):
+        write_logits(tmp_path / folder, {"one": one, "two": two}, labels)
     done = run_ensemble(tmp_path, "--score", "a", "--against", "b")
     assert done.returncode == 0, done.stderr
 
-    def scores(probs):
-        return np.stack([probs.argmax(1) == labels, -np.log(probs[np.arange(80), labels])])
-
-    def probs_of(logits):
-        own = {name: softmax(values.astype(float)) for name, values in logits.items()}
-        return own | {"ensemble": (own["one"] + own["two"]) / 2}
-
-    ours, theirs = map(probs_of, runs)
+    probs = softmax(logits.astype(float))
+    probs = np.concatenate([probs, probs.mean(1, keepdims=True)], 1)
+    scores = np.stack([100 * (probs.argmax(-1) == labels), -np.log(probs[..., np.arange(80), labels])])
+    differences = scores[:, 0] - scores[:, 1]  # of accuracy and loss; of one, two and the ensemble; of each image
     draws = np.random.default_rng(0)
-    resamples = [draws.integers(80, size=80) for _ in range(10_000)]
-    for name in ("one", "two", "ensemble"):
-        differences = scores(ours[name]) - scores(theirs[name])
-        means = np.array([differences[:, rows].mean(axis=1) for rows in resamples])
-        low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    means = np.stack([differences[..., draws.integers(80, size=80)].mean(-1) for _ in range(10_000)])
+    expected = np.stack([differences.mean(-1), *np.percentile(means, [2.5, 97.5], axis=0)], -1)
+    for number, name in enumerate(("one", "two", "ensemble")):
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"| {name} |"))
-        printed = [float(number) for number in re.findall(r"[+-][0-9.]+", line)]
-        points, loss = ([differences[row].mean(), low[row], high[row]] for row in (0, 1))
-        assert printed[:3] == pytest.approx([100 * value for value in points], abs=0.0051)
-        assert printed[3:] == pytest.approx(loss, abs=0.000051)
+        printed = [float(figure) for figure in re.findall(r"[+-][0-9.]+", line)]
+        assert printed[:3] == pytest.approx(expected[0, number].tolist(), abs=0.0051)
+        assert printed[3:] == pytest.approx(expected[1, number].tolist(), abs=0.000051)
 
 
 def test_only_the_same_images_are_compared(tmp_path):
@@ -411,23 +355,18 @@ def test_flags_that_cannot_work_are_named_at_once(tmp_path, flags, message):
 
 def test_the_cascade_is_measured_beside_the_whole(measured):
     paths = [f"checkpoints/{name}.pt" for name in MEMBERS]
-    flags = ["--threshold", 0.2, "--images", 60, "--batch-size", 20, "--rounds", 1, "--output", "c.json"]
-    done = run(measured.folder / "work", "deploy.py", "--cascade", *paths, *flags)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((measured.folder / "work" / "c.json").read_text())
-    assert (result["threshold"], result["num_images"], result["members"]) == (0.2, 60, MEMBERS)
+    flags = ["--threshold", 0.2, "--images", 60, "--batch-size", 20, "--rounds", 1]
+    result, printed = measured_by(measured.folder / "work", "deploy.py", "--cascade", *paths, *flags)
+    assert (result["threshold"], result["num_images"], result["members"]) == (0.2, 60, list(MEMBERS))
     assert result["ratio"] == result["cascade"]["milliseconds"] / result["whole"]["milliseconds"]
-    assert f"cascade: {100 * result['cascade']['accuracy']:.2f} %" in done.stdout
+    assert f"cascade: {100 * result['cascade']['accuracy']:.2f} %" in printed
 
 
 def test_deploy(tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    small = ["--networks", "mobilenetv2", "--rounds", 1, "--threads", 1]
-    done = run(tmp_path, "deploy.py", *small, "--output", "d.json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "d.json").read_text())
-    assert {"device", "versions", "commit", "command", "rounds"} <= result.keys()
+    flags = ["--networks", "mobilenetv2", "--rounds", 1, "--threads", 1]
+    result, printed = measured_by(tmp_path, "deploy.py", *flags)
     assert result["versions"]["onnxruntime"]
     torchs, *files = (result["networks"]["mobilenetv2"][name] for name in ("torch", "onnx", "pt2"))
     for row in files:
@@ -435,4 +374,4 @@ def test_deploy(tmp_path):
         assert row["latency_ms"] <= row["latency_ms_95"]
         assert row["latency_ratio"] == pytest.approx(torchs["latency_ms"] / row["latency_ms"])
         assert row["throughput_ratio"] == pytest.approx(row["images_per_second"] / torchs["images_per_second"])
-        assert f"{row['images_per_second']:,.1f}" in done.stdout
+        assert f"{row['images_per_second']:,.1f}" in printed
