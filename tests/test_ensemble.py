@@ -5,34 +5,27 @@ from common.errors import UserError
 import numpy as np
 import pytest
 import torch
+from command_line import changed
 
 import models.ensemble
 from evaluation import members
 from models.ensemble import average_probs
-from training import checkpoint, loop
+from training import checkpoint
 from utils import normalize
 
 
 @pytest.fixture
-def paths(tiny, tiny_recipe, tiny_data):
+def paths(train, tmp_path):
     """Checkpoints of three members."""
-    recipes = [tiny_recipe(name=f"tiny{seed}", epochs=1, seed=seed) for seed in range(3)]
-    for recipe in recipes:
-        loop.fit(tiny(), tiny_data(), recipe)
-    return [recipe.checkpoint_path for recipe in recipes]
-
-
-@pytest.fixture
-def images():
-    return torch.randint(0, 256, (11, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for seed in range(3):
+        train(name=f"tiny{seed}", epochs=1, seed=seed)
+    return sorted((tmp_path / "checkpoints").glob("*.pt"))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("average", models.ensemble.AVERAGES)
 def test_an_ensemble_gives_the_average_of_its_members(paths, images, average):
-    content = checkpoint.read(paths[1])
-    content["data"].update(mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
-    checkpoint.write(paths[1], content)
+    changed(paths[1], lambda content: content["data"].update(mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4]))
     ensemble = members.load(paths, average=average)
     assert (ensemble.classes, ensemble.image_size, ensemble.training) == (["red", "green", "blue"], 8, False)
     logits = []
