@@ -21,22 +21,16 @@ CONTENT = {
     "model": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2]), "c": torch.tensor(1 / 3)},
     "chosen": {"epoch": 1, "by": "last"},
     "finished": False,
-    "recipe": {
-        "epochs": 2, "base_lr": 0.01, "nesterov": True, "reference": None, "image_size": 16, "split_seed": 0,
-        "train_size": None, "val_size": 0, "test_size": 20, "test_split": 0.2, "precision": "float32",
-    },
+    "recipe": {"epochs": 2, "base_lr": 0.01, "nesterov": True, "reference": None},
     "data": {
-        "source": "Größe 3×3", "digest": "0a1b", "classes": ["klein", "groß"], "image_size": 16,
-        "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.1 + 0.2],
-        "split": {"split_seed": 0, "train_size": None, "val_size": 0, "test_size": 20, "test_split": 0.2},
+        "source": "Größe",
+        "classes": ["klein", "groß"],
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.1 + 0.2],
     },
     "history": [{"epoch": 1, "test_loss": 0.1 + 0.2}],
-    "versions": {"torch": "2.11.0"},
-    "training": {
-        "model": None, "average": None, "best": None, "optimizer": {}, "epoch": 1, "step": 3,
-        "totals": [0.1, 2.0, 3.0], "seconds": 1.5,
-    },
-}  # fmt: skip
+    "training": {"epoch": 1, "step": 3, "totals": [0.1, 2.0, 3.0]},
+}
 
 
 class RunsCode:
@@ -192,11 +186,6 @@ def test_a_full_disk_leaves_what_was_there(path):
     assert f"{path}: the checkpoint could not be written" in str(error.value)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_made_is_named(path):
-    with pytest.raises(UserError, match=r"net\.pt/net\.pt: the checkpoint could not be written"):
-        checkpoint.write(path / "net.pt", CONTENT)
 
 
 def test_what_a_killed_writer_left_is_cleared_away(path):
