@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -113,6 +114,16 @@ def tiny_images(*, val: bool = False, train_size: int = 22, seed: int = 0) -> Da
 
     train, test, held_out = split(train_size), split(9), split(8)
     return Dataset("made up", ("red", "green", "blue"), train, test, held_out if val else None, f"digest {seed}")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """Scripts that are called in this process set handlers."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 from common import distributed, errors
 from common.command_line import Parser
@@ -17,10 +18,9 @@ ROOT = Path(__file__).parents[1]
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
 
 
-def python(code, **settings):
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, **settings
-    )
+def python(code, stdout=subprocess.PIPE):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -62,22 +62,17 @@ def end_of(main):
 
 
 @needs_signals
-def test_a_closed_terminal_ends_a_script_but_not_under_nohup(monkeypatch):
-    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
-    try:
-        assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) == 129
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) is None
-        with StopSignals() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert not stop
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with StopSignals() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert stop.number == signal.SIGHUP
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def test_a_closed_terminal_ends_a_script_but_not_under_nohup():
+    assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) == 129
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) is None
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.number == signal.SIGHUP
 
 
 @needs_signals
@@ -90,22 +85,13 @@ def test_a_broken_standard_output_ends_a_script_without_traceback(target, status
     else:
         output = open(target, "w")  # noqa: SIM115
     with output:
-        code = "from common import errors; errors.run(lambda: print('x' * 100_000))"
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = python("from common import errors; errors.run(lambda: print('x' * 100_000))", output)
     assert done.returncode == status
     assert words in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_closed_stdout_does_not_stop_a_run(monkeypatch):
-    class Closed:
-        def write(self, text):
-            raise BrokenPipeError
-
-        flush = write
-
-    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(sys, "stdout", mock.Mock(write=mock.Mock(side_effect=BrokenPipeError)))
     distributed.print_rank0("epoch 1")
     distributed.print_rank0("epoch 2")

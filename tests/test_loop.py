@@ -36,14 +36,6 @@ from utils import CosineSchedule, predict
 STEPS = 6  # of an epoch of tiny_data: five batches of 4 and one of 2
 
 
-@pytest.fixture(autouse=True)
-def signals_as_before():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "checkpoints" / "tiny.pt"
