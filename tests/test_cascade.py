@@ -14,7 +14,7 @@ from PIL import Image
 
 import predict
 from evaluation import cost, members, metrics
-from models.ensemble import Ensemble, cascade_probs
+from models.ensemble import Ensemble
 from plotting.cost import plot_cost
 
 COSTS = [
@@ -45,15 +45,6 @@ def plain_cascade(probs, threshold):
         results.append(mean)
         counts.append(count)
     return torch.stack(results), counts
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.8, 1.0])
-def test_a_cascade_equals_a_plain_loop(made_up, threshold):
-    probs, seen = cascade_probs(made_up.probs, threshold)
-    expected, counts = plain_cascade(made_up.probs, threshold)
-    torch.testing.assert_close(probs, expected, rtol=0, atol=1e-12)
-    assert seen.tolist() == counts
-    assert {0.0: {1}, 1.0: {3}}.get(threshold, {1, 2, 3}) == set(counts)
 
 
 def test_its_rows_have_the_cost_of_what_each_member_saw(made_up):

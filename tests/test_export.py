@@ -166,6 +166,10 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         (["--output", "a.pt2", "--images", "0"], "--images is 0"),
         (["--output", "a.pt2", "--data", "nowhere"], "nowhere"),
         (["--output", "file/a.pt2", "--random"], "file: the file could not be written"),
+        (
+            ["--output", "checkpoints/tiny0.pt", "--format", "pt2"],
+            "tiny0.pt exists and is no .onnx or .pt2 file",
+        ),
         (["checkpoints/broken.pt", "--output", "a.pt2", "--random"], "broken.pt: its predictions are not finite"),
     ],
 )
@@ -174,10 +178,3 @@ def test_mistakes_are_named_before_the_work(paths, tmp_path, monkeypatch, flags,
     changed(paths[1], overflow, tmp_path / "checkpoints" / "broken.pt")
     monkeypatch.setattr(torch.export, "export", None)
     assert words in refused(tmp_path, export, paths[0], *flags)
-
-
-def test_a_checkpoint_is_not_replaced(paths, tmp_path):
-    before = paths[0].read_bytes()
-    said = refused(tmp_path, export, *paths, "--output", paths[0], "--format", "pt2")
-    assert "exists and is no .onnx or .pt2 file; it is not replaced" in said
-    assert paths[0].read_bytes() == before

@@ -249,6 +249,8 @@ def test_in_bfloat16_the_probabilities_are_nearly_the_same(folder):
         (["photos", "empty"], "empty: there are no images"),
         (["--checkpoints", "checkpoints"], "no images are given"),
         (["photos", "--json", "photos/0.png/out.json"], "out.json: the predictions could not be written"),
+        (["photos", "--json", "photos/1.png"], "1.png exists and is no .json file; it is not replaced"),
+        (["photos", "--csv", "photos/1.png"], "1.png exists and is no .csv file; it is not replaced"),
         (["photos", "--json", "empty"], "empty: the predictions could not be written"),
     ],
 )
@@ -273,10 +275,3 @@ def test_when_nobody_reads_on_it_ends_quietly(folder, flags):
 def test_checkpoints_may_stand_among_the_images(folder):
     rows, _ = json_of(folder, "photos/0.png", "checkpoints/resnext.pt", "photos/1.png")
     assert [list(row["members"]) for row in rows] == [["resnext"]] * 2
-
-
-@pytest.mark.parametrize("flag", ["--json", "--csv"])
-def test_a_file_of_another_kind_is_not_replaced(folder, flag):
-    before = (folder / "photos" / "1.png").read_bytes()
-    assert "1.png exists and is no ." in refused(folder, "photos/0.png", flag, "photos/1.png")
-    assert (folder / "photos" / "1.png").read_bytes() == before
