@@ -36,6 +36,13 @@ def run(folder, script, *flags, stdout=None):
     return SimpleNamespace(returncode=end.value.code, stdout=printed, stderr=err.getvalue())
 
 
+def succeeded(folder, script, *flags):
+    """A call that must end with status 0."""
+    done = run(folder, script, *flags)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def refused(folder, script, *flags):
     """What a script says on stderr about a mistake of the user's."""
     done = run(folder, script, *flags)

@@ -15,7 +15,7 @@ import command_line
 import numpy as np
 import pytest
 import torch
-from command_line import MEMBERS, softmax
+from command_line import MEMBERS, refused, softmax, succeeded
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ensemble, harness, train
@@ -182,11 +182,6 @@ SHORT = ["--image-size", 16, "--epochs", 1, "--batch-size", 64, "--train-size", 
 SHORT += ["--base-lr", 0.1, "--device", "cpu"]
 
 
-def run_ensemble(folder, *flags):
-    """Call benchmarks/ensemble.py's main in `folder`, in this process; the scripts are processes of their own."""
-    return command_line.run(folder, ensemble, *flags)
-
-
 def files_in(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
@@ -199,14 +194,13 @@ def measured(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONUTF8", "1")
         flags = [*DIGITS, "--work", "work", "--output", "out"]
-        stopped = run_ensemble(folder, *flags, "--time-limit", 0.1, "--", *SHORT)
+        stopped = command_line.run(folder, ensemble, *flags, "--time-limit", 0.1, "--", *SHORT)
         assert stopped.returncode == 3, stopped.stderr
         assert "the same command goes on" in stopped.stdout
         assert files_in(folder / "out") == []
         before = json.loads((folder / "work" / "progress.json").read_text())
         assert before["finished"] == []
-        done = run_ensemble(folder, *flags, "--", *SHORT)
-    assert done.returncode == 0, done.stderr
+        done = succeeded(folder, ensemble, *flags, "--", *SHORT)
     return SimpleNamespace(folder=folder, stdout=done.stdout, seconds_before=before["seconds"])
 
 
@@ -231,9 +225,7 @@ def test_ensemble(measured):
     for row, member in zip(result["members"], tested["members"], strict=True):
         assert row["epochs"] == 1
         assert row["images_per_second"] > 0
-        assert {name: row[name] for name in ("name", "loss", "accuracy")} == {
-            name: member[name] for name in ("name", "loss", "accuracy")
-        }
+        assert all(row[name] == member[name] for name in ("name", "loss", "accuracy"))
 
 
 def test_the_kept_logits_score_as_the_ensemble_did(measured):
@@ -254,8 +246,7 @@ def test_the_kept_logits_score_as_the_ensemble_did(measured):
 
 def test_a_finished_run_is_compared_without_running_again(measured):
     flags = [*DIGITS, "--work", "work", "--output", "again"]
-    done = run_ensemble(measured.folder, *flags, "--against", "out", "--", *SHORT)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(measured.folder, ensemble, *flags, "--against", "out", "--", *SHORT)
     first, again = (json.loads((measured.folder / name / "result.json").read_text()) for name in ("out", "again"))
     against = again.pop("against")
     assert again == first
@@ -265,17 +256,16 @@ def test_a_finished_run_is_compared_without_running_again(measured):
             assert row[quantity]["difference"] == 0
             assert row[quantity]["interval"] == [0, 0]
 
-    scored = run_ensemble(measured.folder, "--score", "out", "--against", "out")
-    assert scored.returncode == 0, scored.stderr
+    scored = succeeded(measured.folder, ensemble, "--score", "out", "--against", "out")
     assert "| ensemble | +0.00 (+0.00 to +0.00) | +0.0000 (+0.0000 to +0.0000) |" in scored.stdout
     assert scored.stdout.strip() in done.stdout
 
 
 def test_a_run_goes_on_only_as_it_began(measured):
-    done = run_ensemble(measured.folder, *DIGITS, "--work", "work", "--output", "other", "--", *SHORT, "--seed", 1)
-    assert done.returncode == 2
-    assert "another setting" in done.stderr
-    assert "--seed 1" in done.stderr
+    flags = [*DIGITS, "--work", "work", "--output", "other", "--", *SHORT, "--seed", 1]
+    error = refused(measured.folder, ensemble, *flags)
+    assert "another setting" in error
+    assert "--seed 1" in error
     assert files_in(measured.folder / "other") == []
 
 
@@ -291,8 +281,7 @@ def test_intervals_are_those_of_a_plain_bootstrap(tmp_path):
     logits = (rng.normal(0, 1, (2, 2, 80, 3)) + sharpness * np.eye(3)[labels]).astype(np.float16)
     for folder, (one, two) in zip(("a", "b"), logits, strict=True):
         write_logits(tmp_path / folder, {"one": one, "two": two}, labels)
-    done = run_ensemble(tmp_path, "--score", "a", "--against", "b")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(tmp_path, ensemble, "--score", "a", "--against", "b")
 
     probs = softmax(logits.astype(float))
     probs = np.concatenate([probs, probs.mean(1, keepdims=True)], 1)
@@ -315,9 +304,7 @@ def test_only_the_same_images_are_compared(tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "logits.npz").write_bytes(b"PK\3\4 and no more")
     for other, message in (("b", "other labels"), ("c", "not what this benchmark writes"), ("d", "no such file")):
-        done = run_ensemble(tmp_path, "--score", "a", "--against", other)
-        assert done.returncode == 2
-        assert message in done.stderr
+        assert message in refused(tmp_path, ensemble, "--score", "a", "--against", other)
 
 
 @pytest.mark.parametrize("parallel", [[], ["--parallel"]], ids=["in turn", "at once"])
@@ -328,9 +315,8 @@ def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, para
     for name in ("mobilenetv2.py", "resnext.py"):
         (scripts / name).write_text("import time; time.sleep(100)")
     monkeypatch.setattr(harness, "ROOT", scripts)
-    done = run_ensemble(tmp_path, *DIGITS, *parallel, "--work", "work", "--output", "out")
-    assert done.returncode == 2
-    assert "dense.py ended with status 1" in done.stderr
+    error = refused(tmp_path, ensemble, *DIGITS, *parallel, "--work", "work", "--output", "out")
+    assert "dense.py ended with status 1" in error
     assert "the disk is on fire" in capfd.readouterr().err
     assert files_in(tmp_path / "out") == []
     assert files_in(tmp_path / "work") == ["progress.json"]
@@ -347,9 +333,7 @@ def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, para
     ids=["limit", "score", "name", "data"],
 )
 def test_flags_that_cannot_work_are_named_at_once(tmp_path, flags, message):
-    done = run_ensemble(tmp_path, *flags)
-    assert done.returncode == 2
-    assert message in done.stderr
+    assert message in refused(tmp_path, ensemble, *flags)
     assert list(tmp_path.iterdir()) == []
 
 

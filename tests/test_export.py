@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from command_line import changed, overflow, refused, run
+from command_line import changed, overflow, refused, succeeded
 
 import export
 import models.ensemble
@@ -30,12 +30,6 @@ def paths(train, tiny_data, tmp_path):
     for seed in range(2):
         train(tiny_data(seed=seed), name=f"tiny{seed}", epochs=1, seed=seed)
     return [changed(path, change) for path in sorted((tmp_path / "checkpoints").glob("*.pt"))]
-
-
-def exported(folder, *flags):
-    done = run(folder, export, *flags)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def some_images(count, size=8):
@@ -66,7 +60,7 @@ def skip_without_packages(file_format):
 def test_a_file_gives_the_ensembles_probabilities_and_says_what_it_is(paths, tmp_path, file, average, temperature):
     skip_without_packages(file.partition(".")[2])
     chosen = ["--average", average, "--temperature", temperature, "--data", "digits", "--images", 70]
-    printed = exported(tmp_path, *paths, "--output", f"new/{file}", *chosen).stdout
+    printed = succeeded(tmp_path, export, *paths, "--output", f"new/{file}", *chosen).stdout
     folder = tmp_path / "new"
     assert [path.name for path in folder.iterdir()] == [file], "only one file"
 
@@ -113,7 +107,7 @@ def test_a_real_network(file_format):
 def test_the_default_checkpoints_and_only_one(paths, tmp_path):
     error = refused(tmp_path, export, "--output", "a.pt2")
     assert "has none of densenet.pt, mobilenetv2.pt, resnext.pt; train one" in error
-    done = exported(tmp_path, paths[0], "--output", "a.model", "--format", "pt2", "--random", "--images", 1)
+    done = succeeded(tmp_path, export, paths[0], "--output", "a.model", "--format", "pt2", "--random", "--images", 1)
     assert "a.model: tiny0, " in done.stdout
     assert "on 1 random images" in done.stdout
     with open(tmp_path / "a.model", "rb") as file:
@@ -128,7 +122,7 @@ def test_the_default_checkpoints_and_only_one(paths, tmp_path):
 def test_without_the_training_images_it_takes_random_ones_and_says_so(paths, tmp_path, monkeypatch, source, reason):
     monkeypatch.setattr(cifar10, "download_archive", lambda *_: pytest.fail("it downloads"))
     changed(paths[0], lambda content: content["data"].update(source=source))
-    done = exported(tmp_path, paths[0], "--output", "a.pt2", "--images", 3)
+    done = succeeded(tmp_path, export, paths[0], "--output", "a.pt2", "--images", 3)
     assert "warning: the file is compared on random images" in done.stderr
     assert reason in done.stderr
     assert "on 3 random images" in done.stdout
@@ -148,7 +142,7 @@ def test_a_file_that_differs_is_refused_and_the_old_one_stays(paths, tmp_path, m
     if words:
         assert words in refused(tmp_path, export, *flags)
     else:
-        exported(tmp_path, *flags)
+        succeeded(tmp_path, export, *flags)
     assert [path.read_bytes() == b"old" for path in (tmp_path / "out").iterdir()] == [words != ""]
 
 

@@ -9,7 +9,7 @@ import command_line
 import numpy as np
 import pytest
 import torch
-from command_line import MEMBERS, changed, forbid_building, numpy_logits, run, softmax
+from command_line import MEMBERS, changed, forbid_building, numpy_logits, run, softmax, succeeded
 from PIL import Image
 
 import dataset
@@ -24,16 +24,15 @@ DIGITS = ["--data", "digits", "--image-size", "16", "--train-size", "200", "--te
 SIZES = {dense: ["--depth=37", "--growth-rate=4"], mobilenetv2: ["--width=0.25"], resnext: ["--base-width=2"]}
 
 
-def trained(folder, script, *flags):
-    done = run(folder, script, *DIGITS, *SIZES[script], "--epochs", "2", *flags)
-    assert done.returncode == 0, done.stderr
+def train(folder, script, *flags):
+    succeeded(folder, script, *DIGITS, *SIZES[script], "--epochs", "2", *flags)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     for script in SIZES:
-        trained(folder, script)
+        train(folder, script)
     return folder
 
 
@@ -48,8 +47,7 @@ def tested(folder, start):
 
 def analysed(folder, *flags):
     """What main_ens.py prints and stores, with flags, in a folder of its own."""
-    done = run(folder, main_ens, *flags, "--plot-dir", "analysed")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(folder, main_ens, *flags, "--plot-dir", "analysed")
     return done, json.loads((folder / "analysed" / "ensemble.json").read_text())
 
 
@@ -142,7 +140,7 @@ def held_out(folder):
     easy += ["--epochs", "12", "--batch-size", "16", "--base-lr", "0.05", "--val-size", "100"]
     names = ("held-out", "held-out-seed1")
     for seed, name in enumerate(names):
-        trained(folder, mobilenetv2, *easy, "--name", name, "--seed", str(seed))
+        train(folder, mobilenetv2, *easy, "--name", name, "--seed", str(seed))
     return [f"checkpoints/{name}.pt" for name in names]
 
 
@@ -273,7 +271,7 @@ def test_members_of_other_training_images_go_together(folder, tmp_path):
     first, second = (folder / "checkpoints" / f"{name}.pt" for name in ("densenet", "resnext"))
     change = {"val_size": 20, "train_size": 30}
     other = changed(second, lambda content: content["data"]["split"].update(change), tmp_path / "other.pt")
-    assert run(folder, main_ens, first, other, "--plot-dir", tmp_path).returncode == 0
+    succeeded(folder, main_ens, first, other, "--plot-dir", tmp_path)
     assert f"--val-size: 20 in {other}, 0 in {first}" in refused(folder, other, first, "--temperature", "fit")
 
 
