@@ -142,9 +142,6 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "not readable" in refusal(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize(
     ("error", "raised", "words"),
@@ -188,9 +185,6 @@ def test_what_a_killed_writer_left_is_cleared_away(path):
     checkpoint.write(path, CONTENT)
     assert_holds_content(checkpoint.read(path))
     assert list(path.parent.iterdir()) == [path]
-
-
-# --------------------------------------------------------------------------------------------------------- its network
 
 
 @pytest.mark.parametrize(

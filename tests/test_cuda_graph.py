@@ -208,8 +208,6 @@ def test_processes_prepare_a_step_together_though_one_may_have_as_many_images_as
     assert prepared == [True, False]
 
 
-# ------------------------------------------------------------------------------------------------------- with a GPU
-
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 
 

@@ -194,9 +194,6 @@ def test_mps_is_for_one_process(run):
     assert "--device mps has one GPU" in logs[0]
 
 
-# ------------------------------------------------------------------------------------------------------ torchrun itself
-
-
 @pytest.mark.slow
 def test_torchrun_names_the_process_that_dies_and_goes_on_from_the_checkpoint(run, tmp_path):
     started = time.monotonic()

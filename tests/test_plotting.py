@@ -116,8 +116,6 @@ def all_texts(figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
 
 
-# --- the CSV files
-
 COLUMNS = "epoch,learning_rate,train_loss,train_accuracy,test_loss,test_accuracy,seconds,images_per_second"
 LINE = "1,0.1,2.5,0.5,2.5,0.5,9.0,5000.0"
 
@@ -176,9 +174,6 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "run.png").mkdir()
     with pytest.raises(UserError, match=r"run\.png: the picture could not be written"):
         plot_training(tmp_path / "run.png", make_history(1), title="run")
-
-
-# --- the picture of a run
 
 
 @pytest.mark.parametrize(
@@ -245,9 +240,6 @@ def test_training_picture_marks_a_single_epoch_and_keeps_a_narrow_loss_linear():
     assert draw_training(history, title="run").axes[0].get_ylabel() == "loss (nats)"
 
 
-# --- the picture of an ensemble
-
-
 @pytest.mark.parametrize(("members", "classes"), [(1, 2), (3, 10), (9, 100), (13, 10)])
 def test_pictures_of_any_number_of_members_and_classes_of_any_name(tmp_path, caplog, members, classes):
     names = list(itertools.islice(itertools.cycle(NAMES), classes))
@@ -312,9 +304,6 @@ def test_many_classes_name_the_worst_confusion():
     assert any("kind 7 → kind 60  100.0 %" in text for text in all_texts(figure))
 
 
-# --- the picture of calibration
-
-
 def test_reliability_picture_names_what_it_shows():
     figure = draw_reliability(make_bins(["densenet", "resnext", "ensemble"]), title="Two")
     assert [axes.get_title() for axes in figure.axes] == [
@@ -327,9 +316,6 @@ def test_reliability_picture_names_what_it_shows():
         assert [tuple(face) == (1, 1, 1, 1) for face in dots.get_facecolors()] == [True, False, False]
         assert list(axes.patches[0].get_data().values) == pytest.approx([0, 9, 30, 61])
     assert tuple(figure.axes[-1].collections[-1].get_edgecolors()[0]) == (0, 0, 0, 1), "the ensemble is black"
-
-
-# --- the picture of mistakes
 
 
 @pytest.mark.parametrize("members", [3, 9])

@@ -78,8 +78,6 @@ def damaged(draw, wholes: list[bytes]) -> bytes:
     return bytes(content)
 
 
-# -------------------------------------------------------------------------------------------------- folders of pictures
-
 # Common names, and unusual ones that a file system accepts.
 NAMES = st.one_of(
     st.sampled_from(["cat", "Käfer", "Ka\u0308fer", "кошка", "犬", "🐕", "قطة", "a b", " a", "a ", "..a", "-rf"]),
@@ -134,9 +132,6 @@ def test_made_up_class_folders_give_their_classes_and_counts_or_are_refused(data
                     assert np.bincount(part.labels).tolist() == [counts[name] for name in loaded.classes]
 
 
-# --------------------------------------------------------------------------------------------------------- image files
-
-
 def decode(content: bytes, image_size: int):
     """The pixels of a file with this content, or the error."""
     with folder() as place:
@@ -177,8 +172,6 @@ def test_images_of_any_kind_and_size_are_decoded(kind_mode, width, height, image
     assert (decoded.shape, decoded.dtype) == ((3, image_size, image_size), np.uint8)
     assert decoded.flags.c_contiguous
 
-
-# --------------------------------------------------------------------------------------------------------------- flags
 
 FLAGS = [
     (script, item)
