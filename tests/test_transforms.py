@@ -244,16 +244,6 @@ def assert_uniform_between(values, low, high):
     assert_uniform(((values - low) / width * 40).clamp(0, 39).floor(), 40)
 
 
-def order_number(jitter_op):
-    """Each row's order as a number of 24: the rank of each of its first three among the remaining ones."""
-    first, second, third, fourth = jitter_op.long().unbind(1)
-    ranks = [
-        sum((later < op).long() for later in rest)
-        for op, rest in ((first, (second, third, fourth)), (second, (third, fourth)), (third, (fourth,)))
-    ]
-    return ranks[0] * 6 + ranks[1] * 2 + ranks[2]
-
-
 @pytest.mark.parametrize("reach", [(0.2, 0.2, 0.2, 0.2), (0.5, 1.0, 1.7, 0.5), (0.9, 0.1, 0.4, 0.05)])
 def test_jitter_is_uniform_over_torchvisions_range(reach):
     settings = Augmentation(**dict(zip(JITTER_OPS, reach, strict=True)))
@@ -290,7 +280,8 @@ def test_all_draws_are_uniform_and_independent():
     assert torch.equal(draws.jitter_op.sort(1).values, torch.arange(4, dtype=torch.int32).expand(NUM_DRAWS, 4))
     op, sign = draws.randaugment_op, draws.randaugment_magnitude < 0
     fourths = (draws.jitter_change * 10 + 2).floor().clamp(0, 3)  # of −0.2 … 0.2
-    columns = [(draws.crop, 81), (order_number(draws.jitter_op), 24), (draws.flip, 2)]
+    order = draws.jitter_op.unique(dim=0, return_inverse=True)[1]
+    columns = [(draws.crop, 81), (order, 24), (draws.flip, 2)]
     columns += [(column, 4) for column in fourths.T]
     table = columns + [(column, 14) for column in op.T]
     # Signs among the images that drew two of them.
