@@ -111,10 +111,7 @@ def archive(files, tmp_path, monkeypatch):
     """The archive of these files."""
     path = tmp_path / "official.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"{FOLDER}/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+        tar.add(write_folder(tmp_path / "official", files), FOLDER)
     content = path.read_bytes()
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
     return content
@@ -419,18 +416,13 @@ def test_grey_alpha_palette_and_deep_images_become_rgb(tmp_path):
         assert decode(tmp_path, encode(Image.new("CMYK", (9, 9)), "JPEG"), 8).shape == (3, 8, 8)
 
 
-def huge_png(side: int) -> bytes:
-    """Its header gives this size; it has 64 pixels."""
-    content = bytearray(random_png(0))
-    content[16:24] = struct.pack(">II", side, side)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    return bytes(content)
-
-
 @pytest.mark.parametrize("side", [20_000, 1 << 31 - 1])
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, side):
+    content = bytearray(random_png(0))  # of 64 pixels; its header says otherwise
+    content[16:24] = struct.pack(">II", side, side)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     tracemalloc.start()
-    assert "x.png: too large" in str(decode(tmp_path, huge_png(side), 8))
+    assert "x.png: too large" in str(decode(tmp_path, bytes(content), 8))
     assert tracemalloc.get_traced_memory()[1] < 10 << 20
     tracemalloc.stop()
 

@@ -182,13 +182,6 @@ def chain_of_torchvision(image, draws, settings):
     return image
 
 
-def augmented(images, order, draws, settings, chunk):
-    """Our chain on images[order], chunk by chunk."""
-    plan = transforms.plan(order, draws, chunk)
-    augmenter = Augmenter(images.shape[-1], settings)
-    return torch.cat([augmenter(images, plan, number) for number in range(len(plan))])
-
-
 CHAINS = {
     "default": (32, Augmentation()),
     "one operation, strongest": (32, Augmentation(randaugment_ops=1, randaugment_magnitude=30, cutout=40)),
@@ -207,7 +200,8 @@ def test_chain_equals_torchvision(chain):
     generator = torch.Generator().manual_seed(5)
     draws = transforms.draw(len(images), size, settings, generator)
     order = torch.randperm(len(images), generator=generator)
-    found = augmented(images, order, draws, settings, chunk=64)
+    plan, augmenter = transforms.plan(order, draws, 64), Augmenter(size, settings)
+    found = torch.cat([augmenter(images, plan, number) for number in range(len(plan))])
     expected = torch.stack([chain_of_torchvision(images[i], draws[i], settings) for i in order])
     assert_same(found, expected, chain=True)
 
@@ -237,13 +231,6 @@ def assert_share(hits, probability):
     assert abs(float(hits.double().mean()) - probability) <= SIGMAS * error
 
 
-def assert_uniform_between(values, low, high):
-    width = high - low
-    assert low - 1e-6 <= values.min() < low + 1e-3 * width
-    assert high - 1e-3 * width < values.max() <= high + 1e-6
-    assert_uniform(((values - low) / width * 40).clamp(0, 39).floor(), 40)
-
-
 @pytest.mark.parametrize("reach", [(0.2, 0.2, 0.2, 0.2), (0.5, 1.0, 1.7, 0.5), (0.9, 0.1, 0.4, 0.05)])
 def test_jitter_is_uniform_over_torchvisions_range(reach):
     settings = Augmentation(**dict(zip(JITTER_OPS, reach, strict=True)))
@@ -252,7 +239,10 @@ def test_jitter_is_uniform_over_torchvisions_range(reach):
     for column, name in enumerate(JITTER_OPS):
         low, high = getattr(expected, name)
         values = changes[:, column] if name == "hue" else 1 + changes[:, column]
-        assert_uniform_between(values, low, high)
+        width = high - low
+        assert low - 1e-6 <= values.min() < low + 1e-3 * width
+        assert high - 1e-3 * width < values.max() <= high + 1e-6
+        assert_uniform(((values - low) / width * 40).clamp(0, 39).floor(), 40)
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.0, 1.0])
