@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -34,6 +36,19 @@ def run(folder, script, *flags, stdout=None):
     out.flush()
     printed = "" if stdout else out.buffer.getvalue().decode("utf-8")
     return SimpleNamespace(returncode=end.value.code, stdout=printed, stderr=err.getvalue())
+
+
+def in_a_process(folder, *command):
+    """Run Python in a process of its own, in a folder; after ten minutes it is killed."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+        check=False,
+    )
 
 
 def succeeded(folder, script, *flags):

@@ -3,9 +3,6 @@
 import functools
 import os
 import signal
-import subprocess
-import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -162,30 +159,3 @@ def train(tiny, tiny_recipe, tiny_data):
 def images():
     """Noise."""
     return torch.randint(0, 256, (11, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def start():
-    """Start a script of the project in its own process, in a folder; after ten minutes, or at the end, it is killed."""
-    started = []
-
-    def start_script(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        timer = threading.Timer(600, process.kill)
-        timer.daemon = True
-        timer.start()
-        started.append((process, timer))
-        return process
-
-    yield start_script
-    for process, timer in started:
-        timer.cancel()
-        process.kill()
-        process.communicate()

@@ -6,9 +6,6 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import command_line
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import MEMBERS, refused, softmax, succeeded
+from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ensemble, harness, train
@@ -23,20 +21,11 @@ from models import NETWORKS
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["--data", "digits", "--image-size", 16]
 
 
 def run(folder, script, *flags):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *map(str, flags)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-        check=False,
-    )
+    return command_line.in_a_process(folder, ROOT / "benchmarks" / script, *flags)
 
 
 def measured_by(folder, script, *flags):

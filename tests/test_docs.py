@@ -1,18 +1,15 @@
 """What README.md and docs/python.md say, done: the code runs, and photos become a tested, exported ensemble."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_same
+from command_line import in_a_process
+from conftest import ROOT, assert_same
 from PIL import Image
 
 from dataset.image_folder import decode
@@ -20,7 +17,6 @@ from training import checkpoint
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^( *)```python(?: title=(\S+))?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 FLAGS = ["--data", "digits", "--image-size", "16", "--train-size", "200", "--epochs", "2", "--device", "cpu"]
@@ -46,10 +42,7 @@ def blocks():
 
 
 def python(folder, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    done = in_a_process(folder, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -135,7 +128,7 @@ def commands():
     return [shlex.split(line) for line in block.splitlines()]
 
 
-def test_the_readmes_five_commands_lead_to_an_exported_ensemble(photos, start):
+def test_the_readmes_five_commands_lead_to_an_exported_ensemble(photos):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     lines = commands()
@@ -144,9 +137,7 @@ def test_the_readmes_five_commands_lead_to_an_exported_ensemble(photos, start):
         if script in SIZES:
             flags += [*SIZES[script], "--epochs", "15", "--base-lr", "0.05", "--image-size", "24", "--batch-size", "8"]
             flags += ["--device", "cpu"]
-        process = start(photos, script, *flags)
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+        python(photos, ROOT / script, *flags)
 
     result = json.loads((photos / "plots" / "ensemble.json").read_text(encoding="utf-8"))
     assert result["num_images"] == 15

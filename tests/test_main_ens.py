@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from command_line import MEMBERS, changed, forbid_building, numpy_logits, run, softmax, succeeded
-from PIL import Image
+from conftest import ROOT
+from test_dataset import random_png, write_folder
 
 import dataset
 import dense
@@ -37,12 +38,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tested(folder, start):
+def tested(folder):
     """What the command line prints, and what it stores."""
-    process = start(folder, "main_ens.py")
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return printed, json.loads((folder / "plots" / "ensemble.json").read_text())
+    done = command_line.in_a_process(folder, ROOT / "main_ens.py")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((folder / "plots" / "ensemble.json").read_text())
 
 
 def analysed(folder, *flags):
@@ -214,13 +214,8 @@ def test_a_fit_without_common_validation_images_is_refused(folder, held_out):
 
 
 def test_data_flag_tests_on_other_images(folder, tmp_path):
-    data = dataset.load("digits", image_size=16)
-    for split, images in (("train", data.train), ("test", data.test)):
-        for label in range(10):
-            (tmp_path / split / str(label)).mkdir(parents=True)
-            for row in np.flatnonzero(images.labels == label)[:4]:
-                picture = Image.fromarray(images.images[row].transpose(1, 2, 0))
-                picture.save(tmp_path / split / str(label) / f"{row}.png")
+    names = [f"{split}/{label}/{n}.png" for split in ("train", "test") for label in range(10) for n in range(4)]
+    write_folder(tmp_path, {name: random_png(seed, 16) for seed, name in enumerate(names)})
     _, result = analysed(folder, "--data", tmp_path)
     assert (result["data"], result["num_images"]) == (str(tmp_path), 40), "whatever subset the members had"
 
