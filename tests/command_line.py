@@ -20,6 +20,8 @@ from training import checkpoint
 from utils import normalize
 
 MEMBERS = ("densenet", "mobilenetv2", "resnext")
+# By script, what makes its network small.
+SIZES = {"dense": ["--depth=37", "--growth-rate=4"], "mobilenetv2": ["--width=0.25"], "resnext": ["--base-width=2"]}
 
 
 def run(folder, script, *flags, stdout=None):

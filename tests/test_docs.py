@@ -8,7 +8,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from command_line import in_a_process
+from command_line import SIZES, in_a_process
 from conftest import ROOT, assert_same
 from PIL import Image
 
@@ -99,11 +99,6 @@ def test_another_optimizer_is_one_line(copied):
 
 # Images of each class in train and test: unbalanced, with names in several alphabets.
 CLASSES = {"café crème": (24, 6), "Äpfel": (15, 5), "猫": (9, 4)}
-SIZES = {
-    "dense.py": ["--depth", "37", "--growth-rate", "4"],
-    "mobilenetv2.py": ["--width", "0.25"],
-    "resnext.py": ["--base-width", "2"],
-}
 
 
 @pytest.fixture
@@ -134,8 +129,8 @@ def test_the_readmes_five_commands_lead_to_an_exported_ensemble(photos):
     lines = commands()
     assert len(lines) == 5
     for _, script, *flags in lines:
-        if script in SIZES:
-            flags += [*SIZES[script], "--epochs", "15", "--base-lr", "0.05", "--image-size", "24", "--batch-size", "8"]
+        if size := SIZES.get(script.removesuffix(".py")):
+            flags += [*size, "--epochs", "15", "--base-lr", "0.05", "--image-size", "24", "--batch-size", "8"]
             flags += ["--device", "cpu"]
         python(photos, ROOT / script, *flags)
 

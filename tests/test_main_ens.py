@@ -9,7 +9,7 @@ import command_line
 import numpy as np
 import pytest
 import torch
-from command_line import MEMBERS, changed, forbid_building, numpy_logits, run, softmax, succeeded
+from command_line import MEMBERS, SIZES, changed, forbid_building, numpy_logits, run, softmax, succeeded
 from conftest import ROOT
 from test_dataset import random_png, write_folder
 
@@ -22,17 +22,16 @@ from evaluation import members, metrics
 from training import checkpoint
 
 DIGITS = ["--data", "digits", "--image-size", "16", "--train-size", "200", "--test-size", "100", "--device", "cpu"]
-SIZES = {dense: ["--depth=37", "--growth-rate=4"], mobilenetv2: ["--width=0.25"], resnext: ["--base-width=2"]}
 
 
 def train(folder, script, *flags):
-    succeeded(folder, script, *DIGITS, *SIZES[script], "--epochs", "2", *flags)
+    succeeded(folder, script, *DIGITS, *SIZES[script.__name__], "--epochs", "2", *flags)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    for script in SIZES:
+    for script in (dense, mobilenetv2, resnext):
         train(folder, script)
     return folder
 
