@@ -87,9 +87,6 @@ def names_in(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# -------------------------------------------------------------------------------------------------- CIFAR-10, official
-
-
 @pytest.fixture
 def files(monkeypatch):
     """Files like the official ones, with fewer images, whose md5 torchvision accepts as official."""
@@ -146,9 +143,6 @@ def test_cifar100_is_another_archive_and_class(load, tmp_path):
     refused(lambda: load("CIFAR100", download=False), "cifar-100-python.tar.gz", "there is no such file")
     assert not (tmp_path / "data").exists()
     assert cifar10.class_of("cifar100") is torchvision.datasets.CIFAR100
-
-
-# ------------------------------------------------------------------------------------------------------------ download
 
 
 # Failures of a host, and words of the error.
@@ -251,9 +245,6 @@ def test_an_interrupted_download_leaves_nothing(load, host, monkeypatch, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         load("cifar10")
     assert names_in(tmp_path / "data") == []
-
-
-# --------------------------------------------------------------------------------------------------- folders of images
 
 
 def test_images_come_out_by_class_then_name(load, tmp_path):
@@ -377,9 +368,6 @@ def test_a_folder_that_cannot_be_read_is_named(load, tmp_path, monkeypatch):
         refused(lambda: load(folder), f"{locked}: this folder cannot be read (Permission denied)")
 
 
-# ----------------------------------------------------------------------------------------------------------- one image
-
-
 def decode(tmp_path, content: bytes, image_size: int, name: str = "x.png"):
     """The pixels of a file, or the error."""
     (tmp_path / name).write_bytes(content)
@@ -468,9 +456,6 @@ def test_pictures_that_cannot_be_read_are_listed_together(load, tmp_path):
         assert "not a file" in str(image_folder.decode(fifo, 8))
 
 
-# --------------------------------------------------------------------------------------------------------------- cache
-
-
 def test_the_second_start_decodes_nothing(load, tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "pets", pictures())
     first = load(folder)
@@ -521,9 +506,6 @@ def test_a_cache_that_cannot_be_written_is_a_warning(load, tmp_path, capsys):
     assert "every start decodes again" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------------------------- digits
-
-
 def test_digits_are_scikit_learns(load):
     from sklearn.datasets import load_digits
 
@@ -544,9 +526,6 @@ def test_digits_are_scikit_learns(load):
 def test_digits_without_scikit_learn_say_what_to_install(load, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     refused(lambda: load("digits"), "--data digits", "pip install scikit-learn")
-
-
-# ------------------------------------------------------------------------------------------------ subsets and hold-outs
 
 
 @pytest.fixture

@@ -77,9 +77,6 @@ def assert_same_end(path, expected_path):
     assert_same(*contents)
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
-
-
 @pytest.mark.parametrize("changes", [{}, ALL_ON], ids=["baseline", "all on"])
 @pytest.mark.parametrize("val", [False, True], ids=["", "val"])
 def test_weights_and_curves_are_those_of_a_naive_loop(
@@ -154,9 +151,6 @@ def test_predict_keeps_its_batches_small_for_large_images(tiny, monkeypatch):
 def test_a_device_that_is_not_there_is_refused(train):
     with pytest.raises(UserError, match=r"--device cuda.* finds no such device"):
         train(device="cuda")
-
-
-# ------------------------------------------------------------------------------------------------------ what it writes
 
 
 def test_with_validation_the_best_epoch_is_kept_beside_the_last(train, path, monkeypatch):
@@ -274,9 +268,6 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run(train, monkeypatch,
     assert written == [1, 1], "no epoch is written behind a lost one"
 
 
-# ------------------------------------------------------------------------------------------------ memory that runs out
-
-
 @pytest.mark.parametrize(
     ("error", "memory", "training"),
     [
@@ -326,9 +317,6 @@ def test_memory_that_is_free_is_what_the_container_allows(tmp_path, version):
     assert free_memory(tmp_path) == 8_192_000
 
 
-# ------------------------------------------------------------------------------------------- a loss that is not finite
-
-
 def times_nan(logits):
     return logits * math.nan
 
@@ -360,9 +348,6 @@ def test_a_loss_that_is_not_finite_is_named_and_nothing_of_it_saved(train, path,
     said = f"{where}, learning rate 0.03775; nothing of this epoch is saved. Lower --base-lr"
     assert said in str(error.value)
     assert [path.read_bytes(), csv_path.read_bytes()] == kept
-
-
-# ------------------------------------------------------------------------------------------------- stopped and resumed
 
 
 @pytest.mark.parametrize(
@@ -497,9 +482,6 @@ def test_a_second_signal_ends_at_once_with_the_epoch_before(train, path, second)
     assert list(path.parent.glob("[!.]*")) == [path]
 
 
-# ------------------------------------------------------------------------------------- what may follow on a checkpoint
-
-
 def test_a_finished_run_has_nothing_left_to_train(train, path, csv_path, capsys):
     weights = dict(train().model.state_dict())
     whole, curves = path.read_bytes(), csv_path.read_bytes()
@@ -623,9 +605,6 @@ def test_a_script_that_is_stopped_in_its_first_epoch_ends_in_good_order(monkeypa
     assert "stopped in epoch 1 after step 1 of 4" in out
     assert err == ""
     assert checkpoint.read(tmp_path / "checkpoints" / "mobilenetv2.pt")["training"]["step"] == 1
-
-
-# --------------------------------------------------------------------------------------------------------- TensorBoard
 
 
 def test_tensorboard_that_is_missing_is_asked_for_before_training(train, monkeypatch, tmp_path):

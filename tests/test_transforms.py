@@ -31,9 +31,6 @@ ROUNDS_ALIKE = platform.machine().lower() in ("x86_64", "amd64")
 BLENDING = ("contrast", "saturation", "Color", "Contrast", "Sharpness")
 
 
-# ---------------------------------------------------------------------------------------------------------- the images
-
-
 def photos(count, size, seed=0):
     """Soft coloured shapes with a little texture; brightness and contrast differ between images."""
     generator = torch.Generator().manual_seed(seed)
@@ -79,8 +76,6 @@ def assert_same(found, expected, *, blending=True, chain=False):
         # A difference of one level early in a chain can become larger later (equalize, posterize).
         assert chain or (found.int() - expected.int()).abs().max() <= 1
 
-
-# ------------------------------------------------------------------------------------------------ operators on colours
 
 JITTER = {
     "brightness": lambda image, change: TF.adjust_brightness(image, 1.0 + change),
@@ -136,9 +131,6 @@ def test_randaugment_colours_equal_torchvision(name, size):
     assert_same(found, expected, blending=name in BLENDING)
 
 
-# --------------------------------------------------------------------------------------- operators that move pixels
-
-
 @pytest.mark.parametrize("size", [16, 32, 33])
 @pytest.mark.parametrize("name", GEOMETRIC_OPS)
 def test_moved_pixels_equal_torchvision(name, size):
@@ -157,9 +149,6 @@ def test_moved_pixels_equal_torchvision(name, size):
 def test_magnitudes_are_torchvisions(name, size):
     found = torch.stack([operators.op_magnitude(name, magnitude, size).float() for magnitude in range(MAGNITUDE_BINS)])
     assert torch.equal(found, magnitudes_of(name, size))
-
-
-# ------------------------------------------------------------------------------------------------------ the whole chain
 
 
 def chain_of_torchvision(image, draws, settings):
@@ -205,8 +194,6 @@ def test_chain_equals_torchvision(chain):
     expected = torch.stack([chain_of_torchvision(images[i], draws[i], settings) for i in order])
     assert_same(found, expected, chain=True)
 
-
-# --------------------------------------------------------------------------------------------------- random parameters
 
 # Each frequency lies within four standard errors of its value by torchvision's definition, or within six in the large
 # tables of pairs. With the seed fixed the result is always the same; with another seed, one of 16,000 frequencies would
@@ -284,8 +271,6 @@ def test_all_draws_are_uniform_and_independent():
     for (one, num_one), (other, num_other) in (*combinations(table, 2), *combinations(signed, 2)):
         assert_uniform(one * num_other + other, num_one * num_other, sigmas=MANY_SIGMAS)
 
-
-# ------------------------------------------------------------------------------------------------- epochs of batches
 
 COUNT = 150
 
