@@ -4,6 +4,7 @@ import copy
 import hashlib
 import pickle
 import zipfile
+from unittest import mock
 
 from common import files
 from common.errors import UserError
@@ -150,11 +151,8 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     ids=["full disk", "Ctrl-C", "end"],
 )
 def test_an_error_while_writing_leaves_what_was_there(path, monkeypatch, call, error, raised, words):
-    def fail(*_):
-        raise error
-
     before = path.read_bytes()
-    monkeypatch.setattr(files.os, call, fail)
+    monkeypatch.setattr(files.os, call, mock.Mock(side_effect=error))
     with pytest.raises(raised, match=words):
         checkpoint.write(path, {"other": 1})
     assert path.read_bytes() == before
@@ -204,7 +202,7 @@ def test_weights_that_do_not_fit_are_refused(path, change, words):
     assert words in str(error.value)
 
 
-def test_of_an_earlier_format_the_weights_are_good_but_no_run_goes_on(tmp_path, tiny_recipe, monkeypatch):
+def test_of_an_earlier_format_the_weights_are_good_but_no_run_goes_on(tiny_recipe, monkeypatch):
     recipe = tiny_recipe(resume=True)
     model = NETWORKS["mobilenetv2"](2, width=0.25)
     monkeypatch.setattr(checkpoint, "VERSION", 1)

@@ -131,7 +131,7 @@ def test_the_device_is_asked_once_a_second_and_at_the_end_of_an_epoch(train, mon
         assert least <= reads.count(epoch) <= most
 
 
-def test_predict_keeps_its_batches_small_for_large_images(tiny, monkeypatch):
+def test_predict_keeps_its_batches_small_for_large_images(monkeypatch):
     monkeypatch.setitem(utils.EVAL_PIXELS, "cpu", 4 * 8 * 8)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     sizes = []
@@ -218,7 +218,7 @@ def test_a_folder_that_vanishes_ends_the_run_and_is_not_made_anew(train, tmp_pat
     assert checkpoint.read(moved)["training"]["epoch"] == 1
 
 
-def test_another_seed_trains_another_network(train, path):
+def test_another_seed_trains_another_network(train):
     first, second = (train(name=f"seed{seed}", seed=seed).history[0]["train_loss"] for seed in (3, 4))
     assert first != second
 
