@@ -26,6 +26,7 @@ import torch
 from command_line import changed
 from command_line import run as run_script
 from conftest import ALL_ON, ROOT, TIMES, assert_same, without_times
+from torch.nn import functional as F
 
 import mobilenetv2
 import utils
@@ -330,11 +331,13 @@ def stop_and_spoil(logits):
     ("spoil", "number", "where"),
     [
         (times_nan, STEPS, "the loss is not finite at epoch 2, step 1"),
+        # A fourth class, without images, takes all the probability.
+        (lambda logits: F.pad(logits - math.inf, (0, 1)), STEPS + 3, "the loss is not finite at epoch 2, step 4"),
         (times_nan, 2 * STEPS - 1, "the loss is not finite at epoch 2, step 6"),
         (stop_and_spoil, STEPS + 2, "the loss is not finite at epoch 2, step 3"),
         (times_nan, 1, "the test loss is not finite at epoch 2, step 6"),  # the second evaluation
     ],
-    ids=["first step", "last step", "with a signal", "evaluation"],
+    ids=["first step", "infinite", "last step", "with a signal", "evaluation"],
 )
 def test_a_loss_that_is_not_finite_is_named_and_nothing_of_it_saved(train, path, csv_path, spoil, number, where):
     kept = []
