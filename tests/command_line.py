@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -18,6 +20,8 @@ from training import checkpoint
 from utils import normalize
 
 MEMBERS = ("densenet", "mobilenetv2", "resnext")
+# By script, what makes its network small.
+SIZES = {"dense": ["--depth=37", "--growth-rate=4"], "mobilenetv2": ["--width=0.25"], "resnext": ["--base-width=2"]}
 
 
 def run(folder, script, *flags, stdout=None):
@@ -34,6 +38,26 @@ def run(folder, script, *flags, stdout=None):
     out.flush()
     printed = "" if stdout else out.buffer.getvalue().decode("utf-8")
     return SimpleNamespace(returncode=end.value.code, stdout=printed, stderr=err.getvalue())
+
+
+def in_a_process(folder, *command):
+    """Run Python in a process of its own, in a folder; after ten minutes it is killed."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+        check=False,
+    )
+
+
+def succeeded(folder, script, *flags):
+    """A call that must end with status 0."""
+    done = run(folder, script, *flags)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def refused(folder, script, *flags):

@@ -2,9 +2,7 @@
 
 import functools
 import os
-import subprocess
-import sys
-import threading
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +14,7 @@ from torch import nn
 
 from dataset import Dataset, Split
 from models import NETWORKS
+from training import checkpoint, loop
 from training.recipe import Recipe, flag
 
 # The same arithmetic on every machine: with AVX-512 in bfloat16, --precision auto would take that. PyTorch reads this
@@ -114,6 +113,16 @@ def tiny_images(*, val: bool = False, train_size: int = 22, seed: int = 0) -> Da
     return Dataset("made up", ("red", "green", "blue"), train, test, held_out if val else None, f"digest {seed}")
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """Scripts that are called in this process set handlers."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """Build the tiny network; checkpoints know it by name."""
@@ -131,28 +140,22 @@ def tiny_data():
     return tiny_images
 
 
-@pytest.fixture(scope="module")
-def start():
-    """Start a script of the project in its own process, in a folder; after ten minutes, or at the end, it is killed."""
-    started = []
+@pytest.fixture
+def train(tiny, tiny_recipe, tiny_data):
+    """Train the tiny network as a script's main does; `on_forward` and `data` are for the test to meddle with."""
 
-    def start_script(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        timer = threading.Timer(600, process.kill)
-        timer.daemon = True
-        timer.start()
-        started.append((process, timer))
-        return process
+    def run(data=None, *, val=False, on_forward=None, **changes):
+        recipe = tiny_recipe(**changes)
+        with checkpoint.previous_run(recipe) as previous:
+            recipe, data = recipe.resumed(previous), data or tiny_data(val=val)
+            model = tiny(len(data.classes), recipe.channels)
+            model.on_forward = on_forward
+            return loop.fit(model, data, recipe, previous)
 
-    yield start_script
-    for process, timer in started:
-        timer.cancel()
-        process.kill()
-        process.communicate()
+    return run
+
+
+@pytest.fixture
+def images():
+    """Noise."""
+    return torch.randint(0, 256, (11, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -16,11 +16,12 @@ def share(count, part, num_parts):
 
 def lr_of(recipe, step, steps_in_epoch):
     """The learning rate of a step, counted from the start of the run: a linear warm-up, then a cosine."""
-    step -= step % steps_in_epoch if recipe.schedule_step == "epoch" else 0
+    stride = steps_in_epoch if recipe.schedule_step == "epoch" else 1
+    step -= step % stride
     total = recipe.epochs * steps_in_epoch
     climb = recipe.warmup * total
     if step < climb:
-        return recipe.lr * min(1, (step + 1) / climb)
+        return recipe.lr * min(1, (step + stride) / climb)
     turn = (1 + math.cos(math.pi * (step - climb) / (total - climb))) / 2
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * turn
 

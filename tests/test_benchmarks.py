@@ -1,7 +1,5 @@
 """The measuring scripts run, at a size that measures nothing, and write what they promise."""
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -9,19 +7,19 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import common
-from common import errors
 from common.errors import UserError
 
+import command_line
 import numpy as np
 import pytest
 import torch
+from command_line import MEMBERS, refused, softmax, succeeded
+from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import busy, ensemble, harness, roofline, train
@@ -30,58 +28,52 @@ from models import NETWORKS
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+
+SMALL = ["--data", "digits", "--image-size", 16]
 
 
 def run(folder, script, *flags):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *map(str, flags)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-        check=False,
-    )
+    return command_line.in_a_process(folder, ROOT / "benchmarks" / script, *flags)
+
+
+def measured_by(folder, script, *flags):
+    """What a script writes, with where and how it was measured, and what it prints."""
+    done = run(folder, script, "--output", "out.json", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "out.json").read_text())
+    assert {"device", "versions", "command"} <= result.keys()
+    return result, done.stdout
 
 
 def test_augment(tmp_path):
-    small = ["--data", "digits", "--image-size", 16, "--images", 64, "--rounds", 1]
-    done = run(tmp_path, "augment.py", *small, "--output", "a.json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "a.json").read_text())
-    assert {"device", "versions", "commit", "command", "images_per_second", "ratio"} <= result.keys()
+    result, printed = measured_by(tmp_path, "augment.py", *SMALL, "--images", 64, "--rounds", 1)
     rates = result["images_per_second"]
     assert result["ratio"] == rates["ours"] / rates["torchvision"]
-    assert f"{rates['ours']:,.0f}" in done.stdout
+    assert f"{rates['ours']:,.0f}" in printed
 
 
-def test_augment_names_data_that_is_not_there(tmp_path):
-    done = run(tmp_path, "augment.py", "--data", "nowhere", "--output", "a.json")
+@pytest.mark.parametrize("script", ["augment.py", "train.py"])
+def test_data_that_is_not_there_is_named(tmp_path, script):
+    done = run(tmp_path, script, "--data", "nowhere", "--output", "out.json")
     assert done.returncode == 2
-    assert "nowhere" in done.stderr
+    assert "error: --data nowhere" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_memory(tmp_path):
-    tiny = ["--rounds", 1, "--seconds", 0.01, "--networks", "mobilenetv2"]
-    done = run(tmp_path, "memory.py", *tiny, "--output", "m.json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "m.json").read_text())
+    flags = ["--rounds", 1, "--seconds", 0.01, "--networks", "mobilenetv2"]
+    result, printed = measured_by(tmp_path, "memory.py", *flags)
     network = result["networks"]["mobilenetv2"]
     assert network["ratio"] == network["images_per_second"]["kept"] / network["images_per_second"]["given_back"]
-    assert f"| {network['ratio']:.2f} |" in done.stdout
+    assert f"| {network['ratio']:.2f} |" in printed
 
 
 def test_train(tmp_path):
-    small = ["--data", "digits", "--image-size", 16, "--images", 32, "--networks", "mobilenetv2", "--device", "cpu"]
-    short = ["--rounds", 1, "--windows", 1, "--seconds", 0.01, "--batch-size", 24, "--tuned-batch-size", 16]
+    flags = [*SMALL, "--images", 32, "--networks", "mobilenetv2", "--device", "cpu", "--rounds", 1, "--windows", 1]
+    flags += ["--seconds", 0.01, "--batch-size", 24, "--tuned-batch-size", 16]
     kinds = ("ours", "ours_float32", "ours_graph", "baseline", "tuned_bfloat16")
-    done = run(tmp_path, "train.py", *small, *short, "--kinds", *kinds, "--output", "t.json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "t.json").read_text())
-    assert {"device", "versions", "commit", "command", "data", "rounds", "windows", "networks"} <= result.keys()
+    result, printed = measured_by(tmp_path, "train.py", *flags, "--kinds", *kinds)
     network = result["networks"]["mobilenetv2"]
     assert list(network) == list(kinds)
     rate = network["ours"]["images_per_second"]
@@ -94,22 +86,20 @@ def test_train(tmp_path):
         assert figures["batch_size"] == batch_size
         assert figures["ratio"] == rate / figures["images_per_second"]
         assert math.isclose(result["geometric_mean_ratios"][kind], figures["ratio"])
-        assert f"| ours / {kind} | {figures['ratio']:.2f} | {figures['ratio']:.2f} |" in done.stdout
-        assert f"| {kind}, start-up | {figures['start_up_seconds']:.1f} s |" in done.stdout
+        assert f"| ours / {kind} | {figures['ratio']:.2f} | {figures['ratio']:.2f} |" in printed
+        assert f"| {kind}, start-up | {figures['start_up_seconds']:.1f} s |" in printed
         if sys.platform == "linux":
-            assert f"| {kind}, peak memory | {figures['peak_memory_bytes'] / 2**30:.2f} GiB |" in done.stdout
+            assert f"| {kind}, peak memory | {figures['peak_memory_bytes'] / 2**30:.2f} GiB |" in printed
     assert [network[kind]["precision"] for kind in kinds[1:]] == [
         "float32", network["ours"]["precision"], "float32", "bfloat16"
     ]  # fmt: skip
     assert [network[kind]["workers"] for kind in kinds[3:]] == [2, num_cores()]
-    assert f"| ours, images/s | {harness.spelled(rate)} |" in done.stdout
+    assert f"| ours, images/s | {harness.spelled(rate)} |" in printed
 
 
 def test_layers(tmp_path):
-    small = ["--networks", "resnext29", "--batch-size", 2, "--rounds", 1]
-    done = run(tmp_path, "layers.py", *small, "--output", "l.json")
-    assert done.returncode == 0, done.stderr
-    network = json.loads((tmp_path / "l.json").read_text())["networks"]["resnext29"]
+    result, _ = measured_by(tmp_path, "layers.py", "--networks", "resnext29", "--batch-size", 2, "--rounds", 1)
+    network = result["networks"]["resnext29"]
     convolutions, norms = network["convolutions"]["rows"], network["norms"]["rows"]
     assert [sum(row["count"] for row in rows) for rows in (convolutions, norms)] == 2 * [1 + 9 * 3 + 3]
     grouped = [row for row in convolutions if row["shape"][4] == 2]
@@ -137,32 +127,24 @@ def test_bfloat16_is_measured_where_a_processor_is_fast_in_it(monkeypatch):
 
 
 def test_search(tmp_path):
-    flags = ["--data", "digits", "--val-size", 30, "--script", "mobilenetv2.py", "--output", "s.json"]
-    flags += ["--run", "usual: --base-lr 0.02", "--seeds"]
+    flags = ["--data", "digits", "--val-size", 30, "--script", "mobilenetv2.py", "--run", "usual: --base-lr 0.02"]
     fixed = ["--", "--image-size", 16, "--width", 0.25, "--train-size", 40, "--epochs", 1, "--batch-size", 16]
-    done = run(tmp_path, "search.py", *flags, 0, *fixed)
-    assert done.returncode == 0, done.stderr
-    first = json.loads((tmp_path / "s.json").read_text())
-    assert {"device", "versions", "command", "val_size"} <= first.keys()
-    assert "commit" in first["runs"][0]
-    assert [(row["label"], row["seed"]) for row in first["runs"]] == [("usual", 0)]
-    assert not any("test" in name for name in first["runs"][0])
-    done = run(tmp_path, "search.py", *flags, 0, 1, *fixed)
-    rows = json.loads((tmp_path / "s.json").read_text())["runs"]
-    assert rows[0] == first["runs"][0], "what is there is not run again"
-    accuracies = [100 * row["val_accuracy"] for row in rows]
+    [first] = measured_by(tmp_path, "search.py", *flags, "--seeds", 0, *fixed)[0]["runs"]
+    assert (first["label"], first["seed"], "commit" in first) == ("usual", 0, True)
+    assert not any("test" in name for name in first)
+    result, printed = measured_by(tmp_path, "search.py", *flags, "--seeds", 0, 1, *fixed)
+    assert result["runs"][0] == first, "what is there is not run again"
+    accuracies = [100 * row["val_accuracy"] for row in result["runs"]]
     mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
-    assert f"| usual (mobilenetv2.py {rows[0]['flags']}) | 2 | {mean:.2f} ± {spread:.2f} |" in done.stdout
+    assert f"| usual (mobilenetv2.py {first['flags']}) | 2 | {mean:.2f} ± {spread:.2f} |" in printed
 
 
 def test_race(tmp_path):
-    small = ["--data", "digits", "--image-size", 16, "--epochs", 1, "--train-size", 100]
-    done = run(tmp_path, "race.py", *small, "--output", "r.json", "--picture", "r.png")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "r.json").read_text())
+    flags = [*SMALL, "--epochs", 1, "--train-size", 100, "--picture", "r.png"]
+    result, printed = measured_by(tmp_path, "race.py", *flags)
     for name in ("ours", "baseline"):
         last = result[name][-1]
-        assert f"{100 * last['test_accuracy']:.2f} % after" in done.stdout
+        assert f"{100 * last['test_accuracy']:.2f} % after" in printed
         assert [point["seconds"] for point in result[name]] == sorted(point["seconds"] for point in result[name])
     assert result["ours"][-1]["epochs"] == 1
     # The baseline stops with the first step behind the other's time; the test of its network comes on top.
@@ -172,21 +154,10 @@ def test_race(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("taskset"), reason="needs taskset")
 def test_busy(tmp_path):
-    tiny = ["--rounds", 1, "--spins", 4000, "--seconds", 0.1, "--batch-size", 2]
-    done = run(tmp_path, "busy.py", *tiny, "--output", "b.json")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "b.json").read_text())["figures"]
+    flags = ["--rounds", 1, "--spins", 4000, "--seconds", 0.1, "--batch-size", 2]
+    figures = measured_by(tmp_path, "busy.py", *flags)[0]["figures"]
     assert [row["beside"] for row in figures] == ["nothing", "same session", "another session"]
     assert all(row["spins"] == "4000" and row["images_per_second"] > 0 for row in figures)
-
-
-def test_train_names_data_that_is_not_there(tmp_path):
-    done = run(tmp_path, "train.py", "--data", "nowhere", "--output", "t.json")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --data nowhere")
-    assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_operations_of_an_image_are_about_three_times_the_forward_pass():
@@ -204,12 +175,11 @@ def test_operations_of_an_image_are_about_three_times_the_forward_pass():
 
 
 def test_roofline(tmp_path):
-    done = run(tmp_path, "roofline.py", "--flops", 1e12, "--output", "r.json")
-    assert done.returncode == 0, done.stderr
-    network = json.loads((tmp_path / "r.json").read_text())["networks"]["mobilenetv2"]
+    result, printed = measured_by(tmp_path, "roofline.py", "--flops", 1e12)
+    network = result["networks"]["mobilenetv2"]
     assert network["images_per_second"]["operations"] == 1e12 / network["flops"]
     assert network["images_per_second"]["fused"] == 3e12 / network["bytes_fused"]
-    assert f"| {network['bytes_eager'] / 1e6:.1f} |" in done.stdout
+    assert f"| {network['bytes_eager'] / 1e6:.1f} |" in printed
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "many"])
@@ -289,26 +259,10 @@ def test_rounds_are_pooled():
     }  # fmt: skip
 
 
-DIGITS = [
-    "--data", "digits", "--dense", "--depth 37 --growth-rate 4", "--mobilenetv2", "--width 0.25",
-    "--resnext", "--base-width 2",
-]  # fmt: skip
+DIGITS = ["--data", "digits", "--dense", "--depth 37 --growth-rate 4", "--mobilenetv2", "--width 0.25"]
+DIGITS += ["--resnext", "--base-width 2"]
 SHORT = ["--image-size", 16, "--epochs", 1, "--batch-size", 64, "--train-size", 200, "--test-size", 100]
 SHORT += ["--base-lr", 0.1, "--device", "cpu"]
-MEMBERS = ["densenet", "mobilenetv2", "resnext"]
-
-
-def run_ensemble(folder, *flags):
-    """Call benchmarks/ensemble.py's main in `folder`, in this process; the scripts are processes of their own."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["benchmarks/ensemble.py", *map(str, flags)]
-    try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            errors.run(ensemble.main)
-    except SystemExit as end:
-        return SimpleNamespace(returncode=end.code, stdout=out.getvalue(), stderr=err.getvalue())
-    finally:
-        sys.argv = argv
 
 
 def send_sigterm_once(sleep):
@@ -328,11 +282,6 @@ def files_in(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def softmax(logits):
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A folder with a run's output in `out`, after attempts that a time limit and a signal ended at once."""
@@ -341,17 +290,17 @@ def measured(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONUTF8", "1")
         flags = [*DIGITS, "--work", "work", "--output", "out"]
-        assert run_ensemble(folder, *flags, "--time-limit", 1e-6, "--", *SHORT).returncode == 3
+        late = command_line.run(folder, ensemble, *flags, "--time-limit", 1e-6, "--", *SHORT)
+        assert late.returncode == 3, late.stderr
         with pytest.MonkeyPatch.context() as stopping:
             stopping.setattr(ensemble.time, "sleep", send_sigterm_once(time.sleep))
-            stopped = run_ensemble(folder, *flags, "--", *SHORT)
+            stopped = command_line.run(folder, ensemble, *flags, "--", *SHORT)
         assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
         assert "the same command goes on" in stopped.stdout
         assert files_in(folder / "out") == []
         before = json.loads((folder / "work" / "progress.json").read_text())
         assert before["finished"] == []
-        done = run_ensemble(folder, *flags, "--", *SHORT)
-    assert done.returncode == 0, done.stderr
+        done = succeeded(folder, ensemble, *flags, "--", *SHORT)
     return SimpleNamespace(folder=folder, stdout=done.stdout, seconds_before=before["seconds"])
 
 
@@ -399,13 +348,11 @@ def test_the_kept_logits_score_as_the_ensemble_did(measured):
 
 def test_a_finished_run_is_compared_without_running_again(measured):
     flags = [*DIGITS, "--work", "work", "--output", "again"]
-    done = run_ensemble(measured.folder, *flags, "--", *SHORT)
-    assert done.returncode == 0, done.stderr
+    succeeded(measured.folder, ensemble, *flags, "--", *SHORT)
     first, again = (json.loads((measured.folder / name / "result.json").read_text()) for name in ("out", "again"))
     assert again == first
 
-    compared = run_ensemble(measured.folder, "--output", "again", "--against", "out")
-    assert compared.returncode == 0, compared.stderr
+    compared = succeeded(measured.folder, ensemble, "--output", "again", "--against", "out")
     against = json.loads((measured.folder / "again" / "against.json").read_text())
     assert against["against"] == "out"
     assert [row["name"] for row in against["rows"]] == [*MEMBERS, "ensemble"]
@@ -417,10 +364,10 @@ def test_a_finished_run_is_compared_without_running_again(measured):
 
 
 def test_a_run_goes_on_only_as_it_began(measured):
-    done = run_ensemble(measured.folder, *DIGITS, "--work", "work", "--output", "other", "--", *SHORT, "--seed", 1)
-    assert done.returncode == 2
-    assert "another setting" in done.stderr
-    assert "--seed 1" in done.stderr
+    flags = [*DIGITS, "--work", "work", "--output", "other", "--", *SHORT, "--seed", 1]
+    error = refused(measured.folder, ensemble, *flags)
+    assert "another setting" in error
+    assert "--seed 1" in error
     assert files_in(measured.folder / "other") == []
 
 
@@ -438,8 +385,7 @@ def test_intervals_are_those_of_a_plain_bootstrap(tmp_path):
     ]
     for name, logits in zip(("a", "b"), runs, strict=True):
         write_logits(tmp_path / name, logits, labels)
-    done = run_ensemble(tmp_path, "--output", "a", "--against", "b")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(tmp_path, ensemble, "--output", "a", "--against", "b")
 
     def scores(probs):
         return np.stack([probs.argmax(1) == labels, -np.log(probs[np.arange(80), labels])])
@@ -469,9 +415,7 @@ def test_only_the_same_images_are_compared(tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "logits.npz").write_bytes(b"PK\3\4 and no more")
     for other, message in (("b", "other labels"), ("c", "not what this benchmark writes"), ("d", "No such file")):
-        done = run_ensemble(tmp_path, "--output", "a", "--against", other)
-        assert done.returncode == 2
-        assert message in done.stderr
+        assert message in refused(tmp_path, ensemble, "--output", "a", "--against", other)
 
 
 @pytest.mark.parametrize("parallel", [[], ["--parallel"]], ids=["in turn", "at once"])
@@ -482,9 +426,8 @@ def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, para
     for name in ("mobilenetv2.py", "resnext.py"):
         (scripts / name).write_text("import time; time.sleep(100)")
     monkeypatch.setattr(harness, "ROOT", scripts)
-    done = run_ensemble(tmp_path, *DIGITS, *parallel, "--work", "work", "--output", "out")
-    assert done.returncode == 2
-    assert "dense.py ended with status 1" in done.stderr
+    error = refused(tmp_path, ensemble, *DIGITS, *parallel, "--work", "work", "--output", "out")
+    assert "dense.py ended with status 1" in error
     assert "the disk is on fire" in capfd.readouterr().err
     assert files_in(tmp_path / "out") == []
     assert files_in(tmp_path / "work") == ["progress.json"]
@@ -500,31 +443,24 @@ def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, para
     ids=["against", "name", "data"],
 )
 def test_flags_that_cannot_work_are_named_at_once(tmp_path, flags, message):
-    done = run_ensemble(tmp_path, *flags)
-    assert done.returncode == 2
-    assert message in done.stderr
+    assert message in refused(tmp_path, ensemble, *flags)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_cascade_is_measured_beside_the_whole(measured):
-    paths = [f"checkpoints/{name}.pt" for name in MEMBERS]
-    flags = ["--threshold", 0.2, "--images", 60, "--batch-size", 20, "--rounds", 1, "--output", "c.json"]
-    done = run(measured.folder / "work", "deploy.py", "--cascade", *paths, *flags)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((measured.folder / "work" / "c.json").read_text())
-    assert (result["threshold"], result["num_images"], result["members"]) == (0.2, 60, MEMBERS)
+    flags = ["--threshold", 0.2, "--images", 60, "--batch-size", 20, "--rounds", 1]
+    flags += ["--cascade", *(f"checkpoints/{name}.pt" for name in MEMBERS)]
+    result, printed = measured_by(measured.folder / "work", "deploy.py", *flags)
+    assert (result["threshold"], result["num_images"], result["members"]) == (0.2, 60, list(MEMBERS))
     whole, cascade = result["figures"]["whole"], result["figures"]["cascade"]
     assert result["ratio"] == cascade["milliseconds"] / whole["milliseconds"]
-    assert f"{cascade['accuracy']:.2%}" in done.stdout
+    assert f"{cascade['accuracy']:.2%}" in printed
 
 
 def test_deploy(tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    small = ["--networks", "mobilenetv2", "--rounds", 1]
-    done = run(tmp_path, "deploy.py", *small, "--output", "d.json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "d.json").read_text())
+    result, printed = measured_by(tmp_path, "deploy.py", "--networks", "mobilenetv2", "--rounds", 1)
     assert {"device", "versions", "commit", "command", "rounds"} <= result.keys()
     assert result["packages"]["onnxruntime"]
     torchs, *files = (result["networks"]["mobilenetv2"][name] for name in ("torch", "onnx", "pt2"))
@@ -533,4 +469,4 @@ def test_deploy(tmp_path):
         assert row["latency_ms"] <= row["latency_ms_95"]
         assert row["latency_ratio"] == pytest.approx(torchs["latency_ms"] / row["latency_ms"])
         assert row["throughput_ratio"] == pytest.approx(row["images_per_second"] / torchs["images_per_second"])
-        assert f"{row['images_per_second']:,.1f}" in done.stdout
+        assert f"{row['images_per_second']:,.1f}" in printed

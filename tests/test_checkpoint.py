@@ -4,6 +4,7 @@ import copy
 import hashlib
 import pickle
 import zipfile
+from unittest import mock
 
 from common import files
 from common.errors import UserError
@@ -21,22 +22,11 @@ CONTENT = {
     "model": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2]), "c": torch.tensor(1 / 3)},
     "chosen": {"epoch": 1, "by": "last"},
     "finished": False,
-    "recipe": {
-        "epochs": 2, "base_lr": 0.01, "nesterov": True, "reference": None, "image_size": 16, "split_seed": 0,
-        "train_size": None, "val_size": 0, "test_size": 20, "test_split": 0.2, "precision": "float32",
-    },
-    "data": {
-        "source": "Größe 3×3", "digest": "0a1b", "classes": ["klein", "groß"], "image_size": 16,
-        "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.1 + 0.2],
-        "split": {"split_seed": 0, "train_size": None, "val_size": 0, "test_size": 20, "test_split": 0.2},
-    },
+    "recipe": {"epochs": 2, "base_lr": 0.01, "nesterov": True, "reference": None},
+    "data": {"source": "Größe", "classes": ["klein", "groß"], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.1 + 0.2]},
     "history": [{"epoch": 1, "test_loss": 0.1 + 0.2}],
-    "versions": {"torch": "2.11.0"},
-    "training": {
-        "model": None, "average": None, "best": None, "optimizer": {}, "epoch": 1, "step": 3,
-        "totals": [0.1, 2.0, 3.0], "seconds": 1.5,
-    },
-}  # fmt: skip
+    "training": {"epoch": 1, "step": 3, "totals": [0.1, 2.0, 3.0]},
+}
 
 
 class RunsCode:
@@ -118,13 +108,10 @@ def foreign_files(folder, content):
         archive.comment = b"x" * 71
     with zipfile.ZipFile(folder / "zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    torch.save([1, 2, 3], folder / "list")
-    torch.save({"format": checkpoint.FORMAT}, folder / "no version")
-    for name in ("zip", "torch.save", "list", "no version"):
+    for name in ("zip", "torch.save"):
         (folder / f"{name} with our digest").write_bytes(with_digest((folder / name).read_bytes()))
     checkpoint.write(folder / "other content", content)
     checkpoint.write(folder / "other format", {"format": "something else"})
-    checkpoint.write(folder / "odd version", {"version": "new"})
     return sorted(folder.iterdir())
 
 
@@ -153,9 +140,6 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "not readable" in refusal(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize(
     ("error", "raised", "words"),
@@ -167,11 +151,8 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     ids=["full disk", "Ctrl-C", "end"],
 )
 def test_an_error_while_writing_leaves_what_was_there(path, monkeypatch, call, error, raised, words):
-    def fail(*_):
-        raise error
-
     before = path.read_bytes()
-    monkeypatch.setattr(files.os, call, fail)
+    monkeypatch.setattr(files.os, call, mock.Mock(side_effect=error))
     with pytest.raises(raised, match=words):
         checkpoint.write(path, {"other": 1})
     assert path.read_bytes() == before
@@ -194,19 +175,11 @@ def test_a_full_disk_leaves_what_was_there(path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_made_is_named(path):
-    with pytest.raises(UserError, match=r"net\.pt/net\.pt: the checkpoint could not be written"):
-        checkpoint.write(path / "net.pt", CONTENT)
-
-
 def test_what_a_killed_writer_left_is_cleared_away(path):
     (path.parent / ".net.pt.part").write_bytes(b"half a file" * 10_000)
     checkpoint.write(path, CONTENT)
     assert_holds_content(checkpoint.read(path))
     assert list(path.parent.iterdir()) == [path]
-
-
-# --------------------------------------------------------------------------------------------------------- its network
 
 
 @pytest.mark.parametrize(
@@ -229,7 +202,7 @@ def test_weights_that_do_not_fit_are_refused(path, change, words):
     assert words in str(error.value)
 
 
-def test_of_an_earlier_format_the_weights_are_good_but_no_run_goes_on(tmp_path, tiny_recipe, monkeypatch):
+def test_of_an_earlier_format_the_weights_are_good_but_no_run_goes_on(tiny_recipe, monkeypatch):
     recipe = tiny_recipe(resume=True)
     model = NETWORKS["mobilenetv2"](2, width=0.25)
     monkeypatch.setattr(checkpoint, "VERSION", 1)

@@ -1,10 +1,11 @@
-"""All scripts: a misspelt flag, a signal, and a broken pipe or full disk on standard output."""
+"""All scripts: imports, a misspelt flag, a signal, and a broken pipe or full disk on standard output."""
 
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 from common import distributed, errors
 from common.command_line import Parser
@@ -18,9 +19,8 @@ needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such 
 
 
 def python(code, **settings):
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, **settings
-    )
+    settings = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
+    return subprocess.run([sys.executable, "-c", code], text=True, check=False, **settings)
 
 
 @pytest.mark.parametrize(
@@ -62,22 +62,17 @@ def end_of(main):
 
 
 @needs_signals
-def test_a_closed_terminal_ends_a_script_but_not_under_nohup(monkeypatch):
-    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
-    try:
-        assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) == 129
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) is None
-        with StopSignals() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert not stop
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with StopSignals() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert stop.number == signal.SIGHUP
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def test_a_closed_terminal_ends_a_script_but_not_under_nohup():
+    assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) == 129
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) is None
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.number == signal.SIGHUP
 
 
 @needs_signals
@@ -90,22 +85,52 @@ def test_a_broken_standard_output_ends_a_script_without_traceback(target, status
     else:
         output = open(target, "w")  # noqa: SIM115
     with output:
-        code = "from common import errors; errors.run(lambda: print('x' * 100_000))"
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = python("from common import errors; errors.run(lambda: print('x' * 100_000))", stdout=output)
     assert done.returncode == status
     assert words in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_closed_stdout_does_not_stop_a_run(monkeypatch):
-    class Closed:
-        def write(self, text):
-            raise BrokenPipeError
-
-        flush = write
-
-    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(sys, "stdout", mock.Mock(write=mock.Mock(side_effect=BrokenPipeError)))
     distributed.print_rank0("epoch 1")
     distributed.print_rank0("epoch 2")
+
+
+SCRIPTS = ("dense", "mobilenetv2", "resnext", "main_ens", "predict", "export")
+# The search for torch ends the process, which prints the environment at that moment.
+UNTIL_TORCH = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            sys.exit(os.environ.get("GOMP_SPINCOUNT", "not set"))
+sys.meta_path.insert(0, Finder())
+import """
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "not set")],
+    ids=["default", "user's count", "user's policy"],
+)
+def test_the_spin_count_is_set_before_torch_is_loaded(script, settings, expected):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
+    assert python(UNTIL_TORCH + script, env=environment | settings).stderr.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("dataset", ("torch", "torchvision", "training")),
+        ("models", ("common", "dataset", "training", "evaluation", "plotting", "utils")),
+        ("utils", ("training", "evaluation", "plotting")),
+        ("training.loop", ("evaluation", "plotting", "matplotlib")),
+        ("predict", ("plotting", "matplotlib")),
+        ("dense", ("evaluation", "plotting", "matplotlib")),  # only the main process draws, and imports it then
+    ],
+)
+def test_imports_run_one_way(module, absent):
+    code = f"import sys, {module}; print(sorted({{name.split('.')[0] for name in sys.modules}} & set({absent})))"
+    assert python(code).stdout.strip() == "[]"

@@ -1,6 +1,7 @@
 """A step as CUDA graph or compiled: it trains the same; a way that fails is left for eager mode."""
 
 import contextlib
+import functools
 import math
 from unittest import mock
 
@@ -19,11 +20,8 @@ from utils import TrainLoader
 
 
 @pytest.fixture
-def train(tiny, tiny_recipe, tiny_data):
-    def run(**changes):
-        return loop.fit(tiny(), tiny_data(), tiny_recipe(overwrite=True, **{**ALL_ON, **changes}))
-
-    return run
+def train(train):
+    return functools.partial(train, overwrite=True, **ALL_ON)
 
 
 class Compiled(nn.Module):
@@ -73,36 +71,6 @@ def test_compiled_steps_train_the_same_and_the_last_batch_is_left_as_it_is(train
 def test_a_compiler_that_fails_ends_the_run_with_one_line(train, compiler, fails_in, reason):
     compiler(fails_in)
     with pytest.raises(UserError, match=rf"^--compile inductor fails here \({reason}\); take --compile none$"):
-        train(compile="inductor")
-
-
-def test_an_operator_that_cannot_be_recorded_is_named_beside_the_recordings_end(train, compiler, monkeypatch):
-    compiler()
-
-    def fail(*_):
-        try:
-            raise ValueError("this operator cannot")
-        finally:
-            raise RuntimeError("the recording is broken off")  # as torch.cuda.graph does at its end
-
-    monkeypatch.setattr(Compiled, "forward", fail)
-    with pytest.raises(UserError, match=r"fails here \(this operator cannot; the recording is broken off\)"):
-        train(compile="inductor", epochs=1)
-
-
-@pytest.mark.parametrize("ends_in", ["out of memory", "the recording is broken off"])
-def test_memory_that_runs_out_in_the_preparation_is_said_to(train, compiler, monkeypatch, ends_in):
-    compiler()
-
-    def run_out(*_):
-        try:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        finally:
-            if ends_in != "out of memory":
-                raise RuntimeError(ends_in)
-
-    monkeypatch.setattr(Compiled, "forward", run_out)
-    with pytest.raises(UserError, match=r"--batch-size 4: .* try --batch-size 2"):
         train(compile="inductor")
 
 
@@ -246,8 +214,6 @@ def test_processes_prepare_a_step_together_though_one_may_have_as_many_images_as
         fast_step(torch.zeros(3, 1), torch.zeros(3), global_batch_size)
     assert prepared == [True, False]
 
-
-# ------------------------------------------------------------------------------------------------------- with a GPU
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 

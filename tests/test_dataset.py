@@ -5,7 +5,6 @@ import hashlib
 import io
 import os
 import pickle
-import re
 import socket
 import struct
 import sys
@@ -17,7 +16,6 @@ import warnings
 import zlib
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -89,9 +87,6 @@ def names_in(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# -------------------------------------------------------------------------------------------------- CIFAR-10, official
-
-
 @pytest.fixture
 def files(monkeypatch):
     """Files like the official ones, with fewer images, whose md5 torchvision accepts as official."""
@@ -112,10 +107,7 @@ def archive(files, tmp_path, monkeypatch):
     """The archive of these files."""
     path = tmp_path / "official.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"{FOLDER}/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+        tar.add(write_folder(tmp_path / "official", files), FOLDER)
     content = path.read_bytes()
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
     return content
@@ -151,9 +143,6 @@ def test_cifar100_is_another_archive_and_class(load, tmp_path):
     refused(lambda: load("CIFAR100", download=False), "cifar-100-python.tar.gz", "there is no such file")
     assert not (tmp_path / "data").exists()
     assert cifar10.class_of("cifar100") is torchvision.datasets.CIFAR100
-
-
-# ------------------------------------------------------------------------------------------------------------ download
 
 
 # Failures of a host, and words of the error.
@@ -226,8 +215,9 @@ def test_a_failing_host_is_skipped_with_a_line(load, host, tmp_path, files, caps
 
 
 def test_when_all_hosts_fail_the_error_says_what_to_do_and_nothing_is_left(load, host, tmp_path):
-    urls = host.use("missing", "wrong", "short")
-    message = refused(lambda: load("cifar10"), *urls, "--data-url", "curl", "cifar-10-python.tar.gz")
+    urls = [*host.use("missing", "wrong"), "no address"]
+    words = (*(f"\n  {url}: " for url in urls), "--data-url", "curl", "cifar-10-python.tar.gz")
+    message = refused(lambda: load("cifar10", data_url="no address"), *words)
     assert message.count("\n") == 5
     assert names_in(tmp_path / "data") == []
 
@@ -237,14 +227,6 @@ def test_data_url_is_tried_first(load, host):
     host.use("missing")
     assert len(load("cifar10", data_url=right).test) == 20
     assert set(host.requests) == {"right"}
-    for nonsense in ("", "no address", "file:///etc/passwd", "ftp://127.0.0.1:9/x"):
-        with suppress(UserError):
-            cifar10.download_archive("cifar10", Path("/nowhere/archive"), nonsense)
-
-
-@pytest.mark.parametrize("source", ["digits", "photos"])
-def test_data_url_is_for_cifar(load, source):
-    refused(lambda: load(source, data_url="http://x/"), f"--data-url is for CIFAR, not for --data '{source}'")
 
 
 def test_an_archive_placed_by_hand_is_taken_and_a_wrong_one_refused(load, host, tmp_path, archive):
@@ -265,9 +247,6 @@ def test_an_interrupted_download_leaves_nothing(load, host, monkeypatch, tmp_pat
     assert names_in(tmp_path / "data") == []
 
 
-# --------------------------------------------------------------------------------------------------- folders of images
-
-
 def test_images_come_out_by_class_then_name(load, tmp_path):
     files = pictures()
     loaded = load(write_folder(tmp_path / "pets", files))
@@ -278,9 +257,9 @@ def test_images_come_out_by_class_then_name(load, tmp_path):
         assert getattr(loaded, split).labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("names", [("Train", "VAL"), ("train", "valid"), ("training", "validation"), ("TRAIN", "Test")])
-def test_common_names_of_the_test_folder_are_known(load, tmp_path, names):
-    loaded = load(write_folder(tmp_path / "pets", pictures(splits=names)))
+@pytest.mark.parametrize("name", ["VAL", "valid", "validation", "Test", "testing"])
+def test_common_names_of_the_test_folder_are_known(load, tmp_path, name):
+    loaded = load(write_folder(tmp_path / "pets", pictures(splits=("Training", name))))
     assert (len(loaded.train), len(loaded.test), loaded.val) == (6, 6, None)
 
 
@@ -310,7 +289,7 @@ def test_only_class_folders_are_split(load, tmp_path, split):
         assert np.bincount(few.train.labels).tolist() == np.bincount(few.test.labels).tolist() == [1, 1]
 
 
-def test_nested_folders_belong_to_their_class_and_other_files_are_ignored(load, tmp_path):
+def test_nested_folders_belong_to_their_class_and_others_are_ignored(load, tmp_path, capsys):
     plain = load(write_folder(tmp_path / "plain", pictures()))
     files = {name.replace("cat/", "cat/a/b/"): content for name, content in pictures().items()}
     litter = dict.fromkeys(
@@ -318,6 +297,7 @@ def test_nested_folders_belong_to_their_class_and_other_files_are_ignored(load, 
     )
     litter |= {"train/.hidden/a.png": b"x", "train/dog/._0.png": b"x", ".git/a": b"x", "extra/x.png": b"x"}
     assert same(load(write_folder(tmp_path / "pets", files | litter)), plain)
+    assert f"note: {tmp_path / 'pets' / 'extra'} is ignored" in capsys.readouterr().err
     deeper = {f"pets-main/{name}": content for name, content in pictures().items()}
     assert same(load(write_folder(tmp_path / "unpacked", deeper)), plain)
 
@@ -350,6 +330,9 @@ MISTAKES = {
         ["'dog' has one image", "a test folder"],
     ),
     "pictures in no class": (lambda _: {"train/0.png": random_png(0)}, ["train: has no folders", "for each class"]),
+    "a name that is no text": (
+        lambda files: files | {"train/\udcff/0.png": random_png(0)}, ["class '\\udcff' is not valid UTF-8"],
+    ),
     "two of a kind": (lambda files: files | {"Train/cat/0.png": random_png(0)}, ["both", "Train/", "train/"]),
 }  # fmt: skip
 
@@ -383,18 +366,6 @@ def test_a_folder_that_cannot_be_read_is_named(load, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     for locked in ("pets", "train", os.path.join("test", "dog")):
         refused(lambda: load(folder), f"{locked}: this folder cannot be read (Permission denied)")
-
-
-def test_a_class_folder_whose_name_is_not_utf_8_is_refused(load, tmp_path):
-    folder = write_folder(tmp_path / "pets", pictures())
-    try:
-        os.mkdir(os.fsencode(folder) + b"/train/\xff")
-    except OSError:
-        pytest.skip("this file system takes no such name")
-    refused(lambda: load(folder), "class", "UTF-8")
-
-
-# ----------------------------------------------------------------------------------------------------------- one image
 
 
 def decode(tmp_path, content: bytes, image_size: int, name: str = "x.png"):
@@ -432,18 +403,13 @@ def test_grey_alpha_palette_and_deep_images_become_rgb(tmp_path):
         assert decode(tmp_path, encode(Image.new("CMYK", (9, 9)), "JPEG"), 8).shape == (3, 8, 8)
 
 
-def huge_png(side: int) -> bytes:
-    """Its header gives this size; it has 64 pixels."""
-    content = bytearray(random_png(0))
-    content[16:24] = struct.pack(">II", side, side)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    return bytes(content)
-
-
 @pytest.mark.parametrize("side", [20_000, 1 << 31 - 1])
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, side):
+    content = bytearray(random_png(0))  # of 64 pixels; its header says otherwise
+    content[16:24] = struct.pack(">II", side, side)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     tracemalloc.start()
-    assert "x.png: too large" in str(decode(tmp_path, huge_png(side), 8))
+    assert "x.png: too large" in str(decode(tmp_path, bytes(content), 8))
     assert tracemalloc.get_traced_memory()[1] < 10 << 20
     tracemalloc.stop()
 
@@ -488,9 +454,6 @@ def test_pictures_that_cannot_be_read_are_listed_together(load, tmp_path):
     if hasattr(os, "mkfifo"):
         os.mkfifo(fifo)
         assert "not a file" in str(image_folder.decode(fifo, 8))
-
-
-# --------------------------------------------------------------------------------------------------------------- cache
 
 
 def test_the_second_start_decodes_nothing(load, tmp_path, monkeypatch):
@@ -543,9 +506,6 @@ def test_a_cache_that_cannot_be_written_is_a_warning(load, tmp_path, capsys):
     assert "every start decodes again" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------------------------- digits
-
-
 def test_digits_are_scikit_learns(load):
     from sklearn.datasets import load_digits
 
@@ -566,9 +526,6 @@ def test_digits_are_scikit_learns(load):
 def test_digits_without_scikit_learn_say_what_to_install(load, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     refused(lambda: load("digits"), "--data digits", "pip install scikit-learn")
-
-
-# ------------------------------------------------------------------------------------------------ subsets and hold-outs
 
 
 @pytest.fixture
@@ -605,7 +562,6 @@ def test_choices_depend_on_split_seed_only(numbered):
         assert numbers(getattr(one, split)) == numbers(getattr(again, split))
         assert numbers(getattr(one, split)) != numbers(getattr(other, split))
     assert numbers(numbered(test_size=6).test) == numbers(one.test)
-    assert one.digest == other.digest == numbered().digest
     # each choice has its own stream: the same size from the same images gives another set
     assert numbers(numbered(val_size=9).val) != numbers(numbered(train_size=9).train)
 
@@ -622,7 +578,6 @@ def test_the_digest_is_that_of_the_whole_source(load, tmp_path, numbered):
     for number, other in enumerate((files, renamed, relabelled, moved, repainted)):
         digests.add(load(write_folder(tmp_path / str(number), other)).digest)
     assert len(digests) == 6
-    assert re.fullmatch(r"[0-9a-f]{32,}", digests.pop())
 
 
 @pytest.mark.parametrize(
@@ -632,8 +587,6 @@ def test_the_digest_is_that_of_the_whole_source(load, tmp_path, numbered):
         ({"train_size": 2}, "--train-size 2", 3, 23),  # a class would have none
         ({"train_size": 21, "val_size": 3}, "--train-size 21", 3, 20),
         ({"test_size": 16}, "--test-size 16", 1, 15),
-        ({"test_size": 0}, "--test-size 0", 1, 15),
-        ({"val_size": -1}, "--val-size -1", 1, 20),
         ({"val_size": 21}, "--val-size 21", 1, 20),  # one image of the smallest class is left to train on
     ],
 )
@@ -655,16 +608,6 @@ def test_each_size_up_to_the_largest_is_balanced_and_in_order(numbered, name, si
         assert np.array_equal(part.labels, whole.labels[rows])
 
 
-def test_what_lies_beside_a_train_folder_is_named(tmp_path, capsys):
-    for place in ("train/a", "train/b", "Testing/a", "Testing/b", "extra"):
-        (tmp_path / "photos" / place).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / place / "1.png")
-    data = dataset.load(tmp_path / "photos", image_size=8, data_dir=tmp_path / "data")
-    assert len(data.test) == 2
-    assert f"{tmp_path / 'photos' / 'extra'} is ignored" in capsys.readouterr().err
-
-
-def test_the_folder_that_a_script_writes_to_is_no_data_set(tmp_path):
+def test_the_folder_that_a_script_writes_to_is_no_data_set(load, tmp_path):
     (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match=r"contains .*data/, where decoded images are kept.* start from another folder"):
-        dataset.load(tmp_path, image_size=8, data_dir=tmp_path / "data")
+    refused(lambda: load(tmp_path), str(tmp_path), "data/, where decoded images are kept", "start from another folder")

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from common import distributed
@@ -139,9 +138,7 @@ def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, w
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-9, atol=1e-9)
     assert len(read_csv(tmp_path / "plots" / "tiny.csv")) == 3
     assert f"in {world_size} processes" in logs[0]
-    rate = 0.8 * batch_size / 64
     assert f"batches of {batch_size} images, over all processes" in logs[0]
-    assert f"peak learning rate {rate:g}, from 0.8 × {batch_size}/64" in logs[0]
     assert logs[1:] == (world_size - 1) * [""], "one process alone prints"
 
 
@@ -194,17 +191,12 @@ def test_mps_is_for_one_process(run):
     assert "--device mps has one GPU" in logs[0]
 
 
-# ------------------------------------------------------------------------------------------------------ torchrun itself
-
-
 @pytest.mark.slow
 def test_torchrun_names_the_process_that_dies_and_goes_on_from_the_checkpoint(run, tmp_path):
-    started = time.monotonic()
     arguments = [str(tmp_path), json.dumps({"batch_size": 6, "resume": True}), "1:6"]
     out, err, status = finish(torchrun(2, tmp_path, arguments, "--standalone", "--max-restarts=1"))
     assert status == 0, err
     assert "failed (exitcode: -9) local_rank: 1" in err
-    assert time.monotonic() - started < 120, "both starts included"
     assert "resuming from" in out
     assert [out.count(f"epoch {epoch}/3") for epoch in (1, 2, 3)] == [1, 1, 1]
     disturbed = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
@@ -237,9 +229,8 @@ def test_two_agents_train_as_two_nodes(tmp_path):
     ends = [finish(agent) for agent in agents]
     assert [status for _, _, status in ends] == [0, 0], ends
     assert sum("in 2 processes" in out for out, _, _ in ends) == 1
-    _, expected = naive_loop.train(
-        tiny_network().double(), tiny_images(), tiny_recipe_in(tmp_path, batch_size=6), world_size=2
-    )
+    recipe = tiny_recipe_in(tmp_path, batch_size=6)
+    _, expected = naive_loop.train(tiny_network().double(), tiny_images(), recipe, world_size=2)
     found = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")["model"]
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)

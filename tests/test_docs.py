@@ -1,24 +1,25 @@
-"""What docs/python.md says, done: its code runs, its network joins the ensemble, its optimizer trains."""
+"""What README.md and docs/python.md say, done: the code runs, and photos become a tested, exported ensemble."""
 
-import os
+import json
 import re
+import shlex
 import shutil
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import assert_same
+from command_line import SIZES, in_a_process
+from conftest import ROOT, assert_same
+from PIL import Image
 
+from dataset.image_folder import decode
 from training import checkpoint
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
 TEXT = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^( *)```python(?: title=(\S+))?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 FLAGS = ["--data", "digits", "--image-size", "16", "--train-size", "200", "--epochs", "2", "--device", "cpu"]
-
-pytestmark = pytest.mark.slow
 STOPPED_AFTER_AN_EPOCH = """
 import signal
 from training import loop
@@ -41,10 +42,7 @@ def blocks():
 
 
 def python(folder, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    done = in_a_process(folder, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -97,3 +95,56 @@ def test_another_optimizer_is_one_line(copied):
     assert set(whole["training"]["optimizer"][0]) == {"exp_avg", "exp_avg_sq", "step"}
     assert half["finished"]
     assert_same(half["model"], whole["model"])
+
+
+# Images of each class in train and test: unbalanced, with names in several alphabets.
+CLASSES = {"café crème": (24, 6), "Äpfel": (15, 5), "猫": (9, 4)}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Pictures of about 48×48 pixels; each class has a tint."""
+    rng = np.random.default_rng(0)
+    for number, (name, sizes) in enumerate(CLASSES.items()):
+        for split, count in zip(("train", "test"), sizes, strict=True):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for image in range(count):
+                pixels = rng.integers(0, 120, (48, 48 + image % 3, 3), np.uint8)
+                pixels[:, :, number] += 130
+                Image.fromarray(pixels).save(folder / f"{image}.{('jpg', 'png')[image % 2]}")
+    return tmp_path
+
+
+def commands():
+    """The commands of the README's section."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own images")[1]
+    block = re.search(r"```\n(.*?)```", section, re.DOTALL)[1]
+    return [shlex.split(line) for line in block.splitlines()]
+
+
+def test_the_readmes_five_commands_lead_to_an_exported_ensemble(photos):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    lines = commands()
+    assert len(lines) == 5
+    for _, script, *flags in lines:
+        if size := SIZES.get(script.removesuffix(".py")):
+            flags += [*size, "--epochs", "15", "--base-lr", "0.05", "--image-size", "24", "--batch-size", "8"]
+            flags += ["--device", "cpu"]
+        python(photos, ROOT / script, *flags)
+
+    result = json.loads((photos / "plots" / "ensemble.json").read_text(encoding="utf-8"))
+    assert result["num_images"] == 15
+    assert result["ensemble"]["accuracy"] > 0.8, "a class's tint is easily learned"
+    for name in ("ensemble", "reliability", "mistakes", "densenet", "mobilenetv2", "resnext"):
+        assert (photos / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    session = onnxruntime.InferenceSession(photos / "photos.onnx")
+    classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+    assert sorted(classes) == sorted(CLASSES)
+    paths = sorted((photos / "photos" / "test").rglob("*.*"))
+    images = np.stack([decode(path, 24)[0] for path in paths])
+    (probs,) = session.run(None, {"images": images})
+    right = [classes[label] == path.parent.name for label, path in zip(probs.argmax(1), paths, strict=True)]
+    assert np.mean(right) > 0.8

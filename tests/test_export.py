@@ -7,38 +7,29 @@ import sys
 import numpy as np
 import pytest
 import torch
-from command_line import changed, overflow, refused, run
+from command_line import changed, overflow, refused, succeeded
 
 import export
 import models.ensemble
 from dataset import cifar10
 from evaluation import members
 from models.mobilenetv2 import mobilenetv2
-from training import loop
 from utils import MEAN, STD
 
 CLASSES = ["red", "grün", "blue"]
 
 
 @pytest.fixture
-def paths(tiny, tiny_recipe, tiny_data):
+def paths(train, tiny_data, tmp_path):
     """Checkpoints of two members that are confident, and differ."""
 
     def change(content):
         content["model"]["classifier.weight"] *= 20
         content["data"]["classes"] = CLASSES
 
-    recipes = [tiny_recipe(name=f"tiny{seed}", epochs=1, seed=seed) for seed in range(2)]
-    for seed, recipe in enumerate(recipes):
-        loop.fit(tiny(), tiny_data(seed=seed), recipe)
-        changed(recipe.checkpoint_path, change)
-    return [recipe.checkpoint_path for recipe in recipes]
-
-
-def exported(folder, *flags):
-    done = run(folder, export, *flags)
-    assert done.returncode == 0, done.stderr
-    return done
+    for seed in range(2):
+        train(tiny_data(seed=seed), name=f"tiny{seed}", epochs=1, seed=seed)
+    return [changed(path, change) for path in sorted((tmp_path / "checkpoints").glob("*.pt"))]
 
 
 def some_images(count, size=8):
@@ -69,7 +60,7 @@ def skip_without_packages(file_format):
 def test_a_file_gives_the_ensembles_probabilities_and_says_what_it_is(paths, tmp_path, file, average, temperature):
     skip_without_packages(file.partition(".")[2])
     chosen = ["--average", average, "--temperature", temperature, "--data", "digits", "--images", 70]
-    printed = exported(tmp_path, *paths, "--output", f"new/{file}", *chosen).stdout
+    printed = succeeded(tmp_path, export, *paths, "--output", f"new/{file}", *chosen).stdout
     folder = tmp_path / "new"
     assert [path.name for path in folder.iterdir()] == [file], "only one file"
 
@@ -116,7 +107,7 @@ def test_a_real_network(file_format):
 def test_the_default_checkpoints_and_only_one(paths, tmp_path):
     error = refused(tmp_path, export, "--output", "a.pt2")
     assert "has none of densenet.pt, mobilenetv2.pt, resnext.pt; train one" in error
-    done = exported(tmp_path, paths[0], "--output", "a.model", "--format", "pt2", "--random", "--images", 1)
+    done = succeeded(tmp_path, export, paths[0], "--output", "a.model", "--format", "pt2", "--random", "--images", 1)
     assert "a.model: tiny0, " in done.stdout
     assert "on 1 random images" in done.stdout
     with open(tmp_path / "a.model", "rb") as file:
@@ -131,7 +122,7 @@ def test_the_default_checkpoints_and_only_one(paths, tmp_path):
 def test_without_the_training_images_it_takes_random_ones_and_says_so(paths, tmp_path, monkeypatch, source, reason):
     monkeypatch.setattr(cifar10, "download_archive", lambda *_: pytest.fail("it downloads"))
     changed(paths[0], lambda content: content["data"].update(source=source))
-    done = exported(tmp_path, paths[0], "--output", "a.pt2", "--images", 3)
+    done = succeeded(tmp_path, export, paths[0], "--output", "a.pt2", "--images", 3)
     assert "warning: the file is compared on random images" in done.stderr
     assert reason in done.stderr
     assert "on 3 random images" in done.stdout
@@ -151,7 +142,7 @@ def test_a_file_that_differs_is_refused_and_the_old_one_stays(paths, tmp_path, m
     if words:
         assert words in refused(tmp_path, export, *flags)
     else:
-        exported(tmp_path, *flags)
+        succeeded(tmp_path, export, *flags)
     assert [path.read_bytes() == b"old" for path in (tmp_path / "out").iterdir()] == [words != ""]
 
 
@@ -177,10 +168,13 @@ def test_packages_that_are_too_old_for_pytorch_are_named(paths, tmp_path, monkey
     ("flags", "words"),
     [
         (["--output", "a.bin"], "--output a.bin: its ending names no format; expected one of .onnx, .pt2"),
-        (["--output", "a.pt2", "--temperature", "0"], "--temperature is 0"),
         (["--output", "a.pt2", "--images", "0"], "--images is 0"),
         (["--output", "a.pt2", "--data", "nowhere"], "nowhere"),
         (["--output", "file/a.pt2", "--random"], "file: the file could not be written"),
+        (
+            ["--output", "checkpoints/tiny0.pt", "--format", "pt2"],
+            "tiny0.pt exists and is no .onnx or .pt2 file",
+        ),
         (["checkpoints/broken.pt", "--output", "a.pt2", "--random"], "broken.pt: its predictions are not finite"),
     ],
 )
@@ -189,10 +183,3 @@ def test_mistakes_are_named_before_the_work(paths, tmp_path, monkeypatch, flags,
     changed(paths[1], overflow, tmp_path / "checkpoints" / "broken.pt")
     monkeypatch.setattr(torch.export, "export", None)
     assert words in refused(tmp_path, export, paths[0], *flags)
-
-
-def test_a_checkpoint_is_not_replaced(paths, tmp_path):
-    before = paths[0].read_bytes()
-    said = refused(tmp_path, export, *paths, "--output", paths[0], "--format", "pt2")
-    assert "exists and is no .onnx or .pt2 file; it is not replaced" in said
-    assert paths[0].read_bytes() == before

@@ -14,24 +14,17 @@ from command_line import changed, forbid_building, overflow
 
 import models
 from evaluation import logits as logits_cache
-from evaluation import members
-from training import checkpoint, loop
+from training import checkpoint
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def contents(tiny, tiny_recipe, tiny_data):
+def contents(train, tmp_path):
     """Two checkpoints, each with its path."""
-    recipes = [tiny_recipe(name=f"tiny{seed}", epochs=1, seed=seed) for seed in range(2)]
-    for recipe in recipes:
-        loop.fit(tiny(), tiny_data(), recipe)
-    return [(recipe.checkpoint_path, checkpoint.read(recipe.checkpoint_path)) for recipe in recipes]
-
-
-@pytest.fixture
-def images():
-    return torch.randint(0, 256, (11, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for seed in range(2):
+        train(name=f"tiny{seed}", epochs=1, seed=seed)
+    return [(path, checkpoint.read(path)) for path in sorted((tmp_path / "checkpoints").glob("*.pt"))]
 
 
 def member_logits(*arguments, **settings):
@@ -52,18 +45,6 @@ def test_the_time_they_took_is_stored_with_them(contents, images, monkeypatch):
 
 def stored(contents):
     return sorted((contents[0][0].parent / logits_cache.CACHE).iterdir())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("batch_size", [None, 4])
-def test_logits_of_the_images_and_of_their_flips(contents, images, batch_size):
-    logits = member_logits(contents, images, CPU, flip=True, batch_size=batch_size)
-    assert (logits.dtype, logits.shape) == (torch.float32, (2, 2, 11, 3))
-    ensemble = members.build(contents)
-    torch.testing.assert_close(logits[:, 0], ensemble.logits(images), rtol=1e-5, atol=1e-5)
-    flipped = torch.from_numpy(images.numpy()[..., ::-1].copy())
-    torch.testing.assert_close(logits[:, 1], ensemble.logits(flipped), rtol=1e-5, atol=1e-5)
-    assert (logits[:, 0] - logits[:, 1]).abs().max() > 1e-4, "the two views ought to differ"
 
 
 def test_only_what_determines_the_logits_or_their_time_makes_another_file(contents, images, monkeypatch, tmp_path):
@@ -97,19 +78,6 @@ def test_only_what_determines_the_logits_or_their_time_makes_another_file(conten
     path = changed(contents[1][0], lambda content: content["model"]["classifier.bias"].add_(1))
     with pytest.raises(AssertionError, match=r"tiny1\.pt is built"):
         member_logits([contents[0], (path, checkpoint.read(path))], images, CPU)
-
-
-@pytest.mark.parametrize(("batch_size", "warm_up"), [(None, 5), (2, 2)])
-def test_the_warm_up_is_one_small_batch(contents, images, monkeypatch, batch_size, warm_up):
-    calls, predict = [], logits_cache.predict
-    monkeypatch.setattr(logits_cache, "WARM_UP_IMAGES", 5)
-    monkeypatch.setattr(
-        logits_cache,
-        "predict",
-        lambda network, batch, *rest, **more: calls.append(len(batch)) or predict(network, batch, *rest, **more),
-    )
-    member_logits(contents[:1], images, CPU, batch_size=batch_size)
-    assert calls == [warm_up, 11]
 
 
 def test_without_the_cache_nothing_is_stored_and_its_entry_is_removed(contents, images):

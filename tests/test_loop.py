@@ -13,8 +13,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
-from common import errors, files
+from common import files
 from common.device import free_memory, pick_precision
 from common.errors import UserError
 
@@ -22,38 +23,18 @@ import naive_loop
 import numpy as np
 import pytest
 import torch
+from command_line import changed
+from command_line import run as run_script
 from conftest import ALL_ON, ROOT, TIMES, assert_same, without_times
+from torch.nn import functional as F
 
 import mobilenetv2
 import utils
-from evaluation import members
 from training import checkpoint, loop, messages
 from training.history import read_csv
-from utils import CosineSchedule, normalize, predict
+from utils import CosineSchedule, predict
 
 STEPS = 6  # of an epoch of tiny_data: five batches of 4 and one of 2
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def train(tiny, tiny_recipe, tiny_data):
-    """Train the tiny network as a script's main does; `on_forward` and `data` are for the test to meddle with."""
-
-    def run(data=None, *, val=False, on_forward=None, **changes):
-        recipe = tiny_recipe(**changes)
-        with checkpoint.previous_run(recipe) as previous:
-            model = tiny()
-            model.on_forward = on_forward
-            return loop.fit(model, data or tiny_data(val=val), recipe, previous)
-
-    return run
 
 
 @pytest.fixture
@@ -73,8 +54,8 @@ def at_call(number, action, *, training=True):
     def on_forward(model, logits):
         calls[model.training] += 1
         if model.training == training and calls[training] == number + 1:
-            changed = action(logits)
-            return logits if changed is None else changed
+            new = action(logits)
+            return logits if new is None else new
         return logits
 
     return on_forward
@@ -95,9 +76,6 @@ def assert_same_end(path, expected_path):
         content["history"] = without_times(content["history"])
         del content["digest"], content["training"]["seconds"], content["recipe"]
     assert_same(*contents)
-
-
-# ------------------------------------------------------------------------------------------------------------ the loop
 
 
 @pytest.mark.parametrize("changes", [{}, ALL_ON], ids=["baseline", "all on"])
@@ -123,12 +101,6 @@ def test_weights_and_curves_are_those_of_a_naive_loop(
         assert_same(checkpoint.read(path)["model"], run.eval_model.state_dict())
 
 
-def test_the_last_of_200_epochs_trains_at_0_000101():
-    schedule = CosineSchedule(0.01, 0.0001, 200, 782)
-    assert schedule(0, 0) == schedule(0, 781) == 0.01
-    assert f"{schedule(199, 0):.6f}" == "0.000101"
-
-
 @pytest.mark.parametrize("each", ["epoch", "batch"])
 @pytest.mark.parametrize("warmup", [0.0, 0.2, 0.25])
 def test_the_rate_climbs_and_then_falls_without_a_leap(each, warmup):
@@ -143,14 +115,6 @@ def test_the_rate_climbs_and_then_falls_without_a_leap(each, warmup):
     assert 0.0008 < rates[-1] < 0.005
     assert len(set(rates)) in (changes, changes - 1)  # the climb's end and the cosine's start may be the same
     assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < (0.05 if each == "epoch" else 0.01)
-
-
-def test_twice_the_batch_doubles_both_rates_and_the_run_says_so(train, tiny_data, capsys):
-    said = "peak learning rate 1.6, from 0.8 × 128/64"
-    for batch_size, factor in ((64, 1), (128, 2)):
-        run = train(tiny_data(train_size=130), batch_size=batch_size, name=f"batch{batch_size}", epochs=2)
-        assert [row["learning_rate"] for row in run.history] == pytest.approx([0.8 * factor, 0.408 * factor])
-        assert (said in capsys.readouterr().out) == (factor == 2)
 
 
 @pytest.mark.parametrize(("step_seconds", "least", "most"), [(0.01, 1, 1), (0.5, 3, 4)])
@@ -168,11 +132,10 @@ def test_the_device_is_asked_once_a_second_and_at_the_end_of_an_epoch(train, mon
         assert least <= reads.count(epoch) <= most
 
 
-def test_predict_keeps_its_batches_small_for_large_images(tiny, monkeypatch):
+def test_predict_keeps_its_batches_small_for_large_images(monkeypatch):
     monkeypatch.setitem(utils.EVAL_PIXELS, "cpu", 4 * 8 * 8)
-    sizes = []
-
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    sizes = []
 
     def network(batch):
         sizes.append(len(batch))
@@ -189,9 +152,6 @@ def test_predict_keeps_its_batches_small_for_large_images(tiny, monkeypatch):
 def test_a_device_that_is_not_there_is_refused(train):
     with pytest.raises(UserError, match=r"--device cuda.* finds no such device"):
         train(device="cuda")
-
-
-# ------------------------------------------------------------------------------------------------------ what it writes
 
 
 def test_with_validation_the_best_epoch_is_kept_beside_the_last(train, path, monkeypatch):
@@ -221,44 +181,21 @@ def test_with_validation_the_best_epoch_is_kept_beside_the_last(train, path, mon
     assert [row["val_accuracy"] for row in last["history"]] == [0.2, 0.5, 0.5, 0.4]
 
 
-def test_a_checkpoint_describes_itself_in_plain_values(train, tiny_data, tiny_recipe, path):
-    run = train()
+def test_a_checkpoint_describes_itself(train, path):
+    train()
     content = checkpoint.read(path)
-    assert_same(members.build_member(path, content).network.state_dict(), run.model.state_dict())
-    kinds = set()
-
-    def walk(value):
-        kinds.add(type(value))
-        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            walk(part)
-
-    walk({**content, "model": dict(content["model"])})
-    assert kinds <= {dict, list, str, int, float, bool, type(None), torch.Tensor}
     assert content["network"] == {"name": "tiny", "arguments": {"num_classes": 3, "channels": 4}}
     assert (content["chosen"], content["finished"]) == ({"epoch": 3, "by": "last"}, True)
-    assert content["recipe"] == tiny_recipe(precision="float32").as_dict()
     assert content["versions"]["torch"] == str(torch.__version__)
-    described = content["data"]
-    assert (described["source"], described["digest"]) == (tiny_data().source, tiny_data().digest)
-    assert (described["classes"], described["image_size"]) == (["red", "green", "blue"], 8)
-    assert described["split"] == {
-        "split_seed": 0, "train_size": None, "val_size": 0, "test_size": None, "test_split": 0.2,
-    }  # fmt: skip
-    assert normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten().tolist() == pytest.approx(
-        [-mean / std for mean, std in zip(described["mean"], described["std"], strict=True)]
-    )
 
 
 @pytest.mark.parametrize("epochs_done", [0, 1])
 def test_a_disk_that_is_full_keeps_the_epoch_before_and_says_what_is_saved(train, path, monkeypatch, epochs_done):
     kept = []
 
-    def refuse(_):
-        raise OSError(28, "No space left on device")
-
     def fill(_):
         kept.extend(file.read_bytes() for file in path.parent.glob("[!.]*"))
-        monkeypatch.setattr(files.os, "fsync", refuse)
+        monkeypatch.setattr(files.os, "fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
 
     with pytest.raises(UserError) as error:
         train(on_forward=at_call(epochs_done * STEPS + 2, fill))
@@ -282,7 +219,7 @@ def test_a_folder_that_vanishes_ends_the_run_and_is_not_made_anew(train, tmp_pat
     assert checkpoint.read(moved)["training"]["epoch"] == 1
 
 
-def test_another_seed_trains_another_network(train, path):
+def test_another_seed_trains_another_network(train):
     first, second = (train(name=f"seed{seed}", seed=seed).history[0]["train_loss"] for seed in (3, 4))
     assert first != second
 
@@ -332,9 +269,6 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run(train, monkeypatch,
     assert written == [1, 1], "no epoch is written behind a lost one"
 
 
-# ------------------------------------------------------------------------------------------------ memory that runs out
-
-
 @pytest.mark.parametrize(
     ("error", "memory", "training"),
     [
@@ -358,19 +292,11 @@ def test_memory_that_runs_out_names_the_batch_size_and_a_smaller_one(train, path
     assert path.read_bytes() == kept[0]
 
 
-@pytest.mark.parametrize(
-    ("error", "raised", "words"),
-    [
-        (MemoryError(), UserError, "--batch-size 2: .* try smaller images or a smaller network"),
-        (RuntimeError("shapes do not match"), RuntimeError, "shapes do not match"),
-    ],
-)
-def test_two_images_that_are_too_many_and_another_error(train, error, raised, words):
-    def fail(_):
-        raise error
-
-    with pytest.raises(raised, match=words):
-        train(batch_size=2, on_forward=at_call(0, fail))
+def test_two_images_that_are_too_many_and_another_error(train):
+    with pytest.raises(UserError, match=r"--batch-size 2: .* try smaller images or a smaller network"):
+        train(batch_size=2, on_forward=mock.Mock(side_effect=MemoryError))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(on_forward=mock.Mock(side_effect=RuntimeError("shapes do not match")))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the files of Linux")
@@ -392,16 +318,8 @@ def test_memory_that_is_free_is_what_the_container_allows(tmp_path, version):
     assert free_memory(tmp_path) == 8_192_000
 
 
-# ------------------------------------------------------------------------------------------- a loss that is not finite
-
-
 def times_nan(logits):
     return logits * math.nan
-
-
-def to_a_class_without_images(logits):
-    """An infinite loss: a fourth class takes all the probability."""
-    return torch.cat((logits - math.inf, logits[:, :1]), 1)
 
 
 def stop_and_spoil(logits):
@@ -413,7 +331,8 @@ def stop_and_spoil(logits):
     ("spoil", "number", "where"),
     [
         (times_nan, STEPS, "the loss is not finite at epoch 2, step 1"),
-        (to_a_class_without_images, STEPS + 3, "the loss is not finite at epoch 2, step 4"),
+        # A fourth class, without images, takes all the probability.
+        (lambda logits: F.pad(logits - math.inf, (0, 1)), STEPS + 3, "the loss is not finite at epoch 2, step 4"),
         (times_nan, 2 * STEPS - 1, "the loss is not finite at epoch 2, step 6"),
         (stop_and_spoil, STEPS + 2, "the loss is not finite at epoch 2, step 3"),
         (times_nan, 1, "the test loss is not finite at epoch 2, step 6"),  # the second evaluation
@@ -429,17 +348,9 @@ def test_a_loss_that_is_not_finite_is_named_and_nothing_of_it_saved(train, path,
 
     with pytest.raises(UserError) as error:
         train(on_forward=at_call(number, keep_and_spoil, training="test" not in where))
-    assert f"{where}, learning rate 0.03775; nothing of this epoch is saved" in str(error.value)
+    said = f"{where}, learning rate 0.03775; nothing of this epoch is saved. Lower --base-lr"
+    assert said in str(error.value)
     assert [path.read_bytes(), csv_path.read_bytes()] == kept
-
-
-def test_a_rate_far_too_high_is_noticed_in_the_first_epoch(train, tmp_path):
-    with pytest.raises(UserError, match=r"epoch 1, step \d, learning rate 6\.25e\+28; nothing .* Lower --base-lr"):
-        train(base_lr=1e30)
-    assert [path for path in tmp_path.rglob("*.*") if path.suffix != ".lock"] == []
-
-
-# ------------------------------------------------------------------------------------------------- stopped and resumed
 
 
 @pytest.mark.parametrize(
@@ -500,8 +411,7 @@ def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path,
 
 def test_images_that_were_split_off_for_the_test_are_told_once(train, tiny_data, capsys):
     train(replace(tiny_data(), test_split=0.25), split_seed=3)
-    said = "25 % of each class is the test set; made up has none"
-    said += " (--test-split 0.25, --split-seed 3)"
+    said = "25 % of each class is the test set; made up has none (--test-split 0.25, --split-seed 3)"
     assert capsys.readouterr().out.splitlines().count(said) == 1
 
 
@@ -548,9 +458,7 @@ def test_what_the_processor_can_do_is_what_it_says():
 
 def test_a_resumed_epoch_counts_its_first_part_in_its_time(train, path):
     train(on_forward=at_call(3, send(signal.SIGINT)))
-    content = checkpoint.read(path)
-    content["training"]["seconds"] = 1000.0
-    checkpoint.write(path, content)
+    changed(path, lambda content: content["training"].update(seconds=1000.0))
     row, *_ = train(resume=True).history
     assert 1000 < row["seconds"] < 1100
     assert 22 / 1100 < row["images_per_second"] < 22 / 1000
@@ -575,9 +483,6 @@ def test_a_second_signal_ends_at_once_with_the_epoch_before(train, path, second)
     assert end.value.code == 128 + second
     assert path.read_bytes() == kept[0]
     assert list(path.parent.glob("[!.]*")) == [path]
-
-
-# ------------------------------------------------------------------------------------- what may follow on a checkpoint
 
 
 def test_a_finished_run_has_nothing_left_to_train(train, path, csv_path, capsys):
@@ -633,37 +538,22 @@ def test_other_images_are_refused(train, tiny_data, path):
     assert train(replace(tiny_data(), source="elsewhere"), resume=True).exit_status == 0, "the same images, moved"
 
 
-def without_its_end(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def with_changes(change):
-    def damage(path):
-        content = checkpoint.read(path)
-        change(content)
-        checkpoint.write(path, content)
-
-    return damage
-
-
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("change", "words"),
     [
-        (without_its_end, "truncated"),
-        (with_changes(lambda content: content["network"].update(name="densenet")), "holds a densenet, not a tiny"),
-        (with_changes(lambda content: content.pop("history")), "not usable, history is missing"),
+        (lambda content: content["network"].update(name="densenet"), "holds a densenet, not a tiny"),
+        (lambda content: content.pop("history"), "not usable, history is missing"),
         (
-            with_changes(lambda content: content["model"].update({"classifier.bias": torch.zeros(4)})),
+            lambda content: content["model"].update({"classifier.bias": torch.zeros(4)}),
             "not usable (Error(s) in loading state_dict for Tiny: size mismatch for classifier.bias",
         ),
-        (with_changes(lambda content: content["training"]["optimizer"].clear()), "not usable"),
+        (lambda content: content["training"]["optimizer"].clear(), "not usable"),
     ],
-    ids=["truncated", "another network", "no history", "other shapes", "no momentum"],
+    ids=["another network", "no history", "other shapes", "no momentum"],
 )
-def test_a_checkpoint_that_cannot_be_resumed_is_refused(train, path, damage, words):
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(train, path, change, words):
     train()
-    damage(path)
-    before = path.read_bytes()
+    before = changed(path, change).read_bytes()
     with pytest.raises(UserError) as error:
         train(resume=True)
     assert str(error.value).startswith(str(path))
@@ -678,57 +568,46 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(train, tmp_pat
         train(on_forward=lambda *_: pytest.fail("trained"), **{folder: str(tmp_path / "file")})
 
 
-@pytest.fixture
-def script(tmp_path, monkeypatch, capsys):
-    """Call mobilenetv2.py's main in the test's folder: exit status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    flags = "--data digits --image-size 16 --train-size 40 --test-size 20 --width 0.25 --epochs 1 --device cpu"
-
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["mobilenetv2.py", *flags.split(), *argv])
-        with pytest.raises(SystemExit) as end:
-            errors.run(mobilenetv2.main)
-        return end.value.code, *capsys.readouterr()
-
-    return call
+def script(folder, *flags):
+    """Call mobilenetv2.py's main in a folder: exit status, stdout, stderr."""
+    small = "--data digits --image-size 16 --train-size 40 --test-size 20 --width 0.25 --epochs 1 --device cpu"
+    done = run_script(folder, mobilenetv2, *small.split(), *flags)
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_a_script_trains_and_then_minds_its_checkpoint(script, tmp_path):
-    status, out, err = script("--name", "small")
+def test_a_script_trains_and_then_minds_its_checkpoint(tmp_path):
+    status, out, err = script(tmp_path, "--name", "small")
     assert status == 0, err
     path = tmp_path / "checkpoints" / "small.pt"
     assert "weights: checkpoints/small.pt   curves: plots/small.png, plots/small.csv" in out
     assert (tmp_path / "plots" / "small.png").read_bytes().startswith(b"\x89PNG")
     whole = path.read_bytes()
 
-    status, _, err = script("--name", "small")
+    status, _, err = script(tmp_path, "--name", "small")
     assert status == 2
     assert err.startswith("error: checkpoints/small.pt exists already; --resume continues from it, --overwrite")
-    status, out, err = script("--name", "small", "--resume", "--base-lr", "0.02")
+    status, out, err = script(tmp_path, "--name", "small", "--resume", "--base-lr", "0.02")
     assert status == 2
     assert "--base-lr: 0.05 in the checkpoint, 0.02 now" in err
     assert path.read_bytes() == whole
     path.write_bytes(whole[: len(whole) // 2])
-    status, _, err = script("--name", "small", "--resume")
+    status, _, err = script(tmp_path, "--name", "small", "--resume")
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith("error: checkpoints/small.pt: truncated")
 
-    assert script("--name", "small", "--overwrite", "--seed", "1")[0] == 0
+    assert script(tmp_path, "--name", "small", "--overwrite", "--seed", "1")[0] == 0
     assert checkpoint.read(path)["recipe"]["seed"] == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_script_that_is_stopped_in_its_first_epoch_ends_in_good_order(script, monkeypatch, tmp_path, number):
+def test_a_script_that_is_stopped_in_its_first_epoch_ends_in_good_order(monkeypatch, tmp_path, number):
     add = loop.RunningSums.add
     monkeypatch.setattr(loop.RunningSums, "add", lambda *arguments: add(*arguments) or signal.raise_signal(number))
-    status, out, err = script("--batch-size", "10")
+    status, out, err = script(tmp_path, "--batch-size", "10")
     assert status == 128 + number
     assert "stopped in epoch 1 after step 1 of 4" in out
     assert err == ""
     assert checkpoint.read(tmp_path / "checkpoints" / "mobilenetv2.pt")["training"]["step"] == 1
-
-
-# --------------------------------------------------------------------------------------------------------- TensorBoard
 
 
 def test_tensorboard_that_is_missing_is_asked_for_before_training(train, monkeypatch, tmp_path):

@@ -15,17 +15,15 @@ from PIL import Image
 
 import dataset
 import predict
-from models.mobilenetv2 import mobilenetv2
-from training import loop
 
 CLASSES = ["red", "green", "blue"]
 
 
 @pytest.fixture
-def folder(tmp_path, tiny, tiny_recipe, tiny_data):
+def folder(tmp_path, train):
     """A folder with checkpoints under the three scripts' names and eight pictures, one of them further down."""
     for seed, name in enumerate(MEMBERS):
-        loop.fit(tiny(), tiny_data(), tiny_recipe(name=name, epochs=1, seed=seed))
+        train(name=name, epochs=1, seed=seed)
     (tmp_path / "photos" / "more").mkdir(parents=True)
     for number in range(7):
         picture(number).save(tmp_path / "photos" / f"{number}.png")
@@ -147,17 +145,6 @@ def test_broken_images_are_reported_and_skipped_in_batches_of_any_size(folder):
     assert done.stderr.endswith("0 images, 1 skipped\n")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX's pipes")
-def test_a_pipe_among_the_images_is_not_waited_for(folder):
-    pipe = folder / "photos" / "pipe.png"
-    os.mkfifo(pipe)
-    rows, _ = json_of(folder, "photos", status=1)
-    assert [row["image"] for row in rows if "error" in row] == [str(Path("photos", "pipe.png"))]
-    error = refused(folder, "photos/0.png", "--csv", pipe)
-    assert "pipe.png: the predictions could not be written (it is not a regular file)" in error
-    assert pipe.is_fifo()
-
-
 def test_what_is_no_image_by_its_name_is_passed_over_in_folders_unless_it_is_named(folder):
     photos = folder / "photos"
     (photos / ".hidden").mkdir()
@@ -242,18 +229,6 @@ def test_sizes_far_from_training_are_noted(folder):
     assert (done.stdout + done.stderr).count("far from") == 1
 
 
-def test_more_than_a_batch_keeps_its_order(folder):
-    """More images than a thread's task has, and more than a batch."""
-    for number in range(50):
-        picture(number).save(folder / "photos" / f"many{number:02}.png")
-    rows, _ = json_of(folder, "photos", "--batch-size", 20)
-    many = [row for row in rows if "many" in row["image"]]
-    assert [Path(row["image"]).name for row in many] == [f"many{number:02}.png" for number in range(50)]
-    probs = numpy_probs(folder, pixels(50)).mean(0)
-    for row, mean in zip(many, probs, strict=True):
-        assert [vote["prob"] for vote in row["top"]] == pytest.approx(np.sort(mean)[::-1], abs=1e-6)
-
-
 def test_in_bfloat16_the_probabilities_are_nearly_the_same(folder):
     exact, rounded = (
         [vote["prob"] for row in json_of(folder, "photos", "--precision", precision)[0] for vote in row["top"]]
@@ -269,17 +244,13 @@ def test_in_bfloat16_the_probabilities_are_nearly_the_same(folder):
         (["photos", "--top", "0"], "--top is 0; it must be 1 or more"),
         (["photos", "--top", "4"], "--top is 4; the networks have 3 classes, so it must be 1 to 3"),
         (["photos", "--batch-size", "0"], "--batch-size is 0"),
-        (["photos", "--temperature", "0"], "--temperature is 0"),
         (["photos", "--json", "-", "--csv", "-"], "--json and --csv both name -"),
         (["photos", "nowhere.png"], "nowhere.png: there is no such file"),
         (["photos", "empty"], "empty: there are no images"),
-        (
-            ["photos", "--checkpoint-dir", "empty"],
-            "empty has none of densenet.pt, mobilenetv2.pt, resnext.pt; train one",
-        ),
-        (["photos", "--checkpoints", "gone.pt"], "gone.pt: there is no such checkpoint"),
         (["--checkpoints", "checkpoints"], "no images are given"),
         (["photos", "--json", "photos/0.png/out.json"], "out.json: the predictions could not be written"),
+        (["photos", "--json", "photos/1.png"], "1.png exists and is no .json file; it is not replaced"),
+        (["photos", "--csv", "photos/1.png"], "1.png exists and is no .csv file; it is not replaced"),
         (["photos", "--json", "empty"], "empty: the predictions could not be written"),
     ],
 )
@@ -301,31 +272,6 @@ def test_when_nobody_reads_on_it_ends_quietly(folder, flags):
     assert (folder / "other.json").read_text() == "before"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
-def test_a_full_disk_behind_standard_output_is_named(folder):
-    with open("/dev/full", "w", encoding="utf-8") as stdout:
-        done = run(folder, "photos", stdout=stdout)
-    assert done.returncode == 2
-    assert "error: standard output could not be written (No space left on device)" in done.stderr
-
-
-def test_the_command_line_into_a_closed_pipe(folder, start):
-    """Python itself must end quietly, too. A process of its own knows no tiny network, so it gets another."""
-    network = {"name": "mobilenetv2", "arguments": {"num_classes": 3, "width": 0.25}}
-    weights = mobilenetv2(3, width=0.25).state_dict()
-    changed(folder / "checkpoints" / "resnext.pt", lambda content: content.update(network=network, model=weights))
-    process = start(folder, "predict.py", "photos", "--checkpoints", "checkpoints/resnext.pt", "--device", "cpu")
-    process.stdout.close()
-    assert (process.wait(), process.stderr.read()) == (141, "")
-
-
 def test_checkpoints_may_stand_among_the_images(folder):
     rows, _ = json_of(folder, "photos/0.png", "checkpoints/resnext.pt", "photos/1.png")
     assert [list(row["members"]) for row in rows] == [["resnext"]] * 2
-
-
-@pytest.mark.parametrize("flag", ["--json", "--csv"])
-def test_a_file_of_another_kind_is_not_replaced(folder, flag):
-    before = (folder / "photos" / "1.png").read_bytes()
-    assert "1.png exists and is no ." in refused(folder, "photos/0.png", flag, "photos/1.png")
-    assert (folder / "photos" / "1.png").read_bytes() == before

@@ -1,7 +1,7 @@
 """Every operator, the random parameters and the whole chain, compared with torchvision on the same images."""
 
 import platform
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import combinations
 
 from common import distributed
@@ -29,9 +29,6 @@ NOTHING = Augmentation(
 # On x86-64 they agree, in plain, AVX2 and AVX-512 kernels. All other operators must be equal on any processor.
 ROUNDS_ALIKE = platform.machine().lower() in ("x86_64", "amd64")
 BLENDING = ("contrast", "saturation", "Color", "Contrast", "Sharpness")
-
-
-# ---------------------------------------------------------------------------------------------------------- the images
 
 
 def photos(count, size, seed=0):
@@ -79,8 +76,6 @@ def assert_same(found, expected, *, blending=True, chain=False):
         # A difference of one level early in a chain can become larger later (equalize, posterize).
         assert chain or (found.int() - expected.int()).abs().max() <= 1
 
-
-# ------------------------------------------------------------------------------------------------ operators on colours
 
 JITTER = {
     "brightness": lambda image, change: TF.adjust_brightness(image, 1.0 + change),
@@ -136,9 +131,6 @@ def test_randaugment_colours_equal_torchvision(name, size):
     assert_same(found, expected, blending=name in BLENDING)
 
 
-# --------------------------------------------------------------------------------------- operators that move pixels
-
-
 @pytest.mark.parametrize("size", [16, 32, 33])
 @pytest.mark.parametrize("name", GEOMETRIC_OPS)
 def test_moved_pixels_equal_torchvision(name, size):
@@ -157,9 +149,6 @@ def test_moved_pixels_equal_torchvision(name, size):
 def test_magnitudes_are_torchvisions(name, size):
     found = torch.stack([operators.op_magnitude(name, magnitude, size).float() for magnitude in range(MAGNITUDE_BINS)])
     assert torch.equal(found, magnitudes_of(name, size))
-
-
-# ------------------------------------------------------------------------------------------------------ the whole chain
 
 
 def chain_of_torchvision(image, draws, settings):
@@ -182,13 +171,6 @@ def chain_of_torchvision(image, draws, settings):
     return image
 
 
-def augmented(images, order, draws, settings, chunk):
-    """Our chain on images[order], chunk by chunk."""
-    plan = transforms.plan(order, draws, chunk)
-    augmenter = Augmenter(images.shape[-1], settings)
-    return torch.cat([augmenter(images, plan, number) for number in range(len(plan))])
-
-
 CHAINS = {
     "default": (32, Augmentation()),
     "one operation, strongest": (32, Augmentation(randaugment_ops=1, randaugment_magnitude=30, cutout=40)),
@@ -207,21 +189,11 @@ def test_chain_equals_torchvision(chain):
     generator = torch.Generator().manual_seed(5)
     draws = transforms.draw(len(images), size, settings, generator)
     order = torch.randperm(len(images), generator=generator)
-    found = augmented(images, order, draws, settings, chunk=64)
+    plan, augmenter = transforms.plan(order, draws, 64), Augmenter(size, settings)
+    found = torch.cat([augmenter(images, plan, number) for number in range(len(plan))])
     expected = torch.stack([chain_of_torchvision(images[i], draws[i], settings) for i in order])
     assert_same(found, expected, chain=True)
 
-
-def test_cutout_changes_no_other_draw():
-    with_cutout, without = (
-        transforms.draw(100, 32, Augmentation(cutout=side), torch.Generator().manual_seed(0)) for side in (9, 0)
-    )
-    for field in fields(transforms.Draws):
-        same = torch.equal(getattr(with_cutout, field.name), getattr(without, field.name))
-        assert same == (field.name != "cutout"), field.name
-
-
-# --------------------------------------------------------------------------------------------------- random parameters
 
 # Each frequency lies within four standard errors of its value by torchvision's definition, or within six in the large
 # tables of pairs. With the seed fixed the result is always the same; with another seed, one of 16,000 frequencies would
@@ -246,23 +218,6 @@ def assert_share(hits, probability):
     assert abs(float(hits.double().mean()) - probability) <= SIGMAS * error
 
 
-def assert_uniform_between(values, low, high):
-    width = high - low
-    assert low - 1e-6 <= values.min() < low + 1e-3 * width
-    assert high - 1e-3 * width < values.max() <= high + 1e-6
-    assert_uniform(((values - low) / width * 40).clamp(0, 39).floor(), 40)
-
-
-def order_number(jitter_op):
-    """Each row's order as a number of 24: the rank of each of its first three among the remaining ones."""
-    first, second, third, fourth = jitter_op.long().unbind(1)
-    ranks = [
-        sum((later < op).long() for later in rest)
-        for op, rest in ((first, (second, third, fourth)), (second, (third, fourth)), (third, (fourth,)))
-    ]
-    return ranks[0] * 6 + ranks[1] * 2 + ranks[2]
-
-
 @pytest.mark.parametrize("reach", [(0.2, 0.2, 0.2, 0.2), (0.5, 1.0, 1.7, 0.5), (0.9, 0.1, 0.4, 0.05)])
 def test_jitter_is_uniform_over_torchvisions_range(reach):
     settings = Augmentation(**dict(zip(JITTER_OPS, reach, strict=True)))
@@ -271,7 +226,10 @@ def test_jitter_is_uniform_over_torchvisions_range(reach):
     for column, name in enumerate(JITTER_OPS):
         low, high = getattr(expected, name)
         values = changes[:, column] if name == "hue" else 1 + changes[:, column]
-        assert_uniform_between(values, low, high)
+        width = high - low
+        assert low - 1e-6 <= values.min() < low + 1e-3 * width
+        assert high - 1e-3 * width < values.max() <= high + 1e-6
+        assert_uniform(((values - low) / width * 40).clamp(0, 39).floor(), 40)
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.0, 1.0])
@@ -299,7 +257,8 @@ def test_all_draws_are_uniform_and_independent():
     assert torch.equal(draws.jitter_op.sort(1).values, torch.arange(4, dtype=torch.int32).expand(NUM_DRAWS, 4))
     op, sign = draws.randaugment_op, draws.randaugment_magnitude < 0
     fourths = (draws.jitter_change * 10 + 2).floor().clamp(0, 3)  # of −0.2 … 0.2
-    columns = [(draws.crop, 81), (order_number(draws.jitter_op), 24), (draws.flip, 2)]
+    order = draws.jitter_op.unique(dim=0, return_inverse=True)[1]
+    columns = [(draws.crop, 81), (order, 24), (draws.flip, 2)]
     columns += [(column, 4) for column in fourths.T]
     table = columns + [(column, 14) for column in op.T]
     # Signs among the images that drew two of them.
@@ -312,8 +271,6 @@ def test_all_draws_are_uniform_and_independent():
     for (one, num_one), (other, num_other) in (*combinations(table, 2), *combinations(signed, 2)):
         assert_uniform(one * num_other + other, num_one * num_other, sigmas=MANY_SIGMAS)
 
-
-# ------------------------------------------------------------------------------------------------- epochs of batches
 
 COUNT = 150
 
