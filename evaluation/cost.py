@@ -4,10 +4,9 @@ Costs are of one image: milliseconds, measured when the logits were computed, an
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +18,8 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995
 DEFAULT_THRESHOLD = 0.9
 TOLERANCE = 0.001  # of accuracy, for the threshold that is chosen on validation images
 ALL_SUBSETS_OF = 6  # members; of more, only the smallest and the largest subsets
-DOUBTFUL_LABELS = 50
 
-Cost = dict[str, Any]  # of a member: name and `COSTS`
-COSTS = ("milliseconds", "multiply_adds")
+Cost = dict[str, Any]  # of a member: name, milliseconds, multiply_adds
 
 
 def member_costs(contents: members.Contents, milliseconds: Sequence[float], views: int) -> list[Cost]:
@@ -52,8 +49,8 @@ def subset_rows(
     rows = []
     for subset in subsets(len(costs)):
         probs = average_probs(logits[list(subset)].double().flatten(0, 1), how, temperature if len(subset) > 1 else 1.0)
-        total = {name: sum(costs[number][name] for number in subset) for name in COSTS}
-        rows.append({"members": [costs[number]["name"] for number in subset]} | scores(probs, labels) | total)
+        seen = {costs[number]["name"]: 1 for number in subset}
+        rows.append({"members": list(seen)} | scores_and_cost(probs, labels, costs, seen))
     return rows
 
 
@@ -65,23 +62,26 @@ def cascade_rows(probs: Tensor, labels: Tensor, costs: Sequence[Cost]) -> list[d
     order = sorted(range(len(costs)), key=lambda number: costs[number]["multiply_adds"])
     rows = []
     for threshold in THRESHOLDS:
-        averaged, seen = cascade_probs(probs[order], threshold)
-        shares = {number: (seen > place).double().mean().item() for place, number in enumerate(order)}
-        mean = {name: sum(costs[number][name] * share for number, share in shares.items()) for name in COSTS}
-        by_name = {costs[number]["name"]: share for number, share in shares.items()}
-        rows.append({"threshold": threshold, "seen": by_name} | scores(averaged, labels) | mean)
+        averaged, counts = cascade_probs(probs[order], threshold)
+        seen = {costs[number]["name"]: (counts > place).double().mean().item() for place, number in enumerate(order)}
+        rows.append({"threshold": threshold, "seen": seen} | scores_and_cost(averaged, labels, costs, seen))
     return rows
 
 
-def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
-    return {"accuracy": metrics.accuracy(probs, labels), "loss": metrics.negative_log_likelihood(probs, labels)}
+def scores_and_cost(
+    probs: Tensor, labels: Tensor, costs: Sequence[Cost], seen: Mapping[str, float]
+) -> dict[str, float]:
+    """`seen` is the share of the images that each member sees, by its name."""
+    return {
+        "accuracy": metrics.accuracy(probs, labels),
+        "loss": metrics.negative_log_likelihood(probs, labels),
+        "milliseconds": sum(seen.get(cost["name"], 0) * cost["milliseconds"] for cost in costs),
+        "multiply_adds": sum(seen.get(cost["name"], 0) * cost["multiply_adds"] for cost in costs),
+    }
 
 
 def pick_threshold(
-    contents: members.Contents,
-    data: Dataset,
-    costs: Sequence[Cost],
-    compute_logits: Callable[[Split], tuple[Tensor, Any]],
+    contents: members.Contents, data: Dataset, costs: Sequence[Cost], compute_logits: Callable[[Split], Tensor]
 ) -> dict[str, Any]:
     """The threshold of the cascade: chosen on validation images that all members share, or else the default.
 
@@ -90,8 +90,7 @@ def pick_threshold(
     splits = [content["data"]["split"] for _, content in contents]
     if data.val is None or len({(split["val_size"], split["split_seed"]) for split in splits}) > 1:
         return {"value": DEFAULT_THRESHOLD, "chosen_by": "constant"}
-    logits, _ = compute_logits(data.val)
-    probs = torch.stack([average_probs(views) for views in logits.double()])
+    probs = torch.stack([average_probs(views) for views in compute_logits(data.val).double()])
     value = choose_threshold(probs, torch.from_numpy(data.val.labels), costs)
     return {"value": value, "chosen_by": "validation", "num_images": len(data.val)}
 
@@ -101,23 +100,3 @@ def choose_threshold(probs: Tensor, labels: Tensor, costs: Sequence[Cost]) -> fl
     enough = metrics.accuracy(probs.mean(0), labels) - TOLERANCE
     rows = cascade_rows(probs, labels, costs)
     return next((row["threshold"] for row in rows if row["accuracy"] >= enough), 1.0)
-
-
-def doubtful_labels(probs: Tensor, labels: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The images whose given label has the lowest probability in the ensemble, (N, C); the lowest first.
-
-    About 0.5 % of CIFAR-10's test labels are wrong (Northcutt et al. 2021, arXiv:2103.14749), and most of these are
-    among the first. They stay in every score.
-    """
-    given = probs[np.arange(len(labels)), labels]
-    predicted_probs, predicted = probs.max(1)
-    return [
-        {
-            "index": row,
-            "label": classes[labels[row]],
-            "label_prob": given[row].item(),
-            "prediction": classes[predicted[row]],
-            "prediction_prob": predicted_probs[row].item(),
-        }
-        for row in given.argsort(stable=True)[:DOUBTFUL_LABELS].tolist()
-    ]

@@ -14,10 +14,7 @@ RESAMPLED_AT_ONCE = 2**20  # images drawn per batch: 8 MB of indices, and as muc
 
 
 def negative_log_likelihood(probs: Tensor, labels: Tensor) -> float:
-    """Mean −log of the probability that `probs`, (N, C), give to `labels`, int64 (N,).
-
-    A probability of zero counts as the smallest float64 above it.
-    """
+    """Mean −log of the probability that `probs`, (N, C), give to `labels`, int64 (N,)."""
     return per_image(probs, labels)[:, 0].mean().item()
 
 
@@ -27,7 +24,10 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def per_image(probs: Tensor, labels: Tensor) -> Tensor:
-    """`PER_IMAGE` of each image, float64 (N, 3), from `probs`, (N, C), and `labels`, int64 (N,)."""
+    """`PER_IMAGE` of each image, float64 (N, 3), from `probs`, (N, C), and `labels`, int64 (N,).
+
+    A probability of zero counts as the smallest float64 above it.
+    """
     probs = probs.double()
     chosen = probs.gather(1, labels[:, None])[:, 0]
     loss = -chosen.clamp(min=torch.finfo(torch.float64).tiny).log()
@@ -45,8 +45,8 @@ def reliability(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     confidence, predicted = probs.double().max(1)
     bin_of = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)  # a bin holds its upper edge, as in the paper
     counts = torch.bincount(bin_of, minlength=BINS)
-    sums = (torch.bincount(bin_of, weights, BINS) for weights in (confidence, (predicted == labels).double()))
-    mean_confidence, accuracies = (total / counts.clamp(min=1) for total in sums)
+    mean_confidence = torch.bincount(bin_of, confidence, BINS) / counts.clamp(min=1)
+    accuracies = torch.bincount(bin_of, (predicted == labels).double(), BINS) / counts.clamp(min=1)
     return counts, mean_confidence, accuracies
 
 
@@ -94,6 +94,6 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
     return means
 
 
-def interval(means: np.ndarray) -> list[float]:
-    """The middle 95 % of resampled means, (RESAMPLES,): their lower and upper end."""
-    return np.percentile(means, [2.5, 97.5]).tolist()
+def intervals(means: np.ndarray) -> dict[str, list[float]]:
+    """Both ends of the middle 95 % of resampled means, (RESAMPLES, 3), of each of `PER_IMAGE`."""
+    return dict(zip(PER_IMAGE, np.percentile(means, [2.5, 97.5], axis=0).T.tolist(), strict=True))

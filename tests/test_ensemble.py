@@ -14,7 +14,7 @@ from PIL import Image
 
 import models.ensemble
 import predict
-from evaluation import cost, members, metrics
+from evaluation import cost, members, metrics, report
 from models.ensemble import Ensemble, average_probs
 from plotting.cost import plot_cost
 from training import checkpoint
@@ -157,7 +157,7 @@ def test_the_picture_of_the_costs_is_whole(made_up, tmp_path):
 
 def test_doubtful_labels_are_the_least_probable(made_up):
     probs = made_up.probs.mean(0)
-    rows = cost.doubtful_labels(probs, made_up.labels, "abcd")
+    rows = report.doubtful_labels(probs, made_up.labels, "abcd")
     assert len(rows) == 50
     given = probs[torch.arange(200), made_up.labels]
     assert [row["index"] for row in rows] == given.argsort()[:50].tolist()

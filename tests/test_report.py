@@ -112,7 +112,7 @@ def test_the_effect_of_a_temperature():
         assert effect["difference"][name] == pytest.approx(effect["after"][name] - effect["before"][name])
     change = [metrics.per_image(report.average(logits, "softmax", value).ensemble, labels) for value in (1.5, 1.0)]
     means = metrics.bootstrap((change[0] - change[1]).numpy())
-    assert effect["difference"]["intervals"]["loss"] == pytest.approx(metrics.interval(means[:, 0]))
+    assert effect["difference"]["intervals"]["loss"] == pytest.approx(metrics.intervals(means)["loss"])
 
 
 def test_mean_and_standard_deviation_of_the_members_of_one_network():
@@ -228,7 +228,7 @@ def test_bootstrap_equals_a_loop(monkeypatch, at_once):
 
 def test_an_interval_is_as_wide_as_the_normal_distribution_has_it():
     values = np.random.default_rng(5).random((400, 1)) < 0.9
-    low, high = metrics.interval(metrics.bootstrap(values)[:, 0])
+    low, high = metrics.intervals(metrics.bootstrap(values.repeat(3, axis=1)))["accuracy"]
     share = values.mean()
     assert low < share < high
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(share * (1 - share) / 400), rel=0.05)
