@@ -56,10 +56,8 @@ class Prediction:
 def main() -> int:
     options = parse_flags()
     paths = find_images(options.images)
-    contents = members.read_all(members.paths_of(options))
     threshold = options.threshold if options.cascade else None
-    if options.cascade:
-        contents = members.in_cascade(contents, threshold)
+    contents = members.read_all(members.paths_of(options), threshold)
     checkpoints = [path for path, _ in contents]
     ensemble = members.build(contents, average=options.average, temperature=options.temperature, cascade=threshold)
     num_classes = len(ensemble.classes)
