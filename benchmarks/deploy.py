@@ -85,7 +85,7 @@ def untrained(name: str) -> Ensemble:
     """The ensemble of one network, or of all."""
     parts = [Member(NETWORKS[part](10), MEAN, STD) for part in (NETWORKS if name == ENSEMBLE else [name])]
     ensemble = Ensemble(parts, [str(number) for number in range(10)], IMAGE_SIZE)
-    return ensemble.to(memory_format=torch.channels_last).eval()
+    return ensemble.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
