@@ -34,6 +34,7 @@ CJK_FONTS = (
 STYLE = {
     "figure.dpi": DPI,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.wspace": 0.04,
     "figure.titlesize": 15,
     "figure.labelsize": 12,
     "font.family": ["DejaVu Sans", *(font for font in CJK_FONTS if font in fontManager.get_font_names())],
