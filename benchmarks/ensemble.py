@@ -230,7 +230,7 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
     """
     with contextlib.chdir(work):  # where the paths of checkpoints, plots and data begin
         members = read_all([recipe.checkpoint_path for recipe in recipes.values()])
-        data = main_ens.load_first(members[0], argparse.Namespace(data=None, data_url=None, test_size=None))
+        data = main_ens.load_first(members[0])
         device, images = set_up_device(recipes["dense.py"].device), torch.from_numpy(data.test.images)
         precision = pick_precision("auto", device)
         own, _ = member_logits(members, images, device, precision=precision)  # main_ens.py has cached them

@@ -4,13 +4,12 @@ Costs are of one image: milliseconds, measured when the logits were computed, an
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dataset import Dataset, Split
 from evaluation import members, metrics
 from models.ensemble import average_probs, cascade_probs
 
@@ -80,23 +79,15 @@ def scores_and_cost(
     }
 
 
-def pick_threshold(
-    contents: members.Contents, data: Dataset, costs: Sequence[Cost], compute_logits: Callable[[Split], Tensor]
-) -> dict[str, Any]:
-    """The threshold of the cascade: chosen on validation images that all members share, or else the default.
+def pick_threshold(val_logits: Tensor | None, val_labels: Tensor | None, costs: Sequence[Cost]) -> dict[str, Any]:
+    """The threshold of the cascade: the lowest at which it is nearly as accurate on validation images as the ensemble.
 
-    The test images never choose it.
+    `val_logits` are (M, V, N, C), `val_labels` (N,). If they are None, it is the default: the test images never choose.
     """
-    splits = [content["data"]["split"] for _, content in contents]
-    if data.val is None or len({(split["val_size"], split["split_seed"]) for split in splits}) > 1:
+    if val_logits is None:
         return {"value": DEFAULT_THRESHOLD, "chosen_by": "constant"}
-    probs = torch.stack([average_probs(views) for views in compute_logits(data.val).double()])
-    value = choose_threshold(probs, torch.from_numpy(data.val.labels), costs)
-    return {"value": value, "chosen_by": "validation", "num_images": len(data.val)}
-
-
-def choose_threshold(probs: Tensor, labels: Tensor, costs: Sequence[Cost]) -> float:
-    """The lowest threshold whose accuracy is within `TOLERANCE` of the ensemble's, from probabilities (M, N, C)."""
-    enough = metrics.accuracy(probs.mean(0), labels) - TOLERANCE
-    rows = cascade_rows(probs, labels, costs)
-    return next((row["threshold"] for row in rows if row["accuracy"] >= enough), 1.0)
+    probs = torch.stack([average_probs(views) for views in val_logits.double()])
+    enough = metrics.accuracy(probs.mean(0), val_labels) - TOLERANCE
+    rows = cascade_rows(probs, val_labels, costs)
+    value = next((row["threshold"] for row in rows if row["accuracy"] >= enough), 1.0)
+    return {"value": value, "chosen_by": "validation", "num_images": len(val_labels)}

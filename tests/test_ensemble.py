@@ -135,7 +135,7 @@ def test_subsets_have_their_own_average_and_cost(made_up):
 
 def test_the_threshold_is_the_lowest_that_costs_no_accuracy(made_up):
     ensemble = made_up.probs.mean(0)
-    value = cost.choose_threshold(made_up.probs, made_up.labels, COSTS)
+    value = cost.pick_threshold(made_up.logits, made_up.labels, COSTS)["value"]
     accuracies = {row["threshold"]: row["accuracy"] for row in cost.cascade_rows(made_up.probs, made_up.labels, COSTS)}
     enough = metrics.accuracy(ensemble, made_up.labels) - 0.001
     assert accuracies[value] >= enough
