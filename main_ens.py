@@ -26,8 +26,7 @@ from evaluation import cost, members, metrics, report, text
 from evaluation.logits import member_logits
 from evaluation.members import FIT
 from evaluation.metrics import PER_IMAGE
-from plotting.cost import plot_cost
-from plotting.ensemble import plot_ensemble, plot_mistakes, plot_reliability
+from plotting.ensemble import plot_cost, plot_ensemble, plot_mistakes, plot_reliability
 from training.recipe import spelled
 
 MAX_IMAGES = 10**6  # in a batch or a subset

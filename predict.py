@@ -171,13 +171,18 @@ def predict(
                 yield {"image": path} | next(classified), image[1]
 
 
+@torch.inference_mode()
 def classify(
     pixels: np.ndarray, ensemble: Ensemble, checkpoints: Sequence[Path], top: int, precision: str
 ) -> list[Prediction]:
     """The most likely classes of each image, uint8 (B, 3, S, S), and the most likely one of each member that saw it."""
-    logits, seen = member_logits(ensemble, pixels, precision)
+    device = next(ensemble.parameters()).device
+    with autocast(device, precision):
+        images = torch.from_numpy(pixels).to(device, memory_format=torch.channels_last)
+        logits, seen = (tensor.cpu() for tensor in ensemble.logits_and_seen(images))
     for checkpoint, of_member in zip(checkpoints, logits, strict=True):
         members.check_finite(checkpoint, of_member)
+    logits = logits.double()
     best = most_likely(ensemble.average_seen(logits, seen), ensemble.classes, top)
     best_of = [most_likely(probs, ensemble.classes, 1) for probs in logits.softmax(2)]
     names = members.names(checkpoints)
@@ -185,16 +190,6 @@ def classify(
         {"top": best[row], "members": {names[member]: best_of[member][row][0] for member in range(count)}}
         for row, count in enumerate(seen.tolist())
     ]
-
-
-@torch.inference_mode()
-def member_logits(ensemble: Ensemble, pixels: np.ndarray, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, float64 (M, B, classes), and how many members saw each image, on the CPU, from uint8 (B, 3, H, W)."""
-    device = next(ensemble.parameters()).device
-    images = torch.from_numpy(pixels).to(device, memory_format=torch.channels_last)
-    with autocast(device, precision):
-        logits, seen = ensemble.logits_and_seen(images)
-    return logits.cpu().double(), seen.cpu()
 
 
 def most_likely(probs: torch.Tensor, classes: Sequence[str], top: int) -> list[list[dict[str, Any]]]:

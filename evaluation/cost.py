@@ -28,10 +28,10 @@ def member_costs(contents: members.Contents, milliseconds: Sequence[float], view
         {
             "name": name,
             "checkpoint": str(path),
-            "milliseconds": measured,
+            "milliseconds": spent,
             "multiply_adds": views * members.cost(path, content),
         }
-        for name, (path, content), measured in zip(names, contents, milliseconds, strict=True)
+        for name, (path, content), spent in zip(names, contents, milliseconds, strict=True)
     ]
 
 

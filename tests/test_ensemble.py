@@ -16,7 +16,7 @@ import models.ensemble
 import predict
 from evaluation import cost, members, metrics, report
 from models.ensemble import Ensemble, average_probs
-from plotting.cost import plot_cost
+from plotting.ensemble import plot_cost
 from training import checkpoint
 from utils import normalize
 
