@@ -102,9 +102,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, help="(default: by the ending of --output)")
     members.add_flags(parser, device=False)
     tested = parser.add_mutually_exclusive_group()
-    tested.add_argument(
-        "--data", help="compare on its test images (default: the data the first member was trained with)"
-    )
+    tested.add_argument("--data", help="compare on its test images (default: the first member's data set)")
     tested.add_argument("--random", action="store_true", help="compare on random images, no data needed")
     parser.add_argument("--images", type=int, default=256, help="how many are compared (default: 256)")
     options = parser.parse_args()

@@ -48,13 +48,14 @@ def main() -> int:
         member_logits, contents, device=device, precision=precision, flip=options.tta == "flip",
         batch_size=options.batch_size, cached=not options.no_cache,
     )  # fmt: skip
-
     logits, milliseconds = compute_logits(torch.from_numpy(data.test.images))
     labels = torch.from_numpy(data.test.labels)
     temperature, fitted = options.temperature, options.temperature == FIT
     cascaded = len(contents) > 1 and options.average == "softmax" and temperature == 1.0
+    # Validation images for the cascade's threshold: only if all members share them.
+    splits = {tuple(content["data"]["split"][name] for name in ("val_size", "split_seed")) for _, content in contents}
     val_logits = val_labels = None
-    if fitted or (cascaded and data.val is not None and have_same_val(contents)):
+    if fitted or (cascaded and data.val is not None and len(splits) == 1):
         val_logits, _ = compute_logits(torch.from_numpy(data.val.images))
         val_labels = torch.from_numpy(data.val.labels)
     if fitted:
@@ -95,9 +96,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--data-url", help="where to look first for the CIFAR archive")
     parser.add_argument("--test-size", type=int, help="number of test images, balanced over the classes")
     parser.add_argument("--batch-size", type=int, help="images per batch (default: 512 of 32×32, more on a GPU)")
-    parser.add_argument(
-        "--no-cache", action="store_true", help="compute the logits again, do not cache them, and delete cached ones"
-    )
+    parser.add_argument("--no-cache", action="store_true", help="compute the logits again, and delete cached ones")
     parser.add_argument("--plot-dir", default="plots", help="for the pictures and ensemble.json (default: plots)")
     options = parser.parse_args()
     members.check_range("--batch-size", options.batch_size, 1, MAX_IMAGES)
@@ -108,12 +107,6 @@ def parse_flags() -> argparse.Namespace:
             "replaces them; leave one of the two out, or give the temperature as a number"
         )
     return options
-
-
-def have_same_val(contents: members.Contents) -> bool:
-    """Whether the same images were held out from the training of all members."""
-    splits = [content["data"]["split"] for _, content in contents]
-    return len({(split["val_size"], split["split_seed"]) for split in splits}) == 1
 
 
 def load_data(contents: members.Contents, options: argparse.Namespace) -> Dataset:

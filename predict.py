@@ -98,10 +98,7 @@ def parse_flags() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, and folders of them")
     members.add_flags(parser, checkpoints="--checkpoints")
-    parser.add_argument(
-        "--cascade", action="store_true",
-        help="run the cheapest network first, the others only on low confidence: faster",
-    )  # fmt: skip
+    parser.add_argument("--cascade", action="store_true", help="cheapest network first, the others on low confidence")
     parser.add_argument(
         "--threshold", type=float, default=DEFAULT_THRESHOLD, metavar="P",
         help="--cascade: stop at this top probability (default: %(default)s)",

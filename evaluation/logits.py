@@ -78,8 +78,8 @@ def compute(
     """Logits, float32 (N, C), of one checkpoint, and seconds, without the warm-up batch."""
     member = build_member(path, content).to(device, memory_format=torch.channels_last)
     with explain_out_of_memory(batch_size):
-        # A GPU looks for algorithms at the first batch of each size.
-        warm_up = images if device.type == "cuda" else images[: min(batch_size, WARM_UP_IMAGES)]
+        # A GPU loads its kernels and takes its memory with the first batch.
+        warm_up = images[: batch_size if device.type == "cuda" else WARM_UP_IMAGES]
         predict(member, warm_up, device, precision=precision, batch_size=batch_size)
         started = time.perf_counter()
         logits = predict(member, images, device, precision=precision, batch_size=batch_size, label=path.stem)

@@ -3,6 +3,8 @@
 In float64: a test loss summed over ten thousand images should not depend on the order of the sum.
 """
 
+from collections import Counter
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -68,14 +70,11 @@ def confusion_matrix(probs: Tensor, labels: Tensor) -> Tensor:
     return torch.bincount(labels * classes + probs.argmax(1), minlength=classes**2).view(classes, classes)
 
 
-def confusions(matrix: Tensor, most: int) -> list[tuple[int, int, int]]:
-    """The `most` frequent mistakes in a confusion matrix: true class, predicted class, number of images, in order."""
-    counts, cells = (matrix - matrix.diag().diag()).flatten().sort(descending=True, stable=True)
-    return [
-        (*divmod(cell, len(matrix)), count)
-        for cell, count in zip(cells[:most].tolist(), counts[:most].tolist(), strict=True)
-        if count
-    ]
+def confusions(probs: Tensor, labels: Tensor, most: int) -> list[tuple[int, int, int]]:
+    """The `most` frequent mistakes: true class, predicted class, number of images, the most frequent first."""
+    pairs = zip(labels.tolist(), probs.argmax(1).tolist(), strict=True)
+    counts = Counter((true, predicted) for true, predicted in pairs if true != predicted)
+    return [(*pair, count) for pair, count in counts.most_common(most)]
 
 
 def bootstrap(values: np.ndarray) -> np.ndarray:

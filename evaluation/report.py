@@ -102,7 +102,6 @@ def report(
     # The best member is selected on the test set: the comparison is biased against the ensemble.
     best = max(range(whole), key=lambda number: (figures[number]["accuracy"], -figures[number]["loss"]))
     names = [member["name"] for member in members]
-    confusions = metrics.confusions(metrics.confusion_matrix(probs.ensemble, labels), CONFUSIONS)
     temperature = None
     if probs.temperature != 1.0:
         before, after = figures[unscaled], figures[whole]
@@ -120,7 +119,7 @@ def report(
         "disagreement": metrics.disagreement(probs.members).tolist(),
         "confusions": [
             {"true": classes[true], "predicted": classes[predicted], "images": images}
-            for true, predicted, images in confusions
+            for true, predicted, images in metrics.confusions(probs.ensemble, labels, CONFUSIONS)
         ],
         "temperature": temperature,
     }
