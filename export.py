@@ -162,10 +162,15 @@ def metadata(ensemble: Ensemble, names: list[str]) -> dict[str, str]:
     }
 
 
+def traced(ensemble: Ensemble) -> torch.export.ExportedProgram:
+    """The graph for a batch of any size; from a batch of 1, PyTorch would make one for 1 only."""
+    example = torch.zeros(2, 3, ensemble.image_size, ensemble.image_size, dtype=torch.uint8)
+    return torch.export.export(ensemble, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
+
+
 def write_onnx(ensemble: Ensemble, about: dict[str, str]) -> bytes:
-    names = {"input_names": ["images"], "output_names": ["probs"]}
     with warnings.catch_warnings(action="ignore"):
-        program = torch.onnx.export(ensemble, example(ensemble), dynamic_shapes=DYNAMIC_BATCH, verbose=False, **names)
+        program = torch.onnx.export(traced(ensemble), input_names=["images"], output_names=["probs"], verbose=False)
     program.model.metadata_props.update(about)
     return program.model_proto.SerializeToString()
 
@@ -182,8 +187,7 @@ def read_onnx(content: bytes) -> Predict:
 def write_pt2(ensemble: Ensemble, about: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):
-        program = torch.export.export(ensemble, example(ensemble), dynamic_shapes=DYNAMIC_BATCH)
-        torch.export.save(program, buffer, extra_files=about)
+        torch.export.save(traced(ensemble), buffer, extra_files=about)
     return buffer.getvalue()
 
 
@@ -196,12 +200,6 @@ FORMATS = {
     "onnx": Format(("onnx", "onnxscript", "onnxruntime"), write_onnx, read_onnx),
     "pt2": Format((), write_pt2, read_pt2),
 }
-DYNAMIC_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
-
-
-def example(ensemble: Ensemble) -> tuple[Tensor]:
-    """The arguments of a call: a batch of 2, because the exporters specialise a batch of 1."""
-    return (torch.zeros(2, 3, ensemble.image_size, ensemble.image_size, dtype=torch.uint8),)
 
 
 @torch.inference_mode()
