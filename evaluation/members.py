@@ -108,15 +108,14 @@ def cost(path: Path, content: dict[str, Any]) -> int:
         return multiply_adds(build_member(path, content).network, content["data"]["image_size"])
 
 
-def build(
-    contents: Contents, *, average: str = "softmax", temperature: float = 1.0, cascade: float | None = None
-) -> Ensemble:
-    """The ensemble of checkpoints that `read_all` has read. Raises UserError if weights do not fit their network."""
+def build(contents: Contents, **averaging: Any) -> Ensemble:
+    """The ensemble of checkpoints that `read_all` has read; `averaging` are the keywords of `Ensemble`.
+
+    Raises UserError if weights do not fit their network.
+    """
     members = [build_member(path, content) for path, content in contents]
     data = contents[0][1]["data"]
-    ensemble = Ensemble(
-        members, data["classes"], data["image_size"], average=average, temperature=temperature, cascade=cascade
-    )
+    ensemble = Ensemble(members, data["classes"], data["image_size"], **averaging)
     return ensemble.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
