@@ -137,12 +137,9 @@ def load_data(contents: members.Contents, options: argparse.Namespace) -> Datase
 
 
 def load_first(
-    first: tuple[Path, dict[str, Any]],
-    data: str | None = None,
-    data_url: str | None = None,
-    test_size: int | None = None,
+    first: tuple[Path, dict], data: str | None = None, data_url: str | None = None, test_size: int | None = None
 ) -> Dataset:
-    """The data that one member, the first, was trained with; or `data`, which has no subsets or hold-outs of its."""
+    """The data that a member was trained with, or `data`, of which nothing was held out for it."""
     path, trained = first[0], first[1]["data"]
     split = {"split_seed": trained["split"]["split_seed"]} if data else dict(trained["split"])
     if test_size is not None:

@@ -72,11 +72,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, how: str) -> float:
 
 
 def report(
-    probs: Probs,
-    labels: Tensor,
-    members: Sequence[dict[str, Any]],
-    classes: Sequence[str],
-    fitted_on: int | None = None,
+    probs: Probs, labels: Tensor, members: Sequence[dict], classes: Sequence[str], fitted_on: int | None = None
 ) -> dict[str, Any]:
     """Figures of members and ensemble, and how they compare. `labels` are int64 (N,).
 
