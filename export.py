@@ -70,28 +70,28 @@ def main() -> int:
     ensemble = members.build(contents, average=options.average, temperature=options.temperature)
     files.check_writable(options.output.parent, "the file")
     images, source = pick_images(contents[0][1]["data"], options)
+    names = members.names(paths)
     with torch.inference_mode():
         for path, logits in zip(paths, ensemble.logits(images[:BATCH_SIZE]), strict=True):
             members.check_finite(path, logits)
 
     try:
-        written = file_format.write(ensemble, metadata(ensemble, members.names(paths)))
+        written = file_format.write(ensemble, metadata(ensemble, names))
     except ImportError as error:  # too old for this PyTorch
         upgrade = f"pip install --upgrade {' '.join(file_format.packages)}"
         raise UserError(f"the format {options.format} does not work here ({error}): {upgrade}") from None
+    difference = largest_difference(ensemble, file_format.read(written), images)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{options.output} is not written: on {source} its probabilities differ from PyTorch's by up to "
+            f"{difference:.1e}, more than {TOLERANCE:.0e}; take the other format, or other versions of the packages of "
+            f"{options.format}"
+        )
     with files.replacing(options.output, "the file") as file:
         file.write(written)
-        file.flush()
-        difference = largest_difference(ensemble, file_format.read(Path(file.name).read_bytes()), images)
-        if not difference <= TOLERANCE:
-            raise UserError(
-                f"{options.output} is not written: on {source} its probabilities differ from PyTorch's by up to "
-                f"{difference:.1e}, more than {TOLERANCE:.0e}; take the other format, or other versions of the "
-                f"packages of {options.format}"
-            )
 
-    names = ", ".join(members.names(paths)) + (f" ({options.average} averaged)" if len(paths) > 1 else "")
-    print(f"{options.output}: {names}, {len(written) / 1e6:.1f} MB")
+    averaged = f" ({options.average} averaged)" if len(paths) > 1 else ""
+    print(f"{options.output}: {', '.join(names)}{averaged}, {len(written) / 1e6:.1f} MB")
     print(f"largest difference from PyTorch: {difference:.1e}, on {len(images):,} {source}")
     return 0
 
@@ -102,20 +102,17 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, help="(default: by the ending of --output)")
     members.add_flags(parser, device=False)
     tested = parser.add_mutually_exclusive_group()
-    tested.add_argument(
-        "--data", help="compare on its test images (default: the data the first member was trained with)"
-    )
+    tested.add_argument("--data", help="compare on its test images (default: the first member's data set)")
     tested.add_argument("--random", action="store_true", help="compare on random images, no data needed")
     parser.add_argument("--images", type=int, default=256, help="how many are compared (default: 256)")
     options = parser.parse_args()
-    if options.format is None:
-        options.format = options.output.suffix.lower().removeprefix(".")
-        if options.format not in FORMATS:
-            raise UserError(
-                f"--output {options.output}: its ending names no format; expected one of "
-                f"{', '.join(f'.{name}' for name in FORMATS)}, or --format"
-            )
-    files.check_output(options.output, tuple(f".{name}" for name in FORMATS))
+    endings = tuple(f".{name}" for name in FORMATS)
+    options.format = options.format or options.output.suffix.lower().removeprefix(".")
+    if options.format not in FORMATS:
+        raise UserError(
+            f"--output {options.output}: its ending names no format; expected one of {', '.join(endings)}, or --format"
+        )
+    files.check_output(options.output, endings)
     members.check_range("--images", options.images, 1, MAX_IMAGES)
     return options
 
@@ -134,16 +131,13 @@ def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tens
 
     Random images are used if the first member's data is not available. Raises UserError if that of --data is not.
     """
-    size = data["image_size"]
+    size, rng = data["image_size"], np.random.default_rng(0)
     if not options.random:
-        source = options.data or data["source"]
+        source, seed = options.data or data["source"], data["split"]["split_seed"]
         try:
-            loaded = dataset.load(
-                source, image_size=size, split_seed=data["split"]["split_seed"], download=bool(options.data)
-            )
-            # Folders list images class by class.
-            rows = np.random.default_rng(0).permutation(len(loaded.test))[: options.images]
-            return torch.from_numpy(loaded.test.images[rows]), f"test images of {source}"
+            test = dataset.load(source, image_size=size, split_seed=seed, download=bool(options.data)).test
+            rows = rng.permutation(len(test))[: options.images]  # folders list images class by class
+            return torch.from_numpy(test.images[rows]), f"test images of {source}"
         except UserError as error:
             if options.data:
                 raise
@@ -151,14 +145,11 @@ def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tens
                 f"warning: the file is compared on random images, since the test images are not available: {error}",
                 file=sys.stderr,
             )
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(
-        0, 256, (options.images, 3, size, size), dtype=torch.uint8, generator=generator
-    ), "random images"
+    return torch.from_numpy(rng.integers(0, 256, (options.images, 3, size, size), np.uint8)), "random images"
 
 
 def metadata(ensemble: Ensemble, names: list[str]) -> dict[str, str]:
-    """The metadata of a file."""
+    """What a file says of itself: strings."""
     return {
         "format": NAME,
         "version": str(VERSION),
@@ -171,17 +162,15 @@ def metadata(ensemble: Ensemble, names: list[str]) -> dict[str, str]:
     }
 
 
+def traced(ensemble: Ensemble) -> torch.export.ExportedProgram:
+    """The graph for a batch of any size; from a batch of 1, PyTorch would make one for 1 only."""
+    example = torch.zeros(2, 3, ensemble.image_size, ensemble.image_size, dtype=torch.uint8)
+    return torch.export.export(ensemble, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
+
+
 def write_onnx(ensemble: Ensemble, about: dict[str, str]) -> bytes:
     with warnings.catch_warnings(action="ignore"):
-        program = torch.onnx.export(
-            ensemble,
-            (example(ensemble),),
-            dynamo=True,
-            dynamic_shapes=DYNAMIC_BATCH,
-            input_names=["images"],
-            output_names=["probs"],
-            verbose=False,
-        )
+        program = torch.onnx.export(traced(ensemble), input_names=["images"], output_names=["probs"], verbose=False)
     program.model.metadata_props.update(about)
     return program.model_proto.SerializeToString()
 
@@ -196,11 +185,9 @@ def read_onnx(content: bytes) -> Predict:
 
 
 def write_pt2(ensemble: Ensemble, about: dict[str, str]) -> bytes:
-    ensemble.requires_grad_(False)  # users of the file then need no torch.no_grad()
     buffer = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):
-        program = torch.export.export(ensemble, (example(ensemble),), dynamic_shapes=DYNAMIC_BATCH)
-        torch.export.save(program, buffer, extra_files=about)
+        torch.export.save(traced(ensemble), buffer, extra_files=about)
     return buffer.getvalue()
 
 
@@ -213,12 +200,6 @@ FORMATS = {
     "onnx": Format(("onnx", "onnxscript", "onnxruntime"), write_onnx, read_onnx),
     "pt2": Format((), write_pt2, read_pt2),
 }
-DYNAMIC_BATCH = {"images": {0: torch.export.Dim("batch", min=1)}}
-
-
-def example(ensemble: Ensemble) -> Tensor:
-    """Batch of 2: the exporters specialise a batch of 1."""
-    return torch.zeros(2, 3, ensemble.image_size, ensemble.image_size, dtype=torch.uint8)
 
 
 @torch.inference_mode()

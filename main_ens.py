@@ -6,6 +6,7 @@ images are cached next to the checkpoints, so that a second run is fast.
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -18,15 +19,14 @@ from common.errors import UserError
 from common.text import counted
 
 import torch
-from torch import Tensor
 
 import dataset
-from dataset import Dataset, Split
+from dataset import Dataset
 from evaluation import cost, members, metrics, report, text
 from evaluation.logits import member_logits
 from evaluation.members import FIT
-from plotting.cost import plot_cost
-from plotting.ensemble import plot_ensemble, plot_mistakes, plot_reliability
+from evaluation.metrics import PER_IMAGE
+from plotting.ensemble import plot_cost, plot_ensemble, plot_mistakes, plot_reliability
 from training.recipe import spelled
 
 MAX_IMAGES = 10**6  # in a batch or a subset
@@ -44,28 +44,26 @@ def main() -> int:
     device = set_up_device(options.device)
     precision = pick_precision(options.precision, device)
 
-    def compute_logits(split: Split) -> tuple[Tensor, list[float]]:
-        return member_logits(
-            contents,
-            torch.from_numpy(split.images),
-            device,
-            precision=precision,
-            flip=options.tta == "flip",
-            batch_size=options.batch_size,
-            cached=not options.no_cache,
-        )
-
+    compute_logits = functools.partial(
+        member_logits, contents, device=device, precision=precision, flip=options.tta == "flip",
+        batch_size=options.batch_size, cached=not options.no_cache,
+    )  # fmt: skip
+    logits, milliseconds = compute_logits(torch.from_numpy(data.test.images))
     labels = torch.from_numpy(data.test.labels)
-    logits, milliseconds = compute_logits(data.test)
-    temperature, fitted_on = options.temperature, None
-    if temperature == FIT:
-        val_logits, _ = compute_logits(data.val)
-        temperature = report.fit_temperature(val_logits, torch.from_numpy(data.val.labels), options.average)
-        fitted_on = len(data.val)
+    temperature, fitted = options.temperature, options.temperature == FIT
+    cascaded = len(contents) > 1 and options.average == "softmax" and temperature == 1.0
+    # Validation images for the cascade's threshold: only if all members share them.
+    splits = {tuple(content["data"]["split"][name] for name in ("val_size", "split_seed")) for _, content in contents}
+    val_logits = val_labels = None
+    if fitted or (cascaded and data.val is not None and len(splits) == 1):
+        val_logits, _ = compute_logits(torch.from_numpy(data.val.images))
+        val_labels = torch.from_numpy(data.val.labels)
+    if fitted:
+        temperature = report.fit_temperature(val_logits, val_labels, options.average)
     probs = report.average(logits, options.average, temperature)
 
     costs = cost.member_costs(contents, milliseconds, views=logits.shape[1])
-    result = report.report(probs, labels, costs, data.classes, fitted_on)
+    result = report.report(probs, labels, costs, data.classes, len(val_labels) if fitted else None)
     result |= {
         "by_network": report.by_network(result["members"], [content["network"] for _, content in contents]),
         "average": options.average,
@@ -74,13 +72,10 @@ def main() -> int:
         "data": data.source,
         "num_images": len(data.test),
         "subsets": cost.subset_rows(logits, labels, costs, options.average, temperature),
-        "cascade": [],
-        "cascade_threshold": None,
-        "doubtful_labels": cost.doubtful_labels(probs.ensemble, labels, data.classes),
+        "cascade": cost.cascade_rows(probs.members, labels, costs) if cascaded else [],
+        "cascade_threshold": cost.pick_threshold(val_logits, val_labels, costs) if cascaded else None,
+        "doubtful_labels": report.doubtful_labels(probs.ensemble, labels, data.classes),
     }
-    if len(contents) > 1 and options.average == "softmax" and temperature == 1.0:
-        result["cascade"] = cost.cascade_rows(probs.members, labels, costs)
-        result["cascade_threshold"] = cost.pick_threshold(contents, data, costs, compute_logits)
 
     folder = Path(options.plot_dir)
     with files.replacing(folder / "ensemble.json", "the results") as file:
@@ -101,14 +96,12 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--data-url", help="where to look first for the CIFAR archive")
     parser.add_argument("--test-size", type=int, help="number of test images, balanced over the classes")
     parser.add_argument("--batch-size", type=int, help="images per batch (default: 512 of 32×32, more on a GPU)")
-    parser.add_argument(
-        "--no-cache", action="store_true", help="compute the logits again, do not cache them, and delete cached ones"
-    )
+    parser.add_argument("--no-cache", action="store_true", help="compute the logits again, and delete cached ones")
     parser.add_argument("--plot-dir", default="plots", help="for the pictures and ensemble.json (default: plots)")
     options = parser.parse_args()
     members.check_range("--batch-size", options.batch_size, 1, MAX_IMAGES)
     members.check_range("--test-size", options.test_size, 1, MAX_IMAGES)
-    if options.temperature == FIT and options.data is not None:
+    if options.temperature == FIT and options.data:
         raise UserError(
             f"--temperature {FIT} needs the validation images of the members' own data, and --data {options.data} "
             "replaces them; leave one of the two out, or give the temperature as a number"
@@ -122,10 +115,10 @@ def load_data(contents: members.Contents, options: argparse.Namespace) -> Datase
     Raises UserError if the members were trained on other images or have other test images than the first, and if
     --temperature fit lacks validation images.
     """
-    if options.data is not None:
-        return load_first(contents[0], options)
+    if options.data:
+        return load_first(contents[0], options.data, options.data_url, options.test_size)
     members.check_same(contents, lambda data: {"images of the data set (digest)": data["digest"]})
-    data = load_first(contents[0], options)
+    data = load_first(contents[0], None, options.data_url, options.test_size)
     # Only flags that affect the images used here must match.
     flags = [] if options.test_size is not None else ["test_size"]
     if data.test_split is not None:
@@ -143,34 +136,35 @@ def load_data(contents: members.Contents, options: argparse.Namespace) -> Datase
     return data
 
 
-def load_first(first: tuple[Path, dict[str, Any]], options: argparse.Namespace) -> Dataset:
-    """The data of one member."""
+def load_first(
+    first: tuple[Path, dict], data: str | None = None, data_url: str | None = None, test_size: int | None = None
+) -> Dataset:
+    """The data that a member was trained with, or `data`, of which nothing was held out for it."""
     path, trained = first[0], first[1]["data"]
-    # --data has no subsets or hold-outs of the members.
-    split = dict(trained["split"]) if options.data is None else {"split_seed": trained["split"]["split_seed"]}
-    if options.test_size is not None:
-        split["test_size"] = options.test_size
-    source = options.data or trained["source"]
+    split = {"split_seed": trained["split"]["split_seed"]} if data else dict(trained["split"])
+    if test_size is not None:
+        split["test_size"] = test_size
+    source = data or trained["source"]
     try:
-        data = dataset.load(source, image_size=trained["image_size"], data_url=options.data_url, **split)
+        loaded = dataset.load(source, image_size=trained["image_size"], data_url=data_url, **split)
     except UserError as error:
-        if options.data is not None or options.data_url is not None or Path(source).exists():
+        if data or source.lower() in dataset.NAMES or Path(source).exists():
             raise
         raise UserError(
             f"{error}\n{path} was trained on this path, relative to the working folder of that run; give the new path "
             "as --data"
         ) from None
-    if list(data.classes) != trained["classes"]:
+    if list(loaded.classes) != trained["classes"]:
         raise UserError(
-            f"--data {source} has the classes {', '.join(data.classes)}; {path} was trained on "
+            f"--data {source} has the classes {', '.join(loaded.classes)}; {path} was trained on "
             f"{', '.join(trained['classes'])}"
         )
-    if options.data is None and data.digest != trained["digest"]:
+    if not data and loaded.digest != trained["digest"]:
         raise UserError(
             f"{source} no longer holds the images that {path} was trained with; restore them, or give --data to test "
             "on others"
         )
-    return data
+    return loaded
 
 
 def plot(folder: Path, result: dict[str, Any], probs: report.Probs, data: Dataset, device: torch.device) -> None:
@@ -184,33 +178,23 @@ def plot(folder: Path, result: dict[str, Any], probs: report.Probs, data: Datase
     rows = []
     figures = [*result["members"], {"name": "ensemble"} | result["ensemble"]]
     for row, row_probs in zip(figures, [*probs.members, probs.ensemble], strict=True):
-        per_image = metrics.per_image(row_probs, labels)[order].T.numpy()
+        per_image = dict(zip(PER_IMAGE, metrics.per_image(row_probs, labels)[order].T.numpy(), strict=True))
         bins = [part.numpy() for part in metrics.reliability(row_probs, labels)]
-        rows.append(row | {"per_image": dict(zip(metrics.PER_IMAGE, per_image, strict=True)), "bins": bins})
+        rows.append(row | {"per_image": per_image, "bins": bins})
     matrix = metrics.confusion_matrix(probs.ensemble, labels).numpy()
     plot_ensemble(folder / "ensemble.png", rows, confusion_matrix=matrix, classes=data.classes, title=title)
     plot_reliability(folder / "reliability.png", rows, title=title)
+    names = [row["name"] for row in result["members"]]
     plot_mistakes(
-        folder / "mistakes.png",
-        images=data.test.images,
-        labels=data.test.labels,
-        members=probs.members.numpy(),
-        ensemble=probs.ensemble.numpy(),
-        names=[row["name"] for row in result["members"]],
-        classes=data.classes,
-        title=title,
-    )
-    if len(probs.members) == 1:
-        return
-    threshold = result["cascade_threshold"]
-    plot_cost(
-        folder / "cost.png",
-        subsets=result["subsets"],
-        cascade=result["cascade"],
-        threshold=threshold["value"] if threshold else None,
-        device=device.type.upper(),
-        title=title,
-    )
+        folder / "mistakes.png", images=data.test.images, labels=data.test.labels, members=probs.members.numpy(),
+        ensemble=probs.ensemble.numpy(), names=names, classes=data.classes, title=title,
+    )  # fmt: skip
+    if len(probs.members) > 1:
+        threshold = result["cascade_threshold"]["value"] if result["cascade"] else None
+        plot_cost(
+            folder / "cost.png", subsets=result["subsets"], cascade=result["cascade"], threshold=threshold,
+            device=device.type.upper(), title=title,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,32 +34,17 @@ from models.ensemble import Ensemble
 TOP = 3
 # Pixels per batch, on the CPU 32 images of 32×32: more would not be faster, and the first line would come later.
 BATCH_PIXELS = {"cpu": 2**15, "cuda": 2**19, "mps": 2**18}
-MAX_COLUMN = 60  # a longer file name shifts its line out of the columns instead of widening them for all lines
+MAX_COLUMN = 60  # a longer file name shifts the rest of its line
 MAX_LISTED = 3  # of the images far from the training size
 
-ClassProb = tuple[str, float]  # a class and its probability
-Writer = Callable[["Prediction"], Any]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Predictions for one image file, or its error."""
-
-    path: str
-    size: tuple[int, int] | None = None  # width and height in the file
-    top: Sequence[ClassProb] = ()  # the ensemble's, the most likely class first
-    members: dict[str, ClassProb] = field(default_factory=dict)  # each member's most likely class
-    error: str | None = None
+Prediction = dict[str, Any]  # of an image, as --json has it: "image", and "top" and "members", or "error"
 
 
 def main() -> int:
     options = parse_flags()
     paths = find_images(options.images)
-    contents = members.read_all(members.paths_of(options))
     threshold = options.threshold if options.cascade else None
-    if options.cascade:
-        contents = members.in_cascade(contents, threshold)
-    checkpoints = [path for path, _ in contents]
+    contents = members.read_all(members.paths_of(options), threshold)
     ensemble = members.build(contents, average=options.average, temperature=options.temperature, cascade=threshold)
     num_classes = len(ensemble.classes)
     top = min(TOP, num_classes) if options.top is None else options.top
@@ -71,33 +55,40 @@ def main() -> int:
     precision = pick_precision(options.precision, device)
     batch_size = options.batch_size or max(1, BATCH_PIXELS[device.type] // ensemble.image_size**2)
 
-    count, skipped, unusual = 0, 0, []
-    seen = dict.fromkeys(members.names(checkpoints), 0)  # images
-    with contextlib.ExitStack() as stack:
-        writers = []
-        if options.json:
-            writers.append(stack.enter_context(json_writer(options.json)))
-        if options.csv:
-            writers.append(stack.enter_context(csv_writer(options.csv, top)))
-        if "-" not in (options.json, options.csv):
-            writers.append(text_writer(paths, ensemble, members.names(checkpoints), options.verbose))
-        for prediction in predict(paths, ensemble, checkpoints, top, batch_size, precision):
-            if prediction.error:
+    checkpoints = [path for path, _ in contents]
+    seen = dict.fromkeys(members.names(checkpoints), 0)  # images, by member
+    leads = [*paths, *(f"  {name}" for name in seen if options.verbose)]
+    widths = min(max(map(len, leads)), MAX_COLUMN), max(map(len, ensemble.classes))
+    skipped, unusual, objects = 0, [], []
+    with opened(options.json) as json_file, opened(options.csv) as csv_file:
+        if csv_file:
+            columns = ["image", *(f"{key}{rank}" for rank in range(1, top + 1) for key in ("class", "prob")), "error"]
+            table = csv.DictWriter(csv_file, columns, extrasaction="ignore", lineterminator="\n")
+            table.writeheader()
+        for prediction, size in predict(paths, ensemble, checkpoints, top, batch_size, precision):
+            if "error" in prediction:
                 skipped += 1
-                print(f"skipped: {printable(prediction.error)}", file=sys.stderr)
+                print(f"skipped: {printable(prediction['error'])}", file=sys.stderr)
             else:
-                count += 1
-                for name in prediction.members:
+                for name in prediction["members"]:
                     seen[name] += 1
-                if is_unusual(prediction.size, ensemble.image_size):
-                    unusual.append(f"{prediction.path} ({'×'.join(map(str, prediction.size))})")
-            for write in writers:
-                write(prediction)
+                if is_unusual(size, ensemble.image_size):
+                    unusual.append(f"{prediction['image']} ({'×'.join(map(str, size))})")
+                if "-" not in (options.json, options.csv):
+                    print_prediction(prediction, *widths, options.verbose)
+            if json_file:
+                objects.append(json.dumps(prediction, ensure_ascii=False))
+            if csv_file:
+                votes = enumerate(prediction.get("top", ()), 1)
+                table.writerow(prediction | {f"{key}{rank}": vote[key] for rank, vote in votes for key in vote})
             sys.stdout.flush()
+        if json_file:
+            json_file.write("[\n" + ",\n".join(objects) + "\n]\n")
+        sys.stdout.flush()  # a closed pipe ends the script here, before its summary
     # Networks trained on folders had their images resized the same way.
     if unusual and str(contents[0][1]["data"]["source"]).lower() in dataset.NAMES:
         print(unusual_note(unusual, ensemble.image_size), file=sys.stderr)
-    print(f"{counted(count, 'image')}, {skipped:,} skipped", file=sys.stderr)
+    print(f"{counted(len(paths) - skipped, 'image')}, {skipped:,} skipped", file=sys.stderr)
     if options.cascade:
         print(f"seen by {', '.join(f'{name} {number:,}' for name, number in seen.items())}", file=sys.stderr)
     return 1 if skipped else 0
@@ -107,10 +98,7 @@ def parse_flags() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, and folders of them")
     members.add_flags(parser, checkpoints="--checkpoints")
-    parser.add_argument(
-        "--cascade", action="store_true",
-        help="run the cheapest network first, the others only on low confidence: faster",
-    )  # fmt: skip
+    parser.add_argument("--cascade", action="store_true", help="cheapest network first, the others on low confidence")
     parser.add_argument(
         "--threshold", type=float, default=DEFAULT_THRESHOLD, metavar="P",
         help="--cascade: stop at this top probability (default: %(default)s)",
@@ -140,7 +128,7 @@ def parse_flags() -> argparse.Namespace:
 
 
 def is_checkpoint(path: Path) -> bool:
-    return path.suffix == ".pt" or (path.is_dir() and any(path.glob("*.pt")))
+    return path.suffix == ".pt" or (os.path.isdir(path) and any(path.glob("*.pt")))
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
@@ -160,54 +148,52 @@ def find_images(paths: Sequence[str]) -> list[str]:
 
 
 def predict(
-    paths: Sequence[str],
-    ensemble: Ensemble,
-    checkpoints: Sequence[Path],  # of its members
-    top: int,
-    batch_size: int,
-    precision: str,
-) -> Iterator[Prediction]:
-    """Predictions in the order of `paths`, with one batch of images in memory at a time.
+    paths: Sequence[str], ensemble: Ensemble, checkpoints: Sequence[Path], top: int, batch_size: int, precision: str
+) -> Iterator[tuple[Prediction, tuple[int, int] | None]]:
+    """Predictions in the order of `paths`, each with the width and height in the file, which a broken file lacks.
 
-    Raises UserError if memory runs out, and if a member's predictions are not finite.
+    `checkpoints` are those of the members. One batch of images is in memory at a time. Raises UserError if memory runs
+    out, and if a member's predictions are not finite.
     """
-    names = members.names(checkpoints)
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
         decoded = list(decode_all(batch, ensemble.image_size))
         pixels = [image[0] for image in decoded if not isinstance(image, UserError)]
-        if pixels:
-            with explain_out_of_memory(batch_size):
-                logits, seen = member_logits(ensemble, np.stack(pixels), precision)
-            for checkpoint, of_member in zip(checkpoints, logits, strict=True):
-                members.check_finite(checkpoint, of_member)
-            top_classes = most_likely(ensemble.average_seen(logits, seen), ensemble.classes, top)
-            member_classes = [most_likely(probs, ensemble.classes, 1) for probs in logits.softmax(2)]
-            rows = iter(zip(top_classes, zip(*member_classes, strict=True), seen.tolist(), strict=True))
+        with explain_out_of_memory(batch_size):
+            classified = iter(classify(np.stack(pixels), ensemble, checkpoints, top, precision) if pixels else ())
         for path, image in zip(batch, decoded, strict=True):
             if isinstance(image, UserError):
-                yield Prediction(path, error=str(image))
-                continue
-            of_ensemble, of_members, count = next(rows)
-            by_name = {name: top_1 for name, (top_1,) in zip(names[:count], of_members[:count], strict=True)}
-            yield Prediction(path, image[1], of_ensemble, by_name)
+                yield {"image": path, "error": str(image)}, None
+            else:
+                yield {"image": path} | next(classified), image[1]
 
 
 @torch.inference_mode()
-def member_logits(ensemble: Ensemble, pixels: np.ndarray, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, float64 (M, B, classes), and how many members saw each image, on the CPU, from uint8 (B, 3, H, W)."""
+def classify(
+    pixels: np.ndarray, ensemble: Ensemble, checkpoints: Sequence[Path], top: int, precision: str
+) -> list[Prediction]:
+    """The most likely classes of each image, uint8 (B, 3, S, S), and the most likely one of each member that saw it."""
     device = next(ensemble.parameters()).device
-    images = torch.from_numpy(pixels).to(device, memory_format=torch.channels_last)
     with autocast(device, precision):
-        logits, seen = ensemble.logits_and_seen(images)
-    return logits.cpu().double(), seen.cpu()
+        images = torch.from_numpy(pixels).to(device, memory_format=torch.channels_last)
+        logits, seen = (tensor.cpu() for tensor in ensemble.logits_and_seen(images))
+    for checkpoint, of_member in zip(checkpoints, logits, strict=True):
+        members.check_finite(checkpoint, of_member)
+    logits = logits.double()
+    best = most_likely(ensemble.average_seen(logits, seen), ensemble.classes, top)
+    best_of = [most_likely(probs, ensemble.classes, 1) for probs in logits.softmax(2)]
+    names = members.names(checkpoints)
+    return [
+        {"top": best[row], "members": {names[member]: best_of[member][row][0] for member in range(count)}}
+        for row, count in enumerate(seen.tolist())
+    ]
 
 
-def most_likely(probs: torch.Tensor, classes: Sequence[str], top: int) -> list[list[ClassProb]]:
+def most_likely(probs: torch.Tensor, classes: Sequence[str], top: int) -> list[list[dict[str, Any]]]:
     """The `top` most likely classes of each image, from probabilities (B, classes)."""
     probs, labels = probs.sort(dim=1, descending=True, stable=True)
     return [
-        [(classes[label], prob) for label, prob in zip(*row, strict=True)]
+        [{"class": classes[label], "prob": prob} for label, prob in zip(*row, strict=True)]
         for row in zip(labels[:, :top].tolist(), probs[:, :top].tolist(), strict=True)
     ]
 
@@ -226,77 +212,28 @@ def unusual_note(unusual: Sequence[str], image_size: int) -> str:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- output
-
-
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[TextIO]:
-    """A file, which is replaced whole or not at all, or standard output."""
-    if path == "-":
-        yield sys.stdout
-    else:
-        with files.replacing(path, "the predictions") as file:
-            # A file's name need not be Unicode: bytes that are not become escapes.
-            text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
-            yield text
-            text.flush()
-            text.detach()  # `replacing` closes the file
+def opened(path: str | None) -> Iterator[TextIO | None]:
+    """A file, which is replaced whole or not at all; standard output for "-"; None without a path."""
+    if not path or path == "-":
+        yield sys.stdout if path else None
+        return
+    with files.replacing(path, "the predictions") as file:
+        # A file's name need not be Unicode: bytes that are not become escapes.
+        text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
+        yield text
+        text.flush()
+        text.detach()  # `replacing` closes the file
 
 
-@contextlib.contextmanager
-def json_writer(path: str) -> Iterator[Writer]:
-    """Writes a JSON list, one object per image, at the end."""
-    objects = []
-    with opened(path) as file:
-        yield lambda prediction: objects.append(json.dumps(as_dict(prediction), ensure_ascii=False))
-        file.write("[\n" + ",\n".join(objects) + "\n]\n")
-        file.flush()  # a closed pipe ends the script here, before its summary
-
-
-def as_dict(prediction: Prediction) -> dict[str, Any]:
-    if prediction.error:
-        return {"image": prediction.path, "error": prediction.error}
-    return {
-        "image": prediction.path,
-        "top": [{"class": name, "prob": prob} for name, prob in prediction.top],
-        "members": {member: {"class": name, "prob": prob} for member, (name, prob) in prediction.members.items()},
-    }
-
-
-@contextlib.contextmanager
-def csv_writer(path: str, top: int) -> Iterator[Writer]:
-    """Writes a table: image, class1, prob1, …, error."""
-    columns = [f"{column}{rank}" for rank in range(1, top + 1) for column in ("class", "prob")]
-    with opened(path) as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["image", *columns, "error"])
-
-        def write(prediction: Prediction) -> None:
-            cells = [cell for class_prob in prediction.top for cell in class_prob] or [""] * len(columns)
-            table.writerow([prediction.path, *cells, prediction.error or ""])
-
-        yield write
-
-
-def text_writer(paths: Sequence[str], ensemble: Ensemble, names: Sequence[str], verbose: bool) -> Writer:
-    """Prints one line per image, with `verbose` each member's most likely class below."""
-    leads = [*paths, *(f"  {name}" for name in names if verbose)]
-    width = max((len(lead) for lead in leads if len(lead) <= MAX_COLUMN), default=0)
-    class_width = max(map(len, ensemble.classes))
-
-    def line(lead: str, class_probs: Sequence[ClassProb]) -> str:
-        cells = [f"{name:{class_width}} {100 * prob:5.1f} %" for name, prob in class_probs]
-        return "  ".join([f"{lead:{width}}", *cells])
-
-    def write(prediction: Prediction) -> None:
-        if prediction.error:
-            return
-        lines = [line(prediction.path, prediction.top)]
-        if verbose:
-            lines += [line(f"  {member}", [class_prob]) for member, class_prob in prediction.members.items()]
-        sys.stdout.write("".join(printable(text) + "\n" for text in lines))
-
-    return write
+def print_prediction(prediction: Prediction, width: int, class_width: int, verbose: bool) -> None:
+    """One line and, with `verbose`, each member's most likely class below."""
+    lines = [(prediction["image"], prediction["top"])]
+    if verbose:
+        lines += [(f"  {name}", [vote]) for name, vote in prediction["members"].items()]
+    for lead, votes in lines:
+        cells = [f"{vote['class']:{class_width}} {100 * vote['prob']:5.1f} %" for vote in votes]
+        print(printable("  ".join([f"{lead:{width}}", *cells])))
 
 
 def printable(text: str) -> str:

@@ -85,7 +85,7 @@ def untrained(name: str) -> Ensemble:
     """The ensemble of one network, or of all."""
     parts = [Member(NETWORKS[part](10), MEAN, STD) for part in (NETWORKS if name == ENSEMBLE else [name])]
     ensemble = Ensemble(parts, [str(number) for number in range(10)], IMAGE_SIZE)
-    return ensemble.to(memory_format=torch.channels_last).eval()
+    return ensemble.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
@@ -120,7 +120,7 @@ def measure(ensemble: Ensemble, rounds: int, device: torch.device) -> dict[str, 
 
 def measure_cascade(options: argparse.Namespace, device: torch.device) -> int:
     paths, precision = options.cascade, pick_precision("auto", device)
-    data = main_ens.load_first(members.read_all(paths)[0], argparse.Namespace(data=None, data_url=None, test_size=None))
+    data = main_ens.load_first(members.read_all(paths)[0])
     chosen = np.random.default_rng(0).permutation(len(data.test))[: options.images]
     images, labels = torch.from_numpy(data.test.images[chosen]), torch.from_numpy(data.test.labels[chosen])
     ensembles = {"whole": members.load(paths), "cascade": members.load(paths, cascade=options.threshold)}

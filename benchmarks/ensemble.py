@@ -52,7 +52,6 @@ from dataset import cifar10
 from evaluation import metrics
 from evaluation.logits import member_logits
 from evaluation.members import names, read_all
-from evaluation.report import intervals
 from models.ensemble import average_probs
 from training.history import read_csv
 from training.recipe import Recipe, parse_flags, spelled
@@ -231,7 +230,7 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
     """
     with contextlib.chdir(work):  # where the paths of checkpoints, plots and data begin
         members = read_all([recipe.checkpoint_path for recipe in recipes.values()])
-        data = main_ens.load_first(members[0], argparse.Namespace(data=None, data_url=None, test_size=None))
+        data = main_ens.load_first(members[0])
         device, images = set_up_device(recipes["dense.py"].device), torch.from_numpy(data.test.images)
         precision = pick_precision("auto", device)
         own, _ = member_logits(members, images, device, precision=precision)  # main_ens.py has cached them
@@ -297,7 +296,7 @@ def compare(output: Path, other: Path) -> None:
     for name in [name for name in probs if name in other_probs]:
         change = metrics.per_image(probs[name], labels) - metrics.per_image(other_probs[name], labels)
         means = dict(zip(metrics.PER_IMAGE, change.mean(0).tolist(), strict=True))
-        within = intervals(metrics.bootstrap(change.numpy()))
+        within = metrics.intervals(metrics.bootstrap(change.numpy()))
         rows.append({"name": name} | means | {"intervals": within})
         points, (low, high) = 100 * means["accuracy"], (100 * end for end in within["accuracy"])
         cells[name] = {"test accuracy, points": f"{points:+.2f} ({low:+.2f} to {high:+.2f})"}

@@ -4,14 +4,12 @@ Costs are of one image: milliseconds, measured when the logits were computed, an
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import Dataset, Split
 from evaluation import members, metrics
 from models.ensemble import average_probs, cascade_probs
 
@@ -19,10 +17,8 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995
 DEFAULT_THRESHOLD = 0.9
 TOLERANCE = 0.001  # of accuracy, for the threshold that is chosen on validation images
 ALL_SUBSETS_OF = 6  # members; of more, only the smallest and the largest subsets
-DOUBTFUL_LABELS = 50
 
-Cost = dict[str, Any]  # of a member: name and `COSTS`
-COSTS = ("milliseconds", "multiply_adds")
+Cost = dict[str, Any]  # of a member: name, milliseconds, multiply_adds
 
 
 def member_costs(contents: members.Contents, milliseconds: Sequence[float], views: int) -> list[Cost]:
@@ -32,10 +28,10 @@ def member_costs(contents: members.Contents, milliseconds: Sequence[float], view
         {
             "name": name,
             "checkpoint": str(path),
-            "milliseconds": measured,
+            "milliseconds": spent,
             "multiply_adds": views * members.cost(path, content),
         }
-        for name, (path, content), measured in zip(names, contents, milliseconds, strict=True)
+        for name, (path, content), spent in zip(names, contents, milliseconds, strict=True)
     ]
 
 
@@ -52,8 +48,8 @@ def subset_rows(
     rows = []
     for subset in subsets(len(costs)):
         probs = average_probs(logits[list(subset)].double().flatten(0, 1), how, temperature if len(subset) > 1 else 1.0)
-        total = {name: sum(costs[number][name] for number in subset) for name in COSTS}
-        rows.append({"members": [costs[number]["name"] for number in subset]} | scores(probs, labels) | total)
+        seen = {costs[number]["name"]: 1 for number in subset}
+        rows.append({"members": list(seen)} | scores_and_cost(probs, labels, costs, seen))
     return rows
 
 
@@ -65,59 +61,33 @@ def cascade_rows(probs: Tensor, labels: Tensor, costs: Sequence[Cost]) -> list[d
     order = sorted(range(len(costs)), key=lambda number: costs[number]["multiply_adds"])
     rows = []
     for threshold in THRESHOLDS:
-        averaged, seen = cascade_probs(probs[order], threshold)
-        shares = {number: (seen > place).double().mean().item() for place, number in enumerate(order)}
-        mean = {name: sum(costs[number][name] * share for number, share in shares.items()) for name in COSTS}
-        by_name = {costs[number]["name"]: share for number, share in shares.items()}
-        rows.append({"threshold": threshold, "seen": by_name} | scores(averaged, labels) | mean)
+        averaged, counts = cascade_probs(probs[order], threshold)
+        seen = {costs[number]["name"]: (counts > place).double().mean().item() for place, number in enumerate(order)}
+        rows.append({"threshold": threshold, "seen": seen} | scores_and_cost(averaged, labels, costs, seen))
     return rows
 
 
-def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
-    return {"accuracy": metrics.accuracy(probs, labels), "loss": metrics.negative_log_likelihood(probs, labels)}
+def scores_and_cost(
+    probs: Tensor, labels: Tensor, costs: Sequence[Cost], seen: Mapping[str, float]
+) -> dict[str, float]:
+    """`seen` is the share of the images that each member sees, by its name."""
+    return {
+        "accuracy": metrics.accuracy(probs, labels),
+        "loss": metrics.negative_log_likelihood(probs, labels),
+        "milliseconds": sum(seen.get(cost["name"], 0) * cost["milliseconds"] for cost in costs),
+        "multiply_adds": sum(seen.get(cost["name"], 0) * cost["multiply_adds"] for cost in costs),
+    }
 
 
-def pick_threshold(
-    contents: members.Contents,
-    data: Dataset,
-    costs: Sequence[Cost],
-    compute_logits: Callable[[Split], tuple[Tensor, Any]],
-) -> dict[str, Any]:
-    """The threshold of the cascade: chosen on validation images that all members share, or else the default.
+def pick_threshold(val_logits: Tensor | None, val_labels: Tensor | None, costs: Sequence[Cost]) -> dict[str, Any]:
+    """The threshold of the cascade: the lowest at which it is nearly as accurate on validation images as the ensemble.
 
-    The test images never choose it.
+    `val_logits` are (M, V, N, C), `val_labels` (N,). If they are None, it is the default: the test images never choose.
     """
-    splits = [content["data"]["split"] for _, content in contents]
-    if data.val is None or len({(split["val_size"], split["split_seed"]) for split in splits}) > 1:
+    if val_logits is None:
         return {"value": DEFAULT_THRESHOLD, "chosen_by": "constant"}
-    logits, _ = compute_logits(data.val)
-    probs = torch.stack([average_probs(views) for views in logits.double()])
-    value = choose_threshold(probs, torch.from_numpy(data.val.labels), costs)
-    return {"value": value, "chosen_by": "validation", "num_images": len(data.val)}
-
-
-def choose_threshold(probs: Tensor, labels: Tensor, costs: Sequence[Cost]) -> float:
-    """The lowest threshold whose accuracy is within `TOLERANCE` of the ensemble's, from probabilities (M, N, C)."""
-    enough = metrics.accuracy(probs.mean(0), labels) - TOLERANCE
-    rows = cascade_rows(probs, labels, costs)
-    return next((row["threshold"] for row in rows if row["accuracy"] >= enough), 1.0)
-
-
-def doubtful_labels(probs: Tensor, labels: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The images whose given label has the lowest probability in the ensemble, (N, C); the lowest first.
-
-    About 0.5 % of CIFAR-10's test labels are wrong (Northcutt et al. 2021, arXiv:2103.14749), and most of these are
-    among the first. They stay in every score.
-    """
-    given = probs[np.arange(len(labels)), labels]
-    predicted_probs, predicted = probs.max(1)
-    return [
-        {
-            "index": row,
-            "label": classes[labels[row]],
-            "label_prob": given[row].item(),
-            "prediction": classes[predicted[row]],
-            "prediction_prob": predicted_probs[row].item(),
-        }
-        for row in given.argsort(stable=True)[:DOUBTFUL_LABELS].tolist()
-    ]
+    probs = torch.stack([average_probs(views) for views in val_logits.double()])
+    enough = metrics.accuracy(probs.mean(0), val_labels) - TOLERANCE
+    rows = cascade_rows(probs, val_labels, costs)
+    value = next((row["threshold"] for row in rows if row["accuracy"] >= enough), 1.0)
+    return {"value": value, "chosen_by": "validation", "num_images": len(val_labels)}

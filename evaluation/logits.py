@@ -21,7 +21,7 @@ from evaluation.members import Contents, build_member, check_finite
 from utils import eval_batch_size, predict
 
 CACHE = ".logits"  # the folder next to the checkpoints
-CACHE_VERSION = 2  # goes up if the same checkpoint and images would give other logits than before
+CACHE_VERSION = 3  # goes up if the same checkpoint and images would give other logits than before
 WARM_UP_IMAGES = 32
 
 
@@ -39,15 +39,14 @@ def member_logits(
 
     Also each member's milliseconds per image, all views together, when the logits were computed. `contents` are paths
     and what `checkpoint.read` gave for them. The views are the image and, with `flip`, its horizontal flip. With
-    `cached`, logits come from the cache if it has them. Raises UserError if logits are not finite.
+    `cached`, logits come from the cache if it has them; without, they are also deleted there. Raises UserError if
+    logits are not finite.
     """
     batch_size = batch_size or eval_batch_size(images, device)
-    digest = hashlib.sha256(repr(tuple(images.shape)).encode())
-    digest.update(images.numpy())
     # All that determines the logits, or the time they take, except for the checkpoint and the view.
     setting = {
         "version": CACHE_VERSION,
-        "images": digest.hexdigest(),
+        "images": (tuple(images.shape), hashlib.sha256(images.numpy()).hexdigest()),
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else (device.type, torch.get_num_threads()),
         "precision": precision,
         "batch_size": batch_size,
@@ -58,14 +57,15 @@ def member_logits(
     for path, content in contents:
         views = []
         for flipped in (False, True) if flip else (False,):
-            cache = cache_path(path, setting | {"checkpoint": content["digest"], "flipped": flipped})
-            view = read_cache(cache, (len(images), len(content["data"]["classes"]))) if cached else None
+            key = json.dumps(setting | {"checkpoint": content["digest"], "flipped": flipped})
+            cache = path.parent / CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+            view = read_cache(cache) if cached else None
             if view is None:
-                view = compute(path, content, images, device, precision, flipped, batch_size)
+                view = compute(path, content, images.flip(3) if flipped else images, device, precision, batch_size)
                 if cached:
                     write_cache(cache, *view)
                 else:
-                    cache.unlink(missing_ok=True)  # --no-cache also deletes the cached file
+                    cache.unlink(missing_ok=True)
             views.append(view)
         members.append(torch.stack([logits for logits, _ in views]))
         milliseconds.append(1000 * sum(seconds for _, seconds in views) / len(images))
@@ -73,31 +73,19 @@ def member_logits(
 
 
 def compute(
-    path: Path,
-    content: dict[str, Any],
-    images: Tensor,
-    device: torch.device,
-    precision: str,
-    flipped: bool,
-    batch_size: int,
+    path: Path, content: dict[str, Any], images: Tensor, device: torch.device, precision: str, batch_size: int
 ) -> tuple[Tensor, float]:
-    """Logits, float32 (N, C), of one checkpoint for one view, and seconds, without the warm-up batch."""
+    """Logits, float32 (N, C), of one checkpoint, and seconds, without the warm-up batch."""
     member = build_member(path, content).to(device, memory_format=torch.channels_last)
-    network = (lambda batch: member(batch.flip(3))) if flipped else member
     with explain_out_of_memory(batch_size):
-        # A GPU looks for algorithms at the first batch of each size.
-        warm_up = images if device.type == "cuda" else images[: min(batch_size, WARM_UP_IMAGES)]
-        predict(network, warm_up, device, precision=precision, batch_size=batch_size)
+        # A GPU loads its kernels and takes its memory with the first batch.
+        warm_up = images[: batch_size if device.type == "cuda" else WARM_UP_IMAGES]
+        predict(member, warm_up, device, precision=precision, batch_size=batch_size)
         started = time.perf_counter()
-        logits = predict(network, images, device, precision=precision, batch_size=batch_size, label=path.stem)
+        logits = predict(member, images, device, precision=precision, batch_size=batch_size, label=path.stem)
         seconds = time.perf_counter() - started
     check_finite(path, logits)
     return logits, seconds
-
-
-def cache_path(checkpoint: Path, key: dict[str, Any]) -> Path:
-    """The cache file of one view, named by a hash of `key`."""
-    return checkpoint.parent / CACHE / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npz"
 
 
 @functools.cache
@@ -109,14 +97,11 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def read_cache(path: Path, shape: tuple[int, int]) -> tuple[Tensor, float] | None:
-    """Logits of this shape and the seconds they took, or None if `path` does not exist or is damaged."""
+def read_cache(path: Path) -> tuple[Tensor, float] | None:
+    """Logits and the seconds they took, or None if `path` does not exist or is damaged."""
     try:
-        with np.load(path) as stored:
-            logits, seconds = stored["logits"], float(stored["seconds"])
-        if logits.dtype != np.float32 or logits.shape != shape or not np.isfinite(logits).all():
-            raise ValueError(f"found {logits.dtype} {logits.shape}, expected finite float32 {shape}")
-        return torch.from_numpy(logits), seconds
+        with np.load(path) as stored:  # a zip file, with a checksum of each array
+            return torch.from_numpy(stored["logits"]), float(stored["seconds"])
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged zip file fails in more ways than numpy and zipfile list

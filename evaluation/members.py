@@ -19,7 +19,7 @@ from common.device import DEVICES, PRECISIONS
 from common.errors import UserError
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import NETWORKS
 from models.ensemble import AVERAGES, Ensemble, Member
@@ -45,17 +45,13 @@ def load(
     Raises UserError if a checkpoint is missing, unusable or given twice, if a member has other classes or another image
     size than the first, and for a cascade with fewer than two members or a threshold that is not 0 to 1.
     """
-    contents = read_all(paths)
-    if cascade is not None:
-        contents = in_cascade(contents, cascade)
-    return build(contents, average=average, temperature=temperature, cascade=cascade)
+    return build(read_all(paths, cascade), average=average, temperature=temperature, cascade=cascade)
 
 
-def read_all(paths: Sequence[str | Path]) -> Contents:
-    """Read checkpoints that can be averaged; warns on stderr if the training of one is not finished.
+def read_all(paths: Sequence[str | Path], cascade: float | None = None) -> Contents:
+    """Read checkpoints that can be averaged, for a cascade the cheapest first; raises UserError as `load` does.
 
-    Raises UserError if there is none, if one is missing, unusable or given twice, and if one has other classes or
-    another image size than the first.
+    Warns on stderr if the training of one is not finished.
     """
     if isinstance(paths, str | Path):
         paths = [paths]
@@ -66,18 +62,20 @@ def read_all(paths: Sequence[str | Path]) -> Contents:
         raise UserError("a checkpoint is given twice; it would count twice in the average")
     contents = []
     for path in paths:
-        if not os.path.exists(path):
-            advice = f"python {SCRIPTS[path.name]} makes it" if path.name in SCRIPTS else "give an existing file"
-            raise UserError(f"{path}: there is no such checkpoint; {advice}")
+        if path.name in SCRIPTS and not path.exists():
+            raise UserError(f"{path}: there is no such checkpoint; python {SCRIPTS[path.name]} makes it")
         content = checkpoint.read(path)
         if not content["finished"]:
-            done, epochs = content["training"]["epoch"], content["recipe"]["epochs"]
-            print(
-                f"warning: {path} is not finished, {done} of {epochs} epochs; it is used as it stands", file=sys.stderr
-            )
+            done = f"{content['training']['epoch']} of {content['recipe']['epochs']} epochs"
+            print(f"warning: {path} is not finished, {done}; it is used as it stands", file=sys.stderr)
         contents.append((path, content))
     check_same(contents, lambda data: {"classes": data["classes"], "image size": data["image_size"]})
-    return contents
+    if cascade is None:
+        return contents
+    check_range("the threshold of the cascade", cascade, 0, 1)
+    if len(contents) < 2:
+        raise UserError(f"a cascade needs two members or more; there is only {paths[0]}")
+    return sorted(contents, key=lambda pair: cost(*pair))
 
 
 def check_same(contents: Contents, properties: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -104,49 +102,35 @@ def names(paths: Sequence[Path]) -> list[str]:
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
-def in_cascade(contents: Contents, threshold: float) -> Contents:
-    """The members of a cascade, the cheapest first.
-
-    Raises UserError if fewer than two, or if the threshold is not 0 to 1.
-    """
-    check_range("the threshold of the cascade", threshold, 0, 1)
-    if len(contents) < 2:
-        raise UserError(f"a cascade needs two members or more; there is only {contents[0][0]}")
-    return sorted(contents, key=lambda pair: cost(*pair))
-
-
 def cost(path: Path, content: dict[str, Any]) -> int:
-    """Multiply-adds of one image, which do not depend on the weights."""
-    with checkpoint.usable(path):  # not on the meta device: a network may read a tensor's values while it is built
-        return multiply_adds(build_network(path, content), content["data"]["image_size"])
+    """Multiply-adds of one image."""
+    with checkpoint.usable(path):
+        return multiply_adds(build_member(path, content).network, content["data"]["image_size"])
 
 
-def build(
-    contents: Contents, *, average: str = "softmax", temperature: float = 1.0, cascade: float | None = None
-) -> Ensemble:
-    """The ensemble of checkpoints that `read_all` has read. Raises UserError if weights do not fit their network."""
+def build(contents: Contents, **averaging: Any) -> Ensemble:
+    """The ensemble of checkpoints that `read_all` has read; `averaging` are the keywords of `Ensemble`.
+
+    Raises UserError if weights do not fit their network.
+    """
     members = [build_member(path, content) for path, content in contents]
     data = contents[0][1]["data"]
-    ensemble = Ensemble(
-        members, data["classes"], data["image_size"], average=average, temperature=temperature, cascade=cascade
-    )
+    ensemble = Ensemble(members, data["classes"], data["image_size"], **averaging)
     return ensemble.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def build_member(path: Path, content: dict[str, Any]) -> Member:
-    """The network of one checkpoint, in evaluation mode. Raises UserError if its weights do not fit."""
+    """The network of one checkpoint, in evaluation mode.
+
+    Raises UserError if its name is not known or its weights do not fit.
+    """
     with checkpoint.usable(path):
-        network = build_network(path, content)
+        name = content["network"]["name"]
+        if name not in NETWORKS:
+            raise UserError(f"{path}: holds a network named {name!r}; known are {', '.join(NETWORKS)}")
+        network = NETWORKS[name](**content["network"]["arguments"])
         network.load_state_dict(dict(content["model"]))
         return Member(network, content["data"]["mean"], content["data"]["std"]).eval()
-
-
-def build_network(path: Path, content: dict[str, Any]) -> nn.Module:
-    """The network of one checkpoint, without its trained weights. Raises UserError if its name is not known."""
-    name = content["network"]["name"]
-    if name not in NETWORKS:
-        raise UserError(f"{path}: holds a network named {name!r}; known are {', '.join(NETWORKS)}")
-    return NETWORKS[name](**content["network"]["arguments"])
 
 
 # ----------------------------------------------------------------------- the flags that main_ens, predict, export share
@@ -179,8 +163,7 @@ def temperature_flag(text: str, *, fit: bool) -> float | str:
     try:
         value = float(text)
     except ValueError:
-        expected = f"{FIT} or a number" if fit else "a number"
-        raise argparse.ArgumentTypeError(f"found {text}, expected {expected}") from None
+        raise argparse.ArgumentTypeError(f"found {text}, expected {'fit or ' if fit else ''}a number") from None
     check_range("--temperature", value, *TEMPERATURES)
     return value
 
@@ -198,8 +181,14 @@ def paths_of(options: argparse.Namespace) -> list[Path]:
 
     A folder stands for the checkpoints in it. Raises UserError if there is no checkpoint.
     """
-    if options.checkpoints:
-        return [path for given in options.checkpoints for path in in_folder(given)]
+    paths = []
+    for path in options.checkpoints:
+        found = sorted(path.glob("*.pt")) if os.path.isdir(path) else [path]
+        if not found:
+            raise UserError(f"{path}: this folder has no checkpoints (*.pt)")
+        paths += found
+    if paths:
+        return paths
     folder = Path(options.checkpoint_dir)
     missing = [name for name in SCRIPTS if not (folder / name).exists()]
     if len(missing) == len(SCRIPTS):
@@ -210,15 +199,6 @@ def paths_of(options: argparse.Namespace) -> list[Path]:
     for name in missing:
         print(f"note: without {folder / name}, which python {SCRIPTS[name]} makes", file=sys.stderr)
     return [folder / name for name in SCRIPTS if name not in missing]
-
-
-def in_folder(path: Path) -> list[Path]:
-    """The checkpoints in a folder; a path that is not a folder stays as it is."""
-    if not path.is_dir():
-        return [path]
-    if found := sorted(path.glob("*.pt")):
-        return found
-    raise UserError(f"{path}: this folder has no checkpoints (*.pt)")
 
 
 def check_finite(path: Path, logits: Tensor) -> None:

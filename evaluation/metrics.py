@@ -3,6 +3,8 @@
 In float64: a test loss summed over ten thousand images should not depend on the order of the sum.
 """
 
+from collections import Counter
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,10 +16,7 @@ RESAMPLED_AT_ONCE = 2**20  # images drawn per batch: 8 MB of indices, and as muc
 
 
 def negative_log_likelihood(probs: Tensor, labels: Tensor) -> float:
-    """Mean −log of the probability that `probs`, (N, C), give to `labels`, int64 (N,).
-
-    A probability of zero counts as the smallest float64 above it.
-    """
+    """Mean −log of the probability that `probs`, (N, C), give to `labels`, int64 (N,)."""
     return per_image(probs, labels)[:, 0].mean().item()
 
 
@@ -27,7 +26,10 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def per_image(probs: Tensor, labels: Tensor) -> Tensor:
-    """`PER_IMAGE` of each image, float64 (N, 3), from `probs`, (N, C), and `labels`, int64 (N,)."""
+    """`PER_IMAGE` of each image, float64 (N, 3), from `probs`, (N, C), and `labels`, int64 (N,).
+
+    A probability of zero counts as the smallest float64 above it.
+    """
     probs = probs.double()
     chosen = probs.gather(1, labels[:, None])[:, 0]
     loss = -chosen.clamp(min=torch.finfo(torch.float64).tiny).log()
@@ -45,8 +47,8 @@ def reliability(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     confidence, predicted = probs.double().max(1)
     bin_of = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)  # a bin holds its upper edge, as in the paper
     counts = torch.bincount(bin_of, minlength=BINS)
-    sums = (torch.bincount(bin_of, weights, BINS) for weights in (confidence, (predicted == labels).double()))
-    mean_confidence, accuracies = (total / counts.clamp(min=1) for total in sums)
+    mean_confidence = torch.bincount(bin_of, confidence, BINS) / counts.clamp(min=1)
+    accuracies = torch.bincount(bin_of, (predicted == labels).double(), BINS) / counts.clamp(min=1)
     return counts, mean_confidence, accuracies
 
 
@@ -68,14 +70,11 @@ def confusion_matrix(probs: Tensor, labels: Tensor) -> Tensor:
     return torch.bincount(labels * classes + probs.argmax(1), minlength=classes**2).view(classes, classes)
 
 
-def confusions(matrix: Tensor, most: int) -> list[tuple[int, int, int]]:
-    """The `most` frequent mistakes in a confusion matrix: true class, predicted class, number of images, in order."""
-    counts, cells = (matrix - matrix.diag().diag()).flatten().sort(descending=True, stable=True)
-    return [
-        (*divmod(cell, len(matrix)), count)
-        for cell, count in zip(cells[:most].tolist(), counts[:most].tolist(), strict=True)
-        if count
-    ]
+def confusions(probs: Tensor, labels: Tensor, most: int) -> list[tuple[int, int, int]]:
+    """The `most` frequent mistakes: true class, predicted class, number of images, the most frequent first."""
+    pairs = zip(labels.tolist(), probs.argmax(1).tolist(), strict=True)
+    counts = Counter((true, predicted) for true, predicted in pairs if true != predicted)
+    return [(*pair, count) for pair, count in counts.most_common(most)]
 
 
 def bootstrap(values: np.ndarray) -> np.ndarray:
@@ -94,6 +93,6 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
     return means
 
 
-def interval(means: np.ndarray) -> list[float]:
-    """The middle 95 % of resampled means, (RESAMPLES,): their lower and upper end."""
-    return np.percentile(means, [2.5, 97.5]).tolist()
+def intervals(means: np.ndarray) -> dict[str, list[float]]:
+    """Both ends of the middle 95 % of resampled means, (RESAMPLES, 3), of each of `PER_IMAGE`."""
+    return dict(zip(PER_IMAGE, np.percentile(means, [2.5, 97.5], axis=0).T.tolist(), strict=True))

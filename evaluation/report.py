@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,21 +21,17 @@ from evaluation.members import TEMPERATURES
 from evaluation.metrics import PER_IMAGE
 from models.ensemble import average_logits, average_probs
 
-CONFUSIONS = 10
+CONFUSIONS, DOUBTFUL_LABELS = 10, 50  # the most that are listed
 
 
 @dataclass(frozen=True)
 class Probs:
     """Probabilities of the same N images, float64."""
 
-    members: Tensor
-    """(M, N, C)"""
-    ensemble: Tensor
-    """(N, C)"""
-    without: Tensor
-    """(M, N, C): the ensemble without each of its members; (0, N, C) if there is only one"""
-    unscaled: Tensor
-    """(N, C): the ensemble at a temperature of 1"""
+    members: Tensor  # (M, N, C)
+    ensemble: Tensor  # (N, C)
+    without: list[Tensor]  # (N, C): the ensemble without each of its members; empty if there is only one
+    unscaled: Tensor  # (N, C): the ensemble at a temperature of 1
     temperature: float
 
 
@@ -47,13 +42,11 @@ def average(logits: Tensor, how: str, temperature: float = 1.0) -> Probs:
     temperature applies to the ensemble, with all members and without one, but not to a member.
     """
     logits = logits.double()
-    count = len(logits)
-    others = [[number for number in range(count) if number != member] for member in range(count) if count > 1]
-    without = [average_probs(logits[rest].flatten(0, 1), how, temperature) for rest in others]
+    others = [torch.cat([logits[:number], logits[number + 1 :]]) for number in range(len(logits)) if len(logits) > 1]
     return Probs(
         members=torch.stack([average_probs(views, how) for views in logits]),
         ensemble=average_probs(logits.flatten(0, 1), how, temperature),
-        without=torch.stack(without) if without else torch.empty(0, *logits.shape[2:], dtype=torch.float64),
+        without=[average_probs(rest.flatten(0, 1), how, temperature) for rest in others],
         unscaled=average_probs(logits.flatten(0, 1), how),
         temperature=temperature,
     )
@@ -79,11 +72,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, how: str) -> float:
 
 
 def report(
-    probs: Probs,
-    labels: Tensor,
-    members: Sequence[dict[str, Any]],
-    classes: Sequence[str],
-    fitted_on: int | None = None,
+    probs: Probs, labels: Tensor, members: Sequence[dict], classes: Sequence[str], fitted_on: int | None = None
 ) -> dict[str, Any]:
     """Figures of members and ensemble, and how they compare. `labels` are int64 (N,).
 
@@ -99,21 +88,23 @@ def report(
         | {"calibration_error": metrics.calibration_error(each, labels)}
         for each, values in zip(all_probs, per_image, strict=True)
     ]
-    rows = [row | {"intervals": intervals(resampled[:, number])} for number, row in enumerate(figures)]
+    rows = [row | {"intervals": metrics.intervals(resampled[:, number])} for number, row in enumerate(figures)]
     whole, unscaled = len(members), len(rows) - 1
 
     def difference(one: int, other: int) -> dict[str, Any]:
         change = {name: figures[one][name] - figures[other][name] for name in PER_IMAGE}
-        return change | {"intervals": intervals(resampled[:, one] - resampled[:, other])}
+        return change | {"intervals": metrics.intervals(resampled[:, one] - resampled[:, other])}
 
     # The best member is selected on the test set: the comparison is biased against the ensemble.
     best = max(range(whole), key=lambda number: (figures[number]["accuracy"], -figures[number]["loss"]))
     names = [member["name"] for member in members]
-    matrix = metrics.confusion_matrix(probs.ensemble, labels)
-    result = {
-        "members": [
-            {"name": name} | row | member for name, row, member in zip(names, rows[:whole], members, strict=True)
-        ],
+    temperature = None
+    if probs.temperature != 1.0:
+        before, after = figures[unscaled], figures[whole]
+        temperature = {"value": probs.temperature, "fitted_on": fitted_on, "before": before, "after": after}
+        temperature["difference"] = difference(whole, unscaled)
+    return {
+        "members": [member | row for member, row in zip(members, rows[:whole], strict=True)],
         "ensemble": rows[whole],
         "best_member": names[best],
         "versus_members": [{"name": name} | difference(whole, number) for number, name in enumerate(names)],
@@ -124,24 +115,30 @@ def report(
         "disagreement": metrics.disagreement(probs.members).tolist(),
         "confusions": [
             {"true": classes[true], "predicted": classes[predicted], "images": images}
-            for true, predicted, images in metrics.confusions(matrix, CONFUSIONS)
+            for true, predicted, images in metrics.confusions(probs.ensemble, labels, CONFUSIONS)
         ],
-        "temperature": None,
+        "temperature": temperature,
     }
-    if probs.temperature != 1.0:
-        result["temperature"] = {
-            "value": probs.temperature,
-            "fitted_on": fitted_on,
-            "before": figures[unscaled],
-            "after": figures[whole],
-            "difference": difference(whole, unscaled),
+
+
+def doubtful_labels(probs: Tensor, labels: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The images whose given label has the lowest probability in the ensemble, (N, C); the lowest first.
+
+    About 0.5 % of CIFAR-10's test labels are wrong (Northcutt et al. 2021, arXiv:2103.14749), and most of these are
+    among the first. They stay in every score.
+    """
+    given = probs[torch.arange(len(labels)), labels]
+    predicted_probs, predicted = probs.max(1)
+    return [
+        {
+            "index": row,
+            "label": classes[labels[row]],
+            "label_prob": given[row].item(),
+            "prediction": classes[predicted[row]],
+            "prediction_prob": predicted_probs[row].item(),
         }
-    return result
-
-
-def intervals(resampled: np.ndarray) -> dict[str, list[float]]:
-    """The interval of each of `PER_IMAGE` from its resampled means, (resamples, 3)."""
-    return {name: metrics.interval(means) for name, means in zip(PER_IMAGE, resampled.T, strict=True)}
+        for row in given.argsort(stable=True)[:DOUBTFUL_LABELS].tolist()
+    ]
 
 
 def by_network(members: Sequence[dict[str, Any]], networks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -152,12 +149,13 @@ def by_network(members: Sequence[dict[str, Any]], networks: Sequence[dict[str, A
     groups: dict[str, list[dict[str, Any]]] = {}
     for member, network in zip(members, networks, strict=True):
         groups.setdefault(json.dumps(network, sort_keys=True), []).append(member)
-    result = []
-    for network, same in groups.items():
-        if len(same) > 1:
-            row = {"network": json.loads(network)["name"], "members": [member["name"] for member in same]}
-            for name in (*PER_IMAGE, "calibration_error"):
-                values = [member[name] for member in same]
-                row[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
-            result.append(row)
-    return result
+    return [
+        {"network": json.loads(network)["name"], "members": [member["name"] for member in same]}
+        | {name: mean_and_std([member[name] for member in same]) for name in (*PER_IMAGE, "calibration_error")}
+        for network, same in groups.items()
+        if len(same) > 1
+    ]
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values)}

@@ -18,15 +18,14 @@ def method(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """One row per member, and one for the ensemble."""
-    rows = [(row["name"], row) for row in result["members"]]
-    rows.append((f"ensemble ({method(result)})", result["ensemble"]))
+    rows = [*result["members"], {"name": f"ensemble ({method(result)})"} | result["ensemble"]]
     corner = f"with --tta {result['tta']}" if result["tta"] else ""
-    width = max(len(name) for name in (corner, *dict(rows)))
+    width = max(len(name) for name in (corner, *(row["name"] for row in rows)))
     lines = [f"{corner:{width}}  test loss  accuracy [95 % interval]   Brier      ECE"]
-    for name, row in rows:
+    for row in rows:
         low, high = (f"{100 * end:.2f}" for end in row["intervals"]["accuracy"])
         lines.append(
-            f"{name:{width}}  {row['loss']:9.4f}  {100 * row['accuracy']:6.2f} % {f'[{low}, {high}]':>15}"
+            f"{row['name']:{width}}  {row['loss']:9.4f}  {100 * row['accuracy']:6.2f} % {f'[{low}, {high}]':>15}"
             f"{row['brier']:8.4f}  {100 * row['calibration_error']:5.2f} %"
         )
     lines.append(f"on {result['num_images']:,} test images of {result['data']}, in {result['precision']}")
@@ -36,33 +35,33 @@ def table(result: dict[str, Any]) -> str:
 def comparison(result: dict[str, Any]) -> str:
     """How the ensemble compares, one fact per line; facts that do not apply are left out."""
     lines = []
-    if calibrated := result["temperature"]:
-        before, after = calibrated["before"], calibrated["after"]
-        fitted = f", fitted on {calibrated['fitted_on']:,} validation images" if calibrated["fitted_on"] else ""
-        if fitted and any(math.isclose(calibrated["value"], limit, rel_tol=1e-5) for limit in TEMPERATURES):
-            fitted += ", at the limit"
-        lines.append(f"temperature {calibrated['value']:.4g}{fitted}")
-        low, high = calibrated["difference"]["intervals"]["loss"]
-        lines.append(
+    if temperature := result["temperature"]:
+        value, before, after = temperature["value"], temperature["before"], temperature["after"]
+        fitted = ""
+        if temperature["fitted_on"]:
+            fitted = f", fitted on {temperature['fitted_on']:,} validation images"
+            fitted += ", at the limit" if any(math.isclose(value, end, rel_tol=1e-5) for end in TEMPERATURES) else ""
+        lines += [
+            f"temperature {value:.4g}{fitted}",
             f"with it, test loss from {before['loss']:.4f} to {after['loss']:.4f}, "
-            f"{calibrated['difference']['loss']:+.4f} [{low:+.4f}, {high:+.4f}]{chance(low, high)}; "
-            f"ECE from {100 * before['calibration_error']:.2f} to {100 * after['calibration_error']:.2f} %"
-        )
+            f"{change(temperature['difference'], 'loss')}; "
+            f"ECE from {100 * before['calibration_error']:.2f} to {100 * after['calibration_error']:.2f} %",
+        ]
     if result["leave_one_out"]:
         best = next(row for row in result["versus_members"] if row["name"] == result["best_member"])
-        lines.append(f"ensemble against its best member, {best['name']}: {points(best)}")
+        lines.append(f"ensemble against its best member, {best['name']}: {change(best, 'accuracy')}")
     for row in result["leave_one_out"]:
-        lines.append(f"without {row['without']}: {100 * row['accuracy']:.2f} %, {points(row['versus_ensemble'])}")
+        lines.append(
+            f"without {row['without']}: {100 * row['accuracy']:.2f} %, {change(row['versus_ensemble'], 'accuracy')}"
+        )
     if result["cascade"]:
         threshold = result["cascade_threshold"]
         row = next(row for row in result["cascade"] if row["threshold"] == threshold["value"])
         source = f"chosen on {threshold['num_images']:,} validation images" if "num_images" in threshold else "default"
-        whole = result["subsets"][-1]["milliseconds"]
-        seen = ", ".join(f"{name} {100 * share:.0f} %" for name, share in row["seen"].items())
         lines += [
             f"cascade at {threshold['value']:g} ({source}): {100 * row['accuracy']:.2f} %, "
-            f"{row['milliseconds']:.2f} ms per image instead of {whole:.2f}",
-            f"  images seen by {seen}",
+            f"{row['milliseconds']:.2f} ms per image instead of {result['subsets'][-1]['milliseconds']:.2f}",
+            "  images seen by " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in row["seen"].items()),
         ]
     if pairs := [value for number, row in enumerate(result["disagreement"]) for value in row[:number]]:
         low, mean, high = (f"{100 * value:.2f}" for value in (min(pairs), sum(pairs) / len(pairs), max(pairs)))
@@ -80,12 +79,9 @@ def comparison(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def points(difference: dict[str, Any]) -> str:
-    """A difference of accuracies and its interval, in percentage points."""
-    low, high = difference["intervals"]["accuracy"]
-    return f"{100 * difference['accuracy']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}]{chance(low, high)}"
-
-
-def chance(low: float, high: float) -> str:
-    """A note for a difference whose interval, from `low` to `high`, includes 0."""
-    return "" if low > 0 or high < 0 or low == high == 0 else ", which may be chance"
+def change(difference: dict[str, Any], quantity: str) -> str:
+    """A difference of "loss" or "accuracy" and its interval, with a note if the interval includes 0."""
+    scale, form, unit = (100, "+.2f", " points") if quantity == "accuracy" else (1, "+.4f", "")
+    value, low, high = (scale * number for number in (difference[quantity], *difference["intervals"][quantity]))
+    chance = "" if low > 0 or high < 0 or low == high == 0 else ", which may be chance"
+    return f"{value:{form}}{unit} [{low:{form}}, {high:{form}}]{chance}"

@@ -42,11 +42,10 @@ def cascade_probs(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     Stops at the first member at which the averaged top probability reaches `threshold`. (Wang et al. 2022, "Wisdom of
     Committees", arXiv:2012.01988)
     """
-    counts = torch.arange(1, len(probs) + 1, device=probs.device)
-    averages = probs.cumsum(0) / counts.view(-1, 1, 1)
+    averages = torch.stack([probs[:count].mean(0) for count in range(1, len(probs) + 1)])
     goes_on = (averages[:-1].amax(2) < threshold).long().cumprod(0)
     seen = 1 + goes_on.sum(0)
-    return averages[seen - 1, torch.arange(probs.shape[1], device=probs.device)], seen
+    return averages.take_along_dim((seen - 1)[None, :, None], 0)[0], seen
 
 
 class Member(nn.Module):
@@ -114,7 +113,7 @@ class Ensemble(nn.Module):
         for number, member in enumerate(self.members):
             logits[number, rows] = member(images[rows]).float()
             seen[rows] = number + 1
-            rows = rows[self.average_seen(logits[:, rows], seen[rows]).amax(1) < self.cascade]
+            rows = rows[average_probs(logits[: number + 1, rows]).amax(1) < self.cascade]
             if not len(rows):
                 break
         return logits, seen

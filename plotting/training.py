@@ -11,12 +11,11 @@ from common import errors, files
 from common.command_line import Parser
 from common.text import counted, duration
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from plotting.style import BLUE, DPI, GREEN, GREY, VERMILLION, line_style, picture, short
+from plotting.style import BLUE, GREEN, GREY, VERMILLION, label_log_axis, line_style, picture, short
 
 SPLITS = {"train": ("train", BLUE), "val": ("validation", GREEN), "test": ("test", VERMILLION)}
 
@@ -39,8 +38,8 @@ def plot_training(
     """
     if not history:
         raise ValueError("a run without epochs has nothing to draw")
-    figure = Figure(figsize=(12.4, 4.9), dpi=DPI, layout="constrained")
-    figure.suptitle(f"{short(title, 60)} · {_summary(history)}", fontsize=15)
+    figure = Figure(figsize=(12.4, 4.9))
+    figure.suptitle(f"{short(title, 60)} · {_summary(history)}")
     loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
 
     kept = max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))  # the first one of the best
@@ -53,120 +52,81 @@ def plot_training(
             label = f"{tested} {form.format(scale * kept[key])}"
             if reference and split != "val":
                 label += f" (reference {form.format(scale * reference[-1][key])})"
-                _draw_reference(axes, reference, history, key, scale, colour)
-            _draw_run(axes, history, key, scale, label=label, color=colour)
+                _draw_reference(axes, reference, history, key, scale, color=colour)
+            _draw(axes, history, key, scale, color=colour, label=label)
         if kept is not history[-1]:
-            label = f"epoch {kept['epoch']} is kept"
-            axes.axvline(kept["epoch"], color=GREY, linestyle="-.", linewidth=1.5, label=label)
-    _draw_run(rate_axes, history, "learning_rate", 1, label="this run", color=GREY)
+            axes.axvline(kept["epoch"], color=GREY, linestyle="-.", label=f"epoch {kept['epoch']} is kept")
+    _draw(rate_axes, history, "learning_rate", 1, color=GREY, label="this run")
     if reference:
-        _draw_reference(rate_axes, reference, history, "learning_rate", 1, GREY, "reference")
-        note = f"dashed: reference {_tail(reference_name)} · {_summary(reference)}"
+        _draw_reference(rate_axes, reference, history, "learning_rate", 1, color=GREY, label="reference")
+        file = Path(*Path(reference_name).parts[-3:]).as_posix()  # enough to tell which file it is
+        note = f"dashed: reference {short(file, 60)} · {_summary(reference)}"
         if reference[-1]["epoch"] > history[-1]["epoch"]:
             note += f"; dotted: its test result after epoch {reference[-1]['epoch']}"
-        figure.supxlabel(note, fontsize=12, color=GREY)
+        figure.supxlabel(note, color=GREY)
 
-    _label(loss_axes, accuracy_axes, rate_axes, last=history[-1]["epoch"], first=history[0]["epoch"])
+    _label(loss_axes, accuracy_axes, rate_axes)
     for axes in (loss_axes, accuracy_axes, *([rate_axes] if reference else [])):
         # Above the axes, so that no curve runs behind it.
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), frameon=False, borderaxespad=0.2)
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), borderaxespad=0.2)
     return figure
 
 
 @picture
 def plot_runs(histories: Sequence[list[dict]], *, names: Sequence[str]) -> Figure:
     """Draw several runs over one another: test loss, test accuracy and learning rate against the epoch."""
-    figure = Figure(figsize=(12.4, 4.9 + 0.28 * len(names)), dpi=DPI, layout="constrained")
-    all_axes = figure.subplots(1, 3)
+    figure = Figure(figsize=(12.4, 4.9 + 0.28 * len(names)))
+    loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
     for number, (history, name) in enumerate(zip(histories, names, strict=True)):
         last = history[-1]
         label = (
             f"{short(name, 40)}: test accuracy {100 * last['test_accuracy']:.2f} %, loss {last['test_loss']:.3f} "
             f"in the last epoch · {_summary(history)}"
         )
-        for axes, key, scale in zip(
-            all_axes, ("test_loss", "test_accuracy", "learning_rate"), (1, 100, 1), strict=True
-        ):
-            _draw_run(axes, history, key, scale, label=label, **line_style(number))
-    _label(*all_axes, last=max(history[-1]["epoch"] for history in histories), quantity="test ")
-    figure.legend(handles=all_axes[0].lines, loc="outside upper center", frameon=False)
+        _draw(loss_axes, history, "test_loss", 1, label=label, **line_style(number))
+        _draw(accuracy_axes, history, "test_accuracy", 100, **line_style(number))
+        _draw(rate_axes, history, "learning_rate", 1, **line_style(number))
+    _label(loss_axes, accuracy_axes, rate_axes, quantity="test ")
+    figure.legend(handles=loss_axes.lines, loc="outside upper center")
     return figure
 
 
-def _label(
-    loss_axes: Axes, accuracy_axes: Axes, rate_axes: Axes, *, last: int, first: int = 1, quantity: str = ""
-) -> None:
+def _label(loss_axes: Axes, accuracy_axes: Axes, rate_axes: Axes, *, quantity: str = "") -> None:
     """Names, scales and ticks of the three parts."""
-    for axes in (loss_axes, accuracy_axes):
-        axes.ticklabel_format(axis="y", useOffset=False)
-    loss_axes.set_ylabel(f"{quantity}loss (nats, log scale)" if _scale_loss(loss_axes) else f"{quantity}loss (nats)")
+    losses = loss_axes.dataLim
+    is_log = losses.y1 >= 10 * losses.minposy  # within a decade a linear axis is easier to read
+    if is_log:
+        loss_axes.set_yscale("log")
+        label_log_axis(loss_axes.yaxis)
+    loss_axes.set_ylabel(f"{quantity}loss (nats{', log scale' if is_log else ''})")
     accuracy_axes.set_ylabel(f"{quantity}accuracy (%)")
     rate_axes.set_ylabel("learning rate")
-    highest = max(max(line.get_ydata()) for line in rate_axes.lines) or 1.0  # a schedule may end at 0, in one epoch
-    rate_axes.set_ylim(-0.03 * highest, 1.05 * highest)
-    margin = max(0.5, 0.02 * last)
+    rate_axes.set_ylim(bottom=0)
     for axes in (loss_axes, accuracy_axes, rate_axes):
         axes.set_xlabel("epoch")
-        axes.set_xlim(first - margin, last + margin)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
 
 
-def _draw_run(axes: Axes, history: list[dict], key: str, scale: float, **line: str) -> None:
-    """One line of the run; up to 20 epochs are marked."""
+def _draw(axes: Axes, history: list[dict], key: str, scale: float, **line: str | float | None) -> None:
+    """One line; up to 20 epochs are marked."""
     epochs, values = [row["epoch"] for row in history], [scale * row[key] for row in history]
-    axes.plot(epochs, values, marker="o" if len(history) <= 20 else None, linewidth=2, zorder=3, **line)
+    axes.plot(epochs, values, **{"marker": "o" if len(history) <= 20 else None, "linewidth": 2, "zorder": 3} | line)
 
 
 def _draw_reference(
-    axes: Axes,
-    reference: list[dict],
-    history: list[dict],
-    key: str,
-    scale: float,
-    colour: str,
-    label: str | None = None,
+    axes: Axes, reference: list[dict], history: list[dict], key: str, scale: float, **line: str
 ) -> None:
-    """The reference's line, dashed.
-
-    Longer references are cut at the run's last epoch; a dotted line shows their final test result.
-    """
+    """A dashed line to the run's last epoch; a dotted one shows the final test result of a longer reference."""
     rows = [row for row in reference if row["epoch"] <= history[-1]["epoch"]]
-    axes.plot(
-        [row["epoch"] for row in rows],
-        [scale * row[key] for row in rows],
-        color=colour,
-        alpha=0.6,
-        linestyle=(0, (3, 1.5)),
-        linewidth=1.5,
-        marker="s" if len(rows) == 1 else None,
-        label=label,
-    )
+    pale = line | {"alpha": 0.6, "linewidth": 1.5, "zorder": 2}
+    _draw(axes, rows, key, scale, linestyle="--", **pale)
     if len(rows) < len(reference) and key.startswith("test"):
-        axes.axhline(scale * reference[-1][key], color=colour, alpha=0.6, linestyle=":", linewidth=1.5)
-
-
-def _scale_loss(axes: Axes) -> bool:
-    """Make the loss axis logarithmic if the losses span a decade or more; if not, a linear axis is easier to read."""
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
-    values = values[np.isfinite(values) & (values > 0)]
-    if not values.size or values.max() < 10 * values.min():
-        return False
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    return True
+        axes.axhline(scale * reference[-1][key], linestyle=":", **pale)
 
 
 def _summary(history: list[dict]) -> str:
     """How long a run was: "200 epochs, 13.4 h"."""
-    seconds = sum(row["seconds"] for row in history)
-    return f"{counted(len(history), 'epoch')}, {duration(seconds)}"
-
-
-def _tail(path: str | Path) -> str:
-    """The end of a path, enough to tell which file it is."""
-    return short(Path(*Path(path).parts[-3:]).as_posix(), 60)
+    return f"{counted(len(history), 'epoch')}, {duration(sum(row['seconds'] for row in history))}"
 
 
 def main() -> int:

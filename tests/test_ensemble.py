@@ -14,9 +14,9 @@ from PIL import Image
 
 import models.ensemble
 import predict
-from evaluation import cost, members, metrics
+from evaluation import cost, members, metrics, report
 from models.ensemble import Ensemble, average_probs
-from plotting.cost import plot_cost
+from plotting.ensemble import plot_cost
 from training import checkpoint
 from utils import normalize
 
@@ -135,7 +135,7 @@ def test_subsets_have_their_own_average_and_cost(made_up):
 
 def test_the_threshold_is_the_lowest_that_costs_no_accuracy(made_up):
     ensemble = made_up.probs.mean(0)
-    value = cost.choose_threshold(made_up.probs, made_up.labels, COSTS)
+    value = cost.pick_threshold(made_up.logits, made_up.labels, COSTS)["value"]
     accuracies = {row["threshold"]: row["accuracy"] for row in cost.cascade_rows(made_up.probs, made_up.labels, COSTS)}
     enough = metrics.accuracy(ensemble, made_up.labels) - 0.001
     assert accuracies[value] >= enough
@@ -157,7 +157,7 @@ def test_the_picture_of_the_costs_is_whole(made_up, tmp_path):
 
 def test_doubtful_labels_are_the_least_probable(made_up):
     probs = made_up.probs.mean(0)
-    rows = cost.doubtful_labels(probs, made_up.labels, "abcd")
+    rows = report.doubtful_labels(probs, made_up.labels, "abcd")
     assert len(rows) == 50
     given = probs[torch.arange(200), made_up.labels]
     assert [row["index"] for row in rows] == given.argsort()[:50].tolist()

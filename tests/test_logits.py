@@ -97,9 +97,9 @@ def test_a_checkpoint_that_is_replaced_meanwhile_keeps_its_logits(contents, imag
     torch.testing.assert_close(new[0], old[0] + 1)
 
 
-def npz(logits):
+def npz(**arrays):
     buffer = io.BytesIO()
-    np.savez(buffer, logits=logits)
+    np.savez(buffer, **arrays)
     return buffer.getvalue()
 
 
@@ -108,10 +108,10 @@ def npz(logits):
     [
         lambda raw: raw[: len(raw) // 2],
         lambda raw: raw[:250] + bytes([raw[250] ^ 255]) + raw[251:],
-        lambda raw: npz(np.zeros((11, 4), np.float32)),
-        lambda raw: npz(np.full((11, 3), np.inf, np.float32)),
+        lambda raw: npz(logits=np.zeros((11, 3), np.float32)),
+        lambda raw: npz(seconds=1.0),
     ],
-    ids=["cut", "one byte", "another shape", "not finite"],
+    ids=["cut", "one byte", "no seconds", "no logits"],
 )
 def test_damaged_logits_are_computed_again(contents, images, capsys, damage):
     first = member_logits(contents, images, CPU)

@@ -107,10 +107,8 @@ def test_the_networks_see_what_they_would_see_in_training(folder, monkeypatch):
     (made / "train" / "b" / "Thumbs.db").write_bytes(b"no image")
     expected = dataset.load(made, image_size=8, data_dir=folder / "data").train
 
-    seen, logits = [], predict.member_logits
-    monkeypatch.setattr(
-        predict, "member_logits", lambda net, images, precision: seen.append(images) or logits(net, images, precision)
-    )
+    seen, classify = [], predict.classify
+    monkeypatch.setattr(predict, "classify", lambda images, *others: seen.append(images) or classify(images, *others))
     rows, _ = json_of(folder, made / "train", "--batch-size", 3)
     assert len(rows) == 8
     assert np.array_equal(np.concatenate(seen), expected.images)
