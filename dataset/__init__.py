@@ -51,7 +51,7 @@ def load(
     data_dir = Path(data_dir)
     name = str(source).lower()
     val = test = None
-    if name in cifar10.ARCHIVES:
+    if name in cifar10.HOSTS:
         folder = cifar10.find(name, data_dir, data_url, download=download)
         classes, train, test = cifar10.read_folder(folder, image_size, name)
     elif data_url is not None:

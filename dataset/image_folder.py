@@ -9,7 +9,6 @@ and anything else is ignored.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import sys
@@ -37,7 +36,6 @@ CACHE_VERSION = 2  # to be raised if the same source gives other arrays than bef
 KEPT_COPIES = 2  # of a source, in the cache
 MAX_LISTED = 10  # pictures that cannot be read
 CHUNK = 8  # pictures per task of a thread; small ones, one per task, take longer
-CHUNKS_AHEAD = 512  # tasks that may be done before their results are used, so that not all are in memory twice
 
 # Pillow warns above 90 million pixels, which a large photo can have, and rejects an image above twice that.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -91,16 +89,17 @@ def find_parts(folder: Path) -> dict[str, Path]:
     if not inside:
         raise UserError(f"--data {folder}: has no folders; expected train/<class>/…, or a folder for each class")
     parts: dict[str, Path] = {}
-    if any(split_name(path) == "train" for path in inside):
-        for path in inside:
-            if split_name(path) is None:
-                print(f"note: {path} is ignored; next to a train folder only val and test are used", file=sys.stderr)
     for path in inside:
         if (name := split_name(path)) in parts:
             raise UserError(f"{folder}: has both {parts[name].name}/ and {path.name}/; remove one")
         if name:
             parts[name] = path
-    return parts if "train" in parts else {"train": inside[0].parent}
+    if "train" not in parts:
+        return {"train": inside[0].parent}
+    for path in inside:
+        if path not in parts.values():
+            print(f"note: {path} is ignored; next to a train folder only val and test are used", file=sys.stderr)
+    return parts
 
 
 def split_name(path: Path) -> str | None:
@@ -239,10 +238,9 @@ def decode_all(paths: Sequence[str | Path], image_size: int) -> Iterator[Decoded
     def decode_chunk(start: int) -> list[Decoded | UserError]:
         return [decode(path, image_size) for path in paths[start : start + CHUNK]]
 
-    starts = range(0, len(paths), CHUNK)
     with ThreadPoolExecutor(num_cores(), "decode") as pool:
-        for first in range(0, len(starts), CHUNKS_AHEAD):
-            yield from itertools.chain.from_iterable(pool.map(decode_chunk, starts[first : first + CHUNKS_AHEAD]))
+        for decoded in pool.map(decode_chunk, range(0, len(paths), CHUNK)):
+            yield from decoded
 
 
 def num_cores() -> int:

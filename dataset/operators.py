@@ -263,16 +263,8 @@ def op_magnitude(name: str, magnitude: int, size: int) -> Tensor:
     """
     if name == "Posterize":
         return 8 - (torch.arange(MAGNITUDE_BINS) / ((MAGNITUDE_BINS - 1) / 4)).round()[magnitude]
-    low, high = {
-        "ShearX": (0.0, 0.3),
-        "ShearY": (0.0, 0.3),
-        "TranslateX": (0.0, 150.0 / 331.0 * size),
-        "TranslateY": (0.0, 150.0 / 331.0 * size),
-        "Rotate": (0.0, 30.0),
-        "Brightness": (0.0, 0.9),
-        "Color": (0.0, 0.9),
-        "Contrast": (0.0, 0.9),
-        "Sharpness": (0.0, 0.9),
-        "Solarize": (1.0, 0.0),
-    }.get(name, (0.0, 0.0))
-    return torch.linspace(low, high, MAGNITUDE_BINS)[magnitude]
+    strongest = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0, "Solarize": 0.0}
+    strongest |= dict.fromkeys(("TranslateX", "TranslateY"), 150.0 / 331.0 * size)
+    strongest |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9)
+    weakest = 1.0 if name == "Solarize" else 0.0
+    return torch.linspace(weakest, strongest.get(name, 0.0), MAGNITUDE_BINS)[magnitude]

@@ -13,16 +13,14 @@ from torch import Tensor
 from dataset import operators
 from dataset.operators import GEOMETRIC_OPS, RANDAUGMENT_OPS, SIGNED_OPS
 
-JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
-
 Operator = Callable[[Tensor, Tensor], Tensor]
 
-JITTER: tuple[Operator, ...] = (
-    operators.adjust_brightness,
-    operators.adjust_contrast,
-    operators.adjust_saturation,
-    operators.adjust_hue,
-)
+JITTER: dict[str, Operator] = {
+    "brightness": operators.adjust_brightness,
+    "contrast": operators.adjust_contrast,
+    "saturation": operators.adjust_saturation,
+    "hue": operators.adjust_hue,
+}
 # RandAugment's operators except the identity and the geometric ones, in their order.
 RANDAUGMENT: dict[str, Operator] = {
     "Brightness": operators.adjust_brightness,
@@ -63,8 +61,8 @@ class Draws:
     """Random parameters of N images, one row each."""
 
     crop: Tensor  # (N,) int32, row of `crop_sources`
-    jitter_op: Tensor  # (N, 4) int32, the order of JITTER_OPS
-    jitter_change: Tensor  # (N, 4) float32, the strength of each of JITTER_OPS
+    jitter_op: Tensor  # (N, 4) int32, the order of JITTER's operators
+    jitter_change: Tensor  # (N, 4) float32, the strength of each
     flip: Tensor  # (N,) int32, 0 or 1
     randaugment_op: Tensor  # (N, K) int32, index into RANDAUGMENT_OPS
     randaugment_magnitude: Tensor  # (N, K) float32, signed
@@ -88,11 +86,11 @@ def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Ge
 
     ops = settings.randaugment_ops
     crop = below((2 * settings.crop_padding + 1) ** 2)
-    jitter_op = uniform(len(JITTER_OPS)).argsort(1).int()
-    high = torch.tensor([getattr(settings, name) for name in JITTER_OPS])
+    jitter_op = uniform(len(JITTER)).argsort(1).int()
+    high = torch.tensor([getattr(settings, name) for name in JITTER])
     # A factor from [max(0, 1 − high), 1 + high] for the first three, a shift from [−high, high] for the hue.
     low = torch.cat((-high[:3].clamp(max=1), -high[3:]))
-    jitter_change = low + uniform(len(JITTER_OPS)) * (high - low)
+    jitter_change = low + uniform(len(JITTER)) * (high - low)
     flip = (uniform() < settings.flip).int()
     randaugment_op = below(len(RANDAUGMENT_OPS), ops)
     strengths = torch.stack(
@@ -159,9 +157,7 @@ class Augmenter:
         self.crop_sources = operators.crop_sources(size, settings.crop_padding).to(device)
         self.geometric_sources = operators.geometric_sources(size, settings.randaugment_magnitude).to(device)
         # As in torchvision, zero-strength jitter is skipped.
-        self.jitter = [
-            operator if getattr(settings, name) > 0 else None for name, operator in zip(JITTER_OPS, JITTER, strict=True)
-        ]
+        self.jitter = [operator if getattr(settings, name) > 0 else None for name, operator in JITTER.items()]
 
     def __call__(self, images: Tensor, plan: Plan, number: int) -> Tensor:
         """Augment chunk `number` of a plan.
