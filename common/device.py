@@ -91,7 +91,7 @@ def refuse_missing_memory() -> None:
         return
     import resource
 
-    limit = kilobytes("/proc/self/status", "VmData") * 1024 + free_memory()
+    limit = bytes_in("/proc/self/status", "VmData") + free_memory()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if soft == resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -100,7 +100,7 @@ def refuse_missing_memory() -> None:
 def free_memory(root: str | Path = "/") -> int:
     """Bytes that this process can still allocate on Linux: the free memory of the machine, or of its container."""
     root = Path(root)
-    free = [kilobytes(root / "proc/meminfo", "MemAvailable") * 1024]
+    free = [bytes_in(root / "proc/meminfo", "MemAvailable")]
     cgroups = root / "sys/fs/cgroup"
     for folder, limit, used in (
         (cgroups, "memory.max", "memory.current"),  # version 2
@@ -116,10 +116,18 @@ def free_memory(root: str | Path = "/") -> int:
     return max(0, min(free))
 
 
-def kilobytes(path: str | Path, name: str) -> int:
-    """The number of kB in the line of a /proc file that begins with `name`."""
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes held so far: by PyTorch on CUDA, by this process on a CPU under Linux; None elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not resource.getrusage, to which a process started from another counts the other's peak too.
+    return bytes_in("/proc/self/status", "VmHWM") if sys.platform == "linux" else None
+
+
+def bytes_in(path: str | Path, name: str) -> int:
+    """The value, which the file has in kB, of the line of a /proc file that begins with `name`."""
     lines = Path(path).read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and SIGHUP end a run after the step in flight."""
 
+import os
 import signal
 import sys
 import threading
@@ -13,8 +14,7 @@ import torch
 class StopSignals:
     """Within the block the first signal sets a flag that the loop checks; the second one exits at once.
 
-    torchrun passes on what the terminal has sent already, so under it a second signal changes nothing. In a thread,
-    where Python handles no signals, it does nothing.
+    In a thread, where Python handles no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, number: int, _: object) -> None:
-        if self.number is not None and not distributed.under_torchrun():
+        # torchrun passes on what the terminal has sent already, so a second signal changes nothing there.
+        if self.number is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
             sys.exit(128 + number)
         self.number = number
 
