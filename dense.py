@@ -12,7 +12,7 @@ import torch
 
 from models.densenet import BLOCKS, densenet
 from training import checkpoint
-from training.history import plotter
+from training.history import plot_history
 from training.loop import fit
 from training.recipe import Recipe, flag, load_data, parse_flags
 
@@ -62,7 +62,7 @@ def main() -> int:
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
         model = densenet(len(data.classes), depth=recipe.depth, growth_rate=recipe.growth_rate)
-        run = fit(model, data, recipe, previous, plotter(recipe))
+        run = fit(model, data, recipe, previous, plot_history)
     return run.exit_status
 
 

@@ -12,7 +12,7 @@ import torch
 
 from models.mobilenetv2 import mobilenetv2
 from training import checkpoint
-from training.history import plotter
+from training.history import plot_history
 from training.loop import fit
 from training.recipe import Recipe, flag, load_data, parse_flags
 
@@ -58,7 +58,7 @@ def main() -> int:
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
         model = mobilenetv2(len(data.classes), width=recipe.width)
-        run = fit(model, data, recipe, previous, plotter(recipe))
+        run = fit(model, data, recipe, previous, plot_history)
     return run.exit_status
 
 

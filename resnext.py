@@ -12,7 +12,7 @@ import torch
 
 from models.resnext import resnext29
 from training import checkpoint
-from training.history import plotter
+from training.history import plot_history
 from training.loop import fit
 from training.recipe import Recipe, flag, load_data, parse_flags
 
@@ -67,7 +67,7 @@ def main() -> int:
         torch.manual_seed(recipe.seed)
         sizes = recipe.network_arguments()  # cardinality and base_width
         model = resnext29(len(data.classes), **sizes, dense=recipe.dense)
-        run = fit(model, data, recipe, previous, plotter(recipe))
+        run = fit(model, data, recipe, previous, plot_history)
     return run.exit_status
 
 

@@ -54,9 +54,8 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 def steps_per_epoch(num_images: int, batch_size: int, device: torch.device) -> int:
     """How many batches an epoch has.
 
-    A smaller last one is dropped if it has fewer than two images for each process, which batch norm cannot train on.
-    On CUDA also if it has less than 1 % of the images, because it needs a CUDA graph and a search for algorithms of
-    its own.
+    A smaller last one is dropped if it has fewer than the two images for each process that batch norm needs; on CUDA,
+    where it needs a graph and a search for algorithms of its own, also if it has less than 1 % of the images.
     """
     whole, rest = divmod(num_images, batch_size)
     at_least = max(2 * distributed.world_size(), num_images / 100 if device.type == "cuda" else 0)
@@ -68,7 +67,6 @@ class TrainLoader:
 
     The order of the images and their random augmentation depend on (seed, epoch) only, not on the batch or chunk size.
     The last batch may be smaller (see `steps_per_epoch`). With several processes, each gets its share of every batch.
-
     From epoch `crop_and_flip_from` on, only crop and flip are applied.
 
     `ahead` (by default on CUDA) keeps the work off the critical path: a thread draws for the next epoch while this one

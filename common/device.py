@@ -59,10 +59,7 @@ def pick_precision(choice: str, device: torch.device) -> str:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 numbers, and PyTorch may use them.
-
-    PyTorch's environment variable ATEN_CPU_CAPABILITY=avx2 forbids it.
-    """
+    """Whether this CPU has bfloat16 instructions, and no ATEN_CPU_CAPABILITY=avx2 keeps PyTorch from using them."""
     capabilities = torch.cpu.get_capabilities()
     if capabilities.get("avx2") and torch.backends.cpu.get_cpu_capability() == "AVX2":
         return False
@@ -83,10 +80,7 @@ def keep_freed_memory() -> None:
 
 
 def refuse_missing_memory() -> None:
-    """On Linux, make an allocation beyond the free memory fail, so that an error can report it.
-
-    By default Linux grants any amount and kills the process without a message when the memory is used.
-    """
+    """Make Linux refuse an allocation beyond the free memory, instead of killing the process when it is used."""
     if sys.platform != "linux":
         return
     import resource
@@ -131,15 +125,13 @@ def bytes_in(path: str | Path, name: str) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left, however PyTorch reports it.
-
-    If memory runs out while a CUDA graph is captured, the end of the capture fails as well, and raises another error.
-    """
+    """Whether the device or the host had no memory left, however PyTorch reports it."""
     signs = ("out of memory", "ALLOC_FAILED", "not enough memory", "DefaultCPU")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
         return True
+    # If memory runs out while a CUDA graph is captured, the end of the capture raises another error.
     return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 

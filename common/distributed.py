@@ -143,12 +143,10 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def average_gradients(model: nn.Module, *, weight: float) -> None:
-    """Average a model's gradients over the processes; `weight` is this one's share of the batch.
-
-    One exchange, which a CUDA graph can capture, and no hooks as in DistributedDataParallel.
-    """
+    """Average a model's gradients over the processes; `weight` is this one's share of the batch."""
     if world_size() == 1:
         return
+    # One exchange, which a CUDA graph can capture, instead of DistributedDataParallel's hooks.
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     # In the order of their memory, which is that of the parameters: the same in all processes, and fast to copy.
     rows = [gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients]

@@ -76,10 +76,7 @@ def class_of(name: str) -> Any:
 
 
 def download_archive(name: str, archive: Path, data_url: str | None) -> None:
-    """Download the archive from the first working host, under a temporary name until complete.
-
-    Raises UserError if no host works; it says how to place the file by hand.
-    """
+    """Download the archive from the first working host. Raises UserError that says how to place it by hand."""
     from torchvision.datasets.utils import download_url
 
     kind, hosts = class_of(name), HOSTS[name]

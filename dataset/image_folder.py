@@ -144,9 +144,6 @@ def refuse(error: OSError) -> NoReturn:
     raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); make it readable, or move it")
 
 
-# --------------------------------------------------------------------------------------------------------------- cache
-
-
 def load_cached(folder: Path, paths: Sequence[Path], image_size: int, cache_dir: Path) -> np.ndarray:
     """The pictures as uint8 (N, 3, S, S), from the cache if it has them; otherwise decoded, and written there."""
     source = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
@@ -180,9 +177,6 @@ def fingerprint(path: Path) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns  # the ctime shows a change whose mtime was set back
 
 
-# ------------------------------------------------------------------------------------------------------------ decoding
-
-
 def decode_or_refuse(folder: Path, paths: Sequence[Path], image_size: int) -> np.ndarray:
     """Decode all pictures. Raises UserError that names ten of those that cannot be read, and the number of the rest."""
     images, broken = empty_images(len(paths), image_size), []
@@ -203,10 +197,7 @@ def decode_or_refuse(folder: Path, paths: Sequence[Path], image_size: int) -> np
 
 
 def resize_all(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 grey (N, H, W) or RGB (N, H, W, 3) to uint8 (N, 3, image_size, image_size), as `to_array` does.
-
-    Raises UserError if there is not enough memory.
-    """
+    """uint8 grey (N, H, W) or RGB (N, H, W, 3) to uint8 (N, 3, S, S). Raises UserError for more than fits in memory."""
     if pixels.shape[1:] == (image_size, image_size, 3):
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
     images = empty_images(len(pixels), image_size)
@@ -216,7 +207,7 @@ def resize_all(pixels: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def empty_images(count: int, image_size: int) -> np.ndarray:
-    """uint8 (count, 3, image_size, image_size), uninitialized. Raises UserError if there is not enough memory."""
+    """uint8 (count, 3, S, S), uninitialized. Raises UserError for more than fits in memory."""
     try:
         return np.empty((count, 3, image_size, image_size), np.uint8)
     except (MemoryError, ValueError):  # ValueError: more than any machine can address
@@ -230,15 +221,12 @@ Decoded = tuple[np.ndarray, tuple[int, int]]  # uint8 (3, S, S), and the width a
 
 
 def decode_all(paths: Sequence[str | Path], image_size: int) -> Iterator[Decoded | UserError]:
-    """Decode picture files, in their order, or the error of an unreadable one.
-
-    Threads decode them: Pillow decodes and resizes without the interpreter's lock.
-    """
+    """Decode picture files, in their order, or the error of an unreadable one."""
 
     def decode_chunk(start: int) -> list[Decoded | UserError]:
         return [decode(path, image_size) for path in paths[start : start + CHUNK]]
 
-    with ThreadPoolExecutor(num_cores(), "decode") as pool:
+    with ThreadPoolExecutor(num_cores(), "decode") as pool:  # Pillow works without the interpreter's lock
         for decoded in pool.map(decode_chunk, range(0, len(paths), CHUNK)):
             yield from decoded
 
@@ -270,10 +258,7 @@ def decode(path: str | Path, image_size: int) -> Decoded | UserError:
 
 
 def to_array(image: Image.Image, image_size: int) -> np.ndarray:
-    """RGB, resized with aspect ratio kept, centre-cropped: uint8 (3, image_size, image_size).
-
-    An image of that size is not resized.
-    """
+    """RGB, resized if it has another size, with aspect ratio kept and centre-cropped: uint8 (3, S, S)."""
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255 and show as white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     if image.mode == "P":  # converting straight to RGB warns about transparent palettes

@@ -73,10 +73,7 @@ class Draws:
 
 
 def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Generator) -> Draws:
-    """Draw the parameters of all images of an epoch, on the CPU, from the same distributions as torchvision.
-
-    Row i belongs to image i, wherever the image comes in the epoch.
-    """
+    """Draw an epoch's parameters on the CPU, from the same distributions as torchvision; row i is that of image i."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(num_images, *shape, generator=generator)
@@ -108,8 +105,7 @@ def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Ge
 class Plan:
     """An epoch's random parameters, in the order of its images.
 
-    An operator runs once for all images of a chunk that drew it. They are found on the CPU: to find them on a GPU would
-    make the host wait for it.
+    An operator runs once for all images of a chunk that drew it. The CPU finds them, so that it never waits for a GPU.
     """
 
     index: Tensor  # (N,) int32, the images in their order
@@ -160,11 +156,7 @@ class Augmenter:
         self.jitter = [operator if getattr(settings, name) > 0 else None for name, operator in JITTER.items()]
 
     def __call__(self, images: Tensor, plan: Plan, number: int) -> Tensor:
-        """Augment chunk `number` of a plan.
-
-        `images` is the whole data set, uint8 (N, 3, H, W). Returns the chunk's images in the epoch's order, uint8
-        (B, 3, H, W).
-        """
+        """Augment chunk `number` of a plan of all `images`, uint8 (N, 3, H, W): uint8 (B, 3, H, W) in its order."""
         chunk = slice(number * plan.chunk, (number + 1) * plan.chunk)
         draws, counts = plan.draws[chunk], plan.counts[number]
         sort_order, inverse_order = plan.sort_order[chunk].unbind(1), plan.inverse_order[chunk].unbind(1)

@@ -41,10 +41,7 @@ PARTS = ("network", "model", "chosen", "finished", "recipe", "data", "history", 
 
 
 def write(path: str | Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain values to `path`, replacing what was there in one step.
-
-    Raises UserError if the file cannot be written; what was there before is then as it was.
-    """
+    """Write tensors and plain values to `path`, atomically. Raises UserError if the file cannot be written."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
     body = bytearray(buffer.getvalue())
@@ -114,9 +111,6 @@ def truncated(path: str | Path, raw: bytes) -> str | None:
     if end >= 0 and len(raw) >= end + 22 + int.from_bytes(raw[end + 20 : end + 22], "little"):
         return None
     return f"{path}: truncated, the end of the file is missing; train again, or take another copy"
-
-
-# ------------------------------------------------------------------------------------------------ the content, of a run
 
 
 def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
@@ -189,9 +183,6 @@ def copied_to_host(value: Any) -> Any:
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()  # one wait for hundreds of copies
     return copies
-
-
-# --------------------------------------------------------------------------------------------- a run and its checkpoint
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +64,15 @@ def read_csv(path: str | Path) -> list[dict]:
     return history
 
 
-def plotter(recipe: Recipe) -> Callable[[list[dict]], None]:
-    """A function that draws a history, and the one of --reference behind it; it loads matplotlib when it is called."""
+def plot_history(history: list[dict], recipe: Recipe) -> None:
+    """Draw a run, and behind it that of --reference."""
+    from plotting.training import plot_training  # it loads matplotlib, which only the main process needs
 
-    def plot(history: list[dict]) -> None:
-        from plotting.training import plot_training
-
-        reference = read_csv(recipe.reference) if recipe.reference else None
-        plot_training(
-            recipe.plot_path, history, title=recipe.name, averaged=recipe.ema_horizon > 0,
-            reference=reference, reference_name=recipe.reference or "",
-        )  # fmt: skip
-
-    return plot
+    reference = read_csv(recipe.reference) if recipe.reference else None
+    plot_training(
+        recipe.plot_path, history, title=recipe.name, averaged=recipe.ema_horizon > 0,
+        reference=reference, reference_name=recipe.reference or "",
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

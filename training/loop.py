@@ -176,13 +176,12 @@ def fit(
     data: Dataset,
     recipe: Recipe,
     previous: dict[str, Any] | None = None,
-    draw: Callable[[list[dict[str, Any]]], object] = lambda history: None,
+    draw: Callable[[list[dict], Recipe], Any] = lambda history, recipe: None,
 ) -> Run:
     """Train `model` on `data` by `recipe`, from the start or from the checkpoint `previous`.
 
-    After every epoch, and when a signal ends the run, the checkpoint and the CSV are written, and `draw` is called with
-    the history, unless that would slow the run down. `model` is moved to the recipe's device and left with the last
-    epoch's weights.
+    After every epoch, and when a signal ends the run, the checkpoint and the CSV are written, and `draw` is called,
+    unless that would slow the run down. `model` is moved to the recipe's device and left with the last epoch's weights.
 
     Raises UserError for a loss that is not finite, for memory that runs out, and for data other than the checkpoint's.
     """
@@ -243,9 +242,6 @@ def finish_epoch(run: Run, row: dict[str, Any]) -> None:
     if "val_accuracy" in row and (run.best is None or row["val_accuracy"] > run.best["accuracy"]):
         weights = checkpoint.copied_to_host(dict(run.eval_model.state_dict()))
         run.best = {"epoch": run.epoch, "accuracy": row["val_accuracy"], "model": weights}
-
-
-# ----------------------------------------------------------------------------------------------- what a run consists of
 
 
 def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu") -> TrainLoader:
@@ -335,9 +331,6 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
         found = f"{distributed.world_size()} on {device.type.upper()}"
         raise distributed.error_in_all(f"--sync-bn needs several processes on CUDA; found {found}; leave it out")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
-# -------------------------------------------------------------------------------------------------------------- checks
 
 
 def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any] | None) -> None:

@@ -78,7 +78,7 @@ def announce_stop(run: "Run", recipe: Recipe, num_steps: int) -> None:
 class EpochReport:
     """Prints, logs and plots each epoch, in the main process; plotting takes at most 5 % of the time."""
 
-    def __init__(self, recipe: Recipe, num_classes: int, log: Callable[[dict], Any], draw: Callable[[list[dict]], Any]):
+    def __init__(self, recipe: Recipe, num_classes: int, log: Callable[[dict], Any], draw: Callable):
         self.recipe, self.log, self.draw = recipe, log, draw
         self.high_loss = 1.5 * math.log(num_classes)  # 1.5 × the loss of uniform guessing
         self.drawn, self.drawing_seconds = time.monotonic(), 1.0
@@ -113,7 +113,7 @@ class EpochReport:
 
     def plot(self, history: list[dict[str, Any]]) -> None:
         started = time.monotonic()
-        self.draw(history)
+        self.draw(history, self.recipe)
         self.drawn = time.monotonic()
         self.drawing_seconds = self.drawn - started
 

@@ -184,10 +184,7 @@ class Recipe:
         return self.given is None or name in self.given
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Given values that differ from `other`, another recipe's `as_dict()`, and change the training, one line each.
-
-        A precision of "auto" is the other's.
-        """
+        """A line for each given value that changes the training of `other`, a recipe's `as_dict()`."""
         return [
             f"{spelled(item.name)}: {other.get(item.name)} in the checkpoint, {getattr(self, item.name)} now"
             for item in flags(self)

@@ -12,16 +12,13 @@ import torch
 
 
 class StopSignals:
-    """Within the block the first signal sets a flag that the loop checks; the second one exits at once.
-
-    In a thread, where Python handles no signals, it does nothing.
-    """
+    """Within the block the first signal sets a flag that the loop checks; the second one exits at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     def __enter__(self) -> "StopSignals":
-        in_main_thread = threading.current_thread() is threading.main_thread()
+        in_main_thread = threading.current_thread() is threading.main_thread()  # Python handles no signals in others
         numbers = (signal.SIGINT, *ending_signals()) if in_main_thread else ()
         self.previous = {number: signal.signal(number, self.note) for number in numbers}
         return self
@@ -40,10 +37,8 @@ class StopSignals:
         return self.number is not None
 
     def after_step(self, step: int, device: torch.device) -> bool:
-        """Whether to stop after this step; all processes must ask after the same steps.
-
-        Several processes on GPUs exchange signals only every 16 steps: each time, all hosts must wait.
-        """
+        """Whether to stop after this step; all processes must ask after the same steps."""
+        # To exchange signals, all hosts must wait for their GPUs.
         if distributed.world_size() > 1 and device.type == "cuda" and step % 16:
             return False
         return self.in_any_process()
