@@ -55,7 +55,7 @@ def load_image_folder(
     listing = {name: list_classes(part) for name, part in parts.items()}
     classes = tuple(sorted(listing["train"]))
     if not classes:
-        raise UserError(f"{parts['train']}: has no folders; expected a folder for each class, with its pictures")
+        raise UserError(f"{parts['train']}: has no folders; expected train/<class>/…, or a folder for each class")
     for name, found in listing.items():
         if different := sorted(found.keys() ^ set(classes)):
             has, lacks = ("train", name) if different[0] in classes else (name, "train")
@@ -69,11 +69,10 @@ def load_image_folder(
             )
     paths = [path for found in listing.values() for label in classes for path in found[label]]
     images = load_cached(folder, paths, image_size, cache_dir)
-    splits, start = {}, 0
+    splits = {}
     for name, found in listing.items():
         labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(found[label]) for label in classes])
-        splits[name] = Split(images[start : start + len(labels)], labels)
-        start += len(labels)
+        splits[name], images = Split(images[: len(labels)], labels), images[len(labels) :]
     test, val = splits.get("test"), splits.get("val")
     return classes, splits["train"], *((None, val) if test is None else (val, test))
 
@@ -81,13 +80,8 @@ def load_image_folder(
 def find_parts(folder: Path) -> dict[str, Path]:
     """The folders of "train", "val" and "test" images; only "train" if the folder holds the classes themselves."""
     inside = visible_folders(folder)
-    while len(inside) == 1 and split_name(inside[0]) is None:  # skip a single wrapper folder
-        deeper = visible_folders(inside[0])
-        if not deeper:
-            break
-        inside = deeper
-    if not inside:
-        raise UserError(f"--data {folder}: has no folders; expected train/<class>/…, or a folder for each class")
+    while len(inside) == 1 and split_name(inside[0]) is None and (deeper := visible_folders(inside[0])):
+        folder, inside = inside[0], deeper  # skip a single wrapper folder
     parts: dict[str, Path] = {}
     for path in inside:
         if (name := split_name(path)) in parts:
@@ -95,7 +89,7 @@ def find_parts(folder: Path) -> dict[str, Path]:
         if name:
             parts[name] = path
     if "train" not in parts:
-        return {"train": inside[0].parent}
+        return {"train": folder}
     for path in inside:
         if path not in parts.values():
             print(f"note: {path} is ignored; next to a train folder only val and test are used", file=sys.stderr)
@@ -147,7 +141,10 @@ def refuse(error: OSError) -> NoReturn:
 def load_cached(folder: Path, paths: Sequence[Path], image_size: int, cache_dir: Path) -> np.ndarray:
     """The pictures as uint8 (N, 3, S, S), from the cache if it has them; otherwise decoded, and written there."""
     source = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    listing = [(os.path.relpath(path, folder), *fingerprint(path)) for path in paths]
+    stats = [os.stat(path) if path.exists() else os.lstat(path) for path in paths]  # `decode` reports a broken link
+    # The ctime shows a change whose mtime was set back.
+    fingerprints = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
+    listing = [(os.path.relpath(path, folder), *found) for path, found in zip(paths, fingerprints, strict=True)]
     content = hashlib.sha256(json.dumps([listing, image_size, CACHE_VERSION]).encode()).hexdigest()[:16]
     cached = cache_dir / f"{source}-{content}.npz"
     if cached.is_file():
@@ -169,12 +166,6 @@ def load_cached(folder: Path, paths: Sequence[Path], image_size: int, cache_dir:
     except (UserError, OSError) as error:
         print(f"warning: {error}. Until then every start decodes again", file=sys.stderr)
     return images
-
-
-def fingerprint(path: Path) -> tuple[int, int, int]:
-    """Size, mtime and ctime. A broken link has its own, so that `decode` reports it."""
-    stat = os.stat(path) if path.exists() else os.lstat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns  # the ctime shows a change whose mtime was set back
 
 
 def decode_or_refuse(folder: Path, paths: Sequence[Path], image_size: int) -> np.ndarray:
