@@ -35,8 +35,7 @@ FORMAT = "cifar10-ensemble checkpoint"
 VERSION = 3  # 1 and 2 had other recipes: their weights can be used, but no run can be resumed from them
 MARK = b"sha256:"
 COMMENT_LENGTH = len(MARK) + 64
-# The last two bytes of a zip archive without a comment say that the comment's length is 0.
-NO_COMMENT = b"\0\0"
+AGAIN = "train again, or take another copy"
 PARTS = ("network", "model", "chosen", "finished", "recipe", "data", "history", "training")
 
 
@@ -45,7 +44,7 @@ def write(path: str | Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
     body = bytearray(buffer.getvalue())
-    if body[-2:] != NO_COMMENT:
+    if body[-2:] != b"\0\0":  # the length of the archive's comment
         raise RuntimeError("torch.save no longer ends its file as a zip archive without a comment")
     body[-2:] = COMMENT_LENGTH.to_bytes(2, "little")
     with files.replacing(path, "the checkpoint") as file:
@@ -68,12 +67,12 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable ({error.strerror})") from None
     foreign = f"{path}: not a checkpoint of this project; the training scripts write one"
     if not raw:
-        raise UserError(f"{path}: the file is empty; train again, or take another copy")
+        raise UserError(f"{path}: the file is empty; {AGAIN}")
     body, comment = raw[:-COMMENT_LENGTH], raw[-COMMENT_LENGTH:]
     if not comment.startswith(MARK):
-        raise UserError(truncated(path, raw) or foreign)
+        raise UserError(f"{path}: truncated, the end of the file is missing; {AGAIN}" if is_truncated(raw) else foreign)
     if hashlib.sha256(body).hexdigest().encode() != comment.removeprefix(MARK):
-        raise UserError(f"{path}: damaged, its bytes do not match their digest; train again, or take another copy")
+        raise UserError(f"{path}: damaged, its bytes do not match their digest; {AGAIN}")
     try:
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many exception types for malformed files
@@ -86,7 +85,7 @@ def read(path: str | Path) -> dict[str, Any]:
             f"{VERSION}); update the project"
         )
     if missing := [name for name in PARTS if name not in content]:
-        raise UserError(f"{path}: not usable, {missing[0]} is missing; train again, or take another copy")
+        raise UserError(f"{path}: not usable, {missing[0]} is missing; {AGAIN}")
     return content | {"digest": comment.removeprefix(MARK).decode()}
 
 
@@ -99,18 +98,15 @@ def usable(path: str | Path) -> Iterator[None]:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
         if isinstance(error, LookupError):
             reason += " is missing"
-        raise UserError(f"{path}: not usable ({reason}); train again, or take another copy") from None
+        raise UserError(f"{path}: not usable ({reason}); {AGAIN}") from None
 
 
-def truncated(path: str | Path, raw: bytes) -> str | None:
-    """A sentence where `raw` begins as a zip archive but does not end as a whole one."""
-    if not raw.startswith(b"PK\3\4"):
-        return None
+def is_truncated(raw: bytes) -> bool:
+    """Whether a file begins as a zip archive but does not end as a whole one."""
     # The archive's last record: its mark, 16 bytes, the length of its comment in two bytes, the comment.
     end = raw.rfind(b"PK\5\6")
-    if end >= 0 and len(raw) >= end + 22 + int.from_bytes(raw[end + 20 : end + 22], "little"):
-        return None
-    return f"{path}: truncated, the end of the file is missing; train again, or take another copy"
+    is_whole = end >= 0 and len(raw) >= end + 22 + int.from_bytes(raw[end + 20 : end + 22], "little")
+    return raw.startswith(b"PK\3\4") and not is_whole
 
 
 def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
