@@ -101,11 +101,6 @@ def download_archive(name: str, archive: Path, data_url: str | None) -> None:
     )
 
 
-def is_official(folder: Path) -> bool:
-    """Whether a folder holds CIFAR-10's official files."""
-    return (folder / "data_batch_1").is_file()
-
-
 def read_folder(folder: Path, image_size: int, name: str = "cifar10") -> tuple[tuple[str, ...], Split, Split]:
     """Class names, train and test of an official folder. Raises UserError if a file is missing or not official."""
 

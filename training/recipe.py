@@ -117,25 +117,19 @@ class Recipe:
         for item in flags(self):
             check(item, getattr(self, item.name))
         if self.base_min_lr > self.base_lr:
-            raise UserError(
-                f"--base-min-lr {self.base_min_lr:g} is above --base-lr {self.base_lr:g}; it must not be larger"
-            )
+            raise UserError(f"--base-min-lr {self.base_min_lr:g} is above --base-lr {self.base_lr:g}; give a lower one")
         if self.nesterov and not self.momentum:
             raise UserError("--nesterov needs a --momentum above 0; give one, or --no-nesterov")
         for name in ("crop_padding", "cutout"):
-            if getattr(self, name) > self.image_size:
-                raise UserError(
-                    f"{spelled(name)} {getattr(self, name)} is above --image-size {self.image_size}; it could "
-                    "remove the whole image"
-                )
+            if (value := getattr(self, name)) > self.image_size:
+                raise UserError(f"{spelled(name)} {value} is above --image-size {self.image_size}; give a smaller one")
         for name in ("data", "data_url", "init", "checkpoint_dir", "plot_dir", "reference"):
             value = getattr(self, name)
             if value is not None and (not value or "\0" in value):
                 raise UserError(f"{spelled(name)} is {value!r}; it must name a file, a folder or an address")
-        if not self.name or self.name != self.name.strip() or any(sign in self.name for sign in "/\\:\0"):
-            raise UserError(f"--name {self.name!r} cannot name a file; take letters, digits, '-', '_' or '.'")
-        if len(os.fsencode(self.name)) > 200:
-            raise UserError(f"--name {self.name!r} is too long to name a file; take 200 bytes or fewer")
+        is_odd = self.name != self.name.strip() or any(sign in self.name for sign in "/\\:\0")
+        if is_odd or not 1 <= len(os.fsencode(self.name)) <= 200:
+            raise UserError(f"--name {self.name!r} cannot name a file; take up to 200 letters, digits, '-', '_' or '.'")
         if self.resume and self.overwrite:
             raise UserError("--resume continues from the checkpoint, --overwrite replaces it; give only one of them")
 
