@@ -65,8 +65,7 @@ def main() -> int:
         recipe = recipe.resumed(previous)
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
-        sizes = recipe.network_arguments()  # cardinality and base_width
-        model = resnext29(len(data.classes), **sizes, dense=recipe.dense)
+        model = resnext29(len(data.classes), **recipe.network_arguments(), dense=recipe.dense)
         run = fit(model, data, recipe, previous, plot_history)
     return run.exit_status
 

@@ -70,7 +70,7 @@ def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bo
 
 
 def class_of(name: str) -> Any:
-    import torchvision  # not at the top: it takes a second, and folders of pictures do not need it
+    import torchvision  # not at the top: it takes a second
 
     return getattr(torchvision.datasets, name.upper())
 

@@ -185,18 +185,18 @@ def fit(
 
     Raises UserError for a loss that is not finite, for memory that runs out, and for data other than the checkpoint's.
     """
-    check(model, data, recipe, previous)
+    device = set_up_device(recipe.device, deterministic=recipe.deterministic)
+    check(model, data, recipe, previous, device)
     if recipe.init and not previous:
         distributed.print_rank0(checkpoint.start_from(model, recipe, data.classes))
     distributed.from_main_process(lambda: checkpoint.check_files(recipe, previous))
-    device = set_up_device(recipe.device, deterministic=recipe.deterministic)
     if previous and recipe.precision == "auto":  # a resumed run keeps its own
         recipe = replace(recipe, precision=previous["recipe"]["precision"])
     recipe = replace(recipe, precision=pick_precision(recipe.precision, device))
     # The learning rate is scaled by the real batch size.
     effective = replace(recipe, batch_size=min(recipe.batch_size, len(data.train)))
     if recipe.sync_bn:
-        model = synchronized(model, device)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     with (
         StopSignals() as stop,
         explain_out_of_memory(recipe.batch_size),
@@ -325,16 +325,9 @@ def not_finite(what: str, epoch: int, step: int, lr: Callable[[int, int], float]
     )
 
 
-def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with batch-norms over the images of all processes."""
-    if device.type != "cuda" or distributed.world_size() == 1:
-        found = f"{distributed.world_size()} on {device.type.upper()}"
-        raise distributed.error_in_all(f"--sync-bn needs several processes on CUDA; found {found}; leave it out")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
-def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any] | None) -> None:
+def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict | None, device: torch.device) -> None:
     """Raise UserError, in all processes, if the run cannot be trained."""
+    world_size = distributed.world_size()
     with torch.device("meta"):
         expected = NETWORKS[recipe.network](len(data.classes), **recipe.network_arguments())
     shapes, expected_shapes = (
@@ -349,7 +342,10 @@ def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, A
             f"--resume: --data {data.source} does not hold the images that {recipe.checkpoint_path} was trained on "
             f"(--data {previous['data']['source']}); give those, or start another run with --name or --overwrite"
         )
-    if min(recipe.batch_size, len(data.train)) < 2 * (world_size := distributed.world_size()):
+    if recipe.sync_bn and (device.type != "cuda" or world_size == 1):
+        found = f"{world_size} on {device.type.upper()}"
+        raise distributed.error_in_all(f"--sync-bn needs several processes on CUDA; found {found}; leave it out")
+    if min(recipe.batch_size, len(data.train)) < 2 * world_size:
         raise distributed.error_in_all(
             f"--batch-size {recipe.batch_size} of {len(data.train):,} images leaves fewer than two for each of "
             f"{world_size} processes, and batch norm needs two; give more, or start fewer processes"
