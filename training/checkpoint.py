@@ -80,10 +80,7 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
         raise UserError(foreign)
     if content["version"] > VERSION:
-        raise UserError(
-            f"{path}: written by a later version of this project (format {content['version']}, this one reads up to "
-            f"{VERSION}); update the project"
-        )
+        raise UserError(f"{path}: of a later version (format {content['version']}, here {VERSION}); update the project")
     if missing := [name for name in PARTS if name not in content]:
         raise UserError(f"{path}: not usable, {missing[0]} is missing; {AGAIN}")
     return content | {"digest": comment.removeprefix(MARK).decode()}
@@ -217,12 +214,8 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
     trained, epochs = content["training"]["epoch"] + bool(content["training"]["step"]), content["recipe"]["epochs"]
     if recipe.is_given("epochs") and recipe.epochs != epochs:
         if recipe.epochs < trained:
-            raise UserError(
-                f"--resume --epochs {recipe.epochs}: {path} is in epoch {trained} already; give as many or more"
-            )
-        print(
-            f"{recipe.epochs} epochs instead of {epochs}: the learning rate follows the {recipe.epochs}-epoch schedule"
-        )
+            raise UserError(f"--epochs {recipe.epochs}: {path} is in epoch {trained} already; give as many or more")
+        print(f"{recipe.epochs} epochs instead of {epochs}: the learning rate follows the new schedule")
     if differences := recipe.differences(content["recipe"]):
         raise UserError(
             f"--resume: {path} was trained with another recipe:\n  " + "\n  ".join(differences) + "\nLeave "

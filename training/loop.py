@@ -245,14 +245,8 @@ def finish_epoch(run: Run, row: dict[str, Any]) -> None:
 
 
 def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu") -> TrainLoader:
-    return TrainLoader(
-        train,
-        recipe.batch_size,
-        recipe.augmentation(),
-        seed=recipe.seed,
-        device=device,
-        crop_and_flip_from=recipe.crop_and_flip_from,
-    )
+    settings = {"seed": recipe.seed, "device": device, "crop_and_flip_from": recipe.crop_and_flip_from}
+    return TrainLoader(train, recipe.batch_size, recipe.augmentation(), **settings)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Optimizer:
@@ -334,9 +328,7 @@ def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict | None
         {name: value.shape for name, value in network.state_dict().items()} for network in (model, expected)
     )
     if shapes != expected_shapes:
-        raise distributed.error_in_all(
-            f"the model is not the {recipe.network} of the recipe; a checkpoint of it could not be loaded"
-        )
+        raise distributed.error_in_all(f"the model is not the {recipe.network} of the recipe; give that one")
     if previous and previous["data"]["digest"] != data.digest:
         raise distributed.error_in_all(
             f"--resume: --data {data.source} does not hold the images that {recipe.checkpoint_path} was trained on "
