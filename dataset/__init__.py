@@ -35,11 +35,9 @@ def load(
     """Load a data set.
 
     `source` is one of
-      - "cifar10" or "cifar100", from `data_dir`, downloaded if missing and `download` is True (`data_url` is tried
-        first);
-      - "digits": scikit-learn's 8×8 digits, which need no download;
-      - the path of a folder: CIFAR-10's official files, or pictures in class folders (image_folder.py lists the
-        layouts).
+      - "cifar10" or "cifar100", from `data_dir`; if missing, from `data_url` or another host, if `download` is True
+      - "digits": scikit-learn's 8×8 digits, which need no download
+      - the path of a folder: CIFAR-10's official files, or pictures in class folders as in image_folder.py
 
     All images become `image_size` × `image_size`: resized with aspect ratio kept, then centre-cropped. If a source has
     no test images (digits, class folders without a test folder), the fraction `test_split` of each class becomes the

@@ -168,11 +168,7 @@ def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
 
 def copied_to_host(value: Any) -> Any:
     """The same dicts and lists with a copy of every tensor, on the CPU."""
-
-    def copied(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", copy=True, non_blocking=tensor.is_cuda)
-
-    copies = tree_map_only(Tensor, copied, value)
+    copies = tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True, non_blocking=x.is_cuda), value)
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()  # one wait for hundreds of copies
     return copies
