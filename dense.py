@@ -12,7 +12,7 @@ import torch
 
 from models.densenet import BLOCKS, densenet
 from training import checkpoint
-from training.history import plotter
+from training.history import plot_history
 from training.loop import fit
 from training.recipe import Recipe, flag, load_data, parse_flags
 
@@ -52,7 +52,6 @@ RECIPE = DenseNetRecipe(
     randaugment_magnitude=5,
     cutout=0,  # off: RandAugment is enough
     augment_until=0.85,  # then crop and flip only (He et al. 2019, arXiv:1909.09148): +4 points in short runs
-    compile="auto",  # a CUDA graph on a GPU; the other modes are not measured yet
 )
 
 
@@ -63,7 +62,7 @@ def main() -> int:
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
         model = densenet(len(data.classes), depth=recipe.depth, growth_rate=recipe.growth_rate)
-        run = fit(model, data, recipe, previous, plotter(recipe))
+        run = fit(model, data, recipe, previous, plot_history)
     return run.exit_status
 
 

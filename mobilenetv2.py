@@ -12,7 +12,7 @@ import torch
 
 from models.mobilenetv2 import mobilenetv2
 from training import checkpoint
-from training.history import plotter
+from training.history import plot_history
 from training.loop import fit
 from training.recipe import Recipe, flag, load_data, parse_flags
 
@@ -48,7 +48,6 @@ RECIPE = MobileNetV2Recipe(
     randaugment_magnitude=5,
     cutout=0,  # off: RandAugment is enough
     augment_until=0.85,  # then crop and flip only (He et al. 2019, arXiv:1909.09148): +4 points in short runs
-    compile="auto",  # a CUDA graph on a GPU; the other modes are not measured yet
 )
 
 
@@ -59,7 +58,7 @@ def main() -> int:
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
         model = mobilenetv2(len(data.classes), width=recipe.width)
-        run = fit(model, data, recipe, previous, plotter(recipe))
+        run = fit(model, data, recipe, previous, plot_history)
     return run.exit_status
 
 

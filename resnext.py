@@ -12,7 +12,7 @@ import torch
 
 from models.resnext import resnext29
 from training import checkpoint
-from training.history import plotter
+from training.history import plot_history
 from training.loop import fit
 from training.recipe import Recipe, flag, load_data, parse_flags
 
@@ -56,7 +56,6 @@ RECIPE = ResNeXtRecipe(
     randaugment_magnitude=5,
     cutout=0,  # off: RandAugment is enough
     augment_until=0.85,  # then crop and flip only (He et al. 2019, arXiv:1909.09148): +4 points in short runs
-    compile="auto",  # a CUDA graph on a GPU; the other modes are not measured yet
 )
 
 
@@ -66,9 +65,8 @@ def main() -> int:
         recipe = recipe.resumed(previous)
         data = load_data(recipe)
         torch.manual_seed(recipe.seed)
-        sizes = recipe.network_arguments()  # cardinality and base_width
-        model = resnext29(len(data.classes), **sizes, dense=recipe.dense)
-        run = fit(model, data, recipe, previous, plotter(recipe))
+        model = resnext29(len(data.classes), **recipe.network_arguments(), dense=recipe.dense)
+        run = fit(model, data, recipe, previous, plot_history)
     return run.exit_status
 
 

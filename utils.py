@@ -4,7 +4,6 @@ Path of a batch: `dataset.load` gives uint8 arrays; `TrainLoader` keeps them on 
 thousands of images at a time (dataset/transforms.py), cuts the result into batches and normalises each.
 """
 
-import contextlib
 import copy
 import functools
 import logging
@@ -19,6 +18,7 @@ from common.device import autocast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 from tqdm import tqdm
 
 from dataset import Split, transforms
@@ -54,9 +54,8 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 def steps_per_epoch(num_images: int, batch_size: int, device: torch.device) -> int:
     """How many batches an epoch has.
 
-    A smaller last one is dropped if it has fewer than two images for each process, which batch norm cannot train on.
-    On CUDA also if it has less than 1 % of the images, because it needs a CUDA graph and a search for algorithms of
-    its own.
+    A smaller last one is dropped if it has fewer than the two images for each process that batch norm needs; on CUDA,
+    where it needs a graph and a search for algorithms of its own, also if it has less than 1 % of the images.
     """
     whole, rest = divmod(num_images, batch_size)
     at_least = max(2 * distributed.world_size(), num_images / 100 if device.type == "cuda" else 0)
@@ -68,7 +67,6 @@ class TrainLoader:
 
     The order of the images and their random augmentation depend on (seed, epoch) only, not on the batch or chunk size.
     The last batch may be smaller (see `steps_per_epoch`). With several processes, each gets its share of every batch.
-
     From epoch `crop_and_flip_from` on, only crop and flip are applied.
 
     `ahead` (by default on CUDA) keeps the work off the critical path: a thread draws for the next epoch while this one
@@ -83,7 +81,7 @@ class TrainLoader:
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        crop_and_flip_from: int | None = None,
+        crop_and_flip_from: float = math.inf,
         chunk_size: int | None = None,
         ahead: bool | None = None,
     ):
@@ -91,14 +89,12 @@ class TrainLoader:
         self.labels = torch.from_numpy(split.labels).to(device)
         self.device = self.images.device
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
-        self.size = self.images.shape[-1]
-        self.crop_and_flip_from = math.inf if crop_and_flip_from is None else crop_and_flip_from
+        self.size, self.crop_and_flip_from = self.images.shape[-1], crop_and_flip_from
         self.augmenters = {
             settings: transforms.Augmenter(self.size, settings, device)
             for settings in (augmentation, augmentation.crop_and_flip())
         }
-        self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        self.local_batch_size = len(range(batch_size)[self.share(batch_size)])
+        self.local_batch_size = len(range(batch_size)[distributed.share(batch_size)])
         chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.size**2
         self.chunk_size = max(1, chunk_size // self.local_batch_size) * self.local_batch_size
         ahead = self.device.type == "cuda" if ahead is None else ahead
@@ -122,19 +118,13 @@ class TrainLoader:
         plan = waiting.result() if waiting else self.plan(epoch, start)
         if self.thread:
             self.planned = {epoch + 1: self.thread.submit(self.plan, epoch + 1)}
-        for images, labels in self.chunks(plan.to(self.device), self.augmenter(epoch)):
-            size = self.local_batch_size
+        size = self.local_batch_size
+        for images, labels in self.chunks(plan.to(self.device), self.augmenters[self.settings(epoch)]):
             for batch, targets in zip(images.split(size), labels.split(size), strict=True):
                 yield normalize(batch), targets
 
-    def share(self, count: int) -> slice:
-        return distributed.share(count, self.rank, self.world_size)
-
     def settings(self, epoch: int) -> transforms.Augmentation:
         return self.augmentation if epoch < self.crop_and_flip_from else self.augmentation.crop_and_flip()
-
-    def augmenter(self, epoch: int) -> transforms.Augmenter:
-        return self.augmenters[self.settings(epoch)]
 
     def global_batch_size(self, step: int) -> int:
         """Images of a step's batch, over all processes."""
@@ -145,14 +135,13 @@ class TrainLoader:
         settings = self.settings(epoch)
         draws = transforms.draw(len(self.images), self.size, settings, generator)
         order = torch.randperm(len(self.images), generator=generator)[start * self.batch_size : self.num_images]
-        order = torch.cat([batch[self.share(len(batch))] for batch in order.split(self.batch_size)])
+        order = torch.cat([batch[distributed.share(len(batch))] for batch in order.split(self.batch_size)])
         return transforms.plan(order, draws, self.chunk_size)
 
     def chunks(self, plan: transforms.Plan, augmenter: transforms.Augmenter) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented images, uint8 (chunk, 3, H, W), and their labels."""
         if self.stream is None:
-            for number in range(len(plan)):
-                yield self.chunk(plan, number, augmenter)
+            yield from (self.chunk(plan, number, augmenter) for number in range(len(plan)))
             return
         training = torch.cuda.current_stream(self.device)
 
@@ -194,26 +183,18 @@ def predict(
 
     None if `stop()` returned true. `label`: of a progress bar; None for no bar.
     """
-    batches = images.split(batch_size or eval_batch_size(images, device))
-    logits = []
-    with without_cudnn_search():
+    batches, logits = images.split(batch_size or eval_batch_size(images, device)), []
+    # A search for algorithms, for each size of batch, costs more than evaluation would gain.
+    searched, cudnn.benchmark = cudnn.benchmark, False
+    try:
         for batch in tqdm(batches, desc=label, unit=" batches", leave=False, disable=None if label else True):
             if stop():
                 return None
             with autocast(device, precision):
                 logits.append(network(batch.to(device, memory_format=torch.channels_last)).float())
-    return torch.cat(logits).cpu()
-
-
-@contextlib.contextmanager
-def without_cudnn_search() -> Iterator[None]:
-    """Have cuDNN take its usual algorithms: a search, for each size of batch, costs more than evaluation would gain."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        cudnn.benchmark = searched
+    return torch.cat(logits).cpu()
 
 
 def eval_batch_size(images: Tensor, device: torch.device) -> int:

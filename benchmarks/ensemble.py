@@ -160,7 +160,7 @@ def link_data(data: str, data_url: str | None, work: Path) -> str:
     """Link the folder that --data names, CIFAR-10 downloaded where it is missing, into `work`; its --data there."""
     if data == "digits":
         return data
-    is_cifar = data in cifar10.ARCHIVES
+    is_cifar = data in cifar10.HOSTS
     source = (cifar10.find(data, Path("data"), data_url) if is_cifar else dataset.existing_folder(data)).resolve()
     link = work / ("data" if is_cifar else "images") / source.name
     files.check_writable(link.parent, "the work folder")

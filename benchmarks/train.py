@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 
 import common
 from common import errors, files
-from common.device import cpu_has_bfloat16, kilobytes, set_up_device
+from common.device import cpu_has_bfloat16, peak_memory, set_up_device
 from common.errors import UserError
 
 import torch
@@ -181,14 +181,6 @@ def plain_loop(kind: str, model: nn.Module, split: Split, recipe: Recipe, device
     precision = "bfloat16" if kind == "tuned_bfloat16" or (tuned and on_cuda) else "float32"
     step = plain.plain_step(model, device, precision=precision, tuned=tuned)
     return step, itertools.chain.from_iterable(itertools.repeat(loader)), {"precision": precision, "workers": workers}
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """In bytes, since the process started; None where nothing counts it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Not resource.getrusage, to which a process started from another counts the other's peak too.
-    return kilobytes("/proc/self/status", "VmHWM") * 1024 if device.type == "cpu" and sys.platform == "linux" else None
 
 
 # -------------------------------------------------------------------------------------------------------- the results

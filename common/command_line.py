@@ -7,10 +7,7 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, which prints the description unchanged and an error as one line.
-
-    The error for an unknown flag names the flags with the most similar names.
-    """
+    """argparse's parser; an error is one line, and for an unknown flag it names the most similar ones."""
 
     def __init__(self, description: str | None):
         super().__init__(

@@ -59,10 +59,7 @@ def pick_precision(choice: str, device: torch.device) -> str:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 numbers, and PyTorch may use them.
-
-    PyTorch's environment variable ATEN_CPU_CAPABILITY=avx2 forbids it.
-    """
+    """Whether this CPU has bfloat16 instructions, and no ATEN_CPU_CAPABILITY=avx2 keeps PyTorch from using them."""
     capabilities = torch.cpu.get_capabilities()
     if capabilities.get("avx2") and torch.backends.cpu.get_cpu_capability() == "AVX2":
         return False
@@ -83,15 +80,12 @@ def keep_freed_memory() -> None:
 
 
 def refuse_missing_memory() -> None:
-    """On Linux, make an allocation beyond the free memory fail, so that an error can report it.
-
-    By default Linux grants any amount and kills the process without a message when the memory is used.
-    """
+    """Make Linux refuse an allocation beyond the free memory, instead of killing the process when it is used."""
     if sys.platform != "linux":
         return
     import resource
 
-    limit = kilobytes("/proc/self/status", "VmData") * 1024 + free_memory()
+    limit = bytes_in("/proc/self/status", "VmData") + free_memory()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if soft == resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -100,7 +94,7 @@ def refuse_missing_memory() -> None:
 def free_memory(root: str | Path = "/") -> int:
     """Bytes that this process can still allocate on Linux: the free memory of the machine, or of its container."""
     root = Path(root)
-    free = [kilobytes(root / "proc/meminfo", "MemAvailable") * 1024]
+    free = [bytes_in(root / "proc/meminfo", "MemAvailable")]
     cgroups = root / "sys/fs/cgroup"
     for folder, limit, used in (
         (cgroups, "memory.max", "memory.current"),  # version 2
@@ -116,22 +110,28 @@ def free_memory(root: str | Path = "/") -> int:
     return max(0, min(free))
 
 
-def kilobytes(path: str | Path, name: str) -> int:
-    """The number of kB in the line of a /proc file that begins with `name`."""
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes held so far: by PyTorch on CUDA, by this process on a CPU under Linux; None elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not resource.getrusage, to which a process started from another counts the other's peak too.
+    return bytes_in("/proc/self/status", "VmHWM") if sys.platform == "linux" else None
+
+
+def bytes_in(path: str | Path, name: str) -> int:
+    """The value, which the file has in kB, of the line of a /proc file that begins with `name`."""
     lines = Path(path).read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left, however PyTorch reports it.
-
-    If memory runs out while a CUDA graph is captured, the end of the capture fails as well, and raises another error.
-    """
+    """Whether the device or the host had no memory left, however PyTorch reports it."""
     signs = ("out of memory", "ALLOC_FAILED", "not enough memory", "DefaultCPU")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
         return True
+    # If memory runs out while a CUDA graph is captured, the end of the capture raises another error.
     return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 

@@ -24,10 +24,6 @@ TIMEOUT = timedelta(minutes=30)
 EXIT_DELAY = 1
 
 
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -75,8 +71,13 @@ def processes(device: str) -> Iterator[None]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    with explain_lost_processes():
+    try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        time.sleep(EXIT_DELAY)
+        raise UserError("another process of this run is gone; torchrun's report below names it") from None
     dist.destroy_process_group()  # not after an error: it would wait for collectives that never complete
 
 
@@ -112,9 +113,9 @@ def error_in_all(message: str) -> UserError:
     return UserError(message, silent=not is_main_process())
 
 
-def share(count: int, rank: int, world_size: int) -> slice:
-    """The slice of `count` items that process `rank` takes; lengths differ by at most one."""
-    return slice(count * rank // world_size, count * (rank + 1) // world_size)
+def share(count: int) -> slice:
+    """The slice of `count` items that this process takes; lengths differ by at most one."""
+    return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:
@@ -142,28 +143,13 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def average_gradients(model: nn.Module, *, weight: float) -> None:
-    """Average a model's gradients over the processes; `weight` is this one's share of the batch.
-
-    One exchange of all gradients, which a CUDA graph can capture. DistributedDataParallel has several, to overlap them
-    with the backward pass, but needs a hook for each parameter.
-    """
+    """Average a model's gradients over the processes; `weight` is this one's share of the batch."""
     if world_size() == 1:
         return
+    # One exchange, which a CUDA graph can capture, instead of DistributedDataParallel's hooks.
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     # In the order of their memory, which is that of the parameters: the same in all processes, and fast to copy.
     rows = [gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients]
     flat = torch.cat(rows).mul_(weight)
     dist.all_reduce(flat)
     torch._foreach_copy_(rows, flat.split([len(row) for row in rows]))
-
-
-@contextlib.contextmanager
-def explain_lost_processes() -> Iterator[None]:
-    """Turn the error of a lost process into a UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        time.sleep(EXIT_DELAY)
-        raise UserError("another process of this run is gone; torchrun's report below names it") from None

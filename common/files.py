@@ -25,7 +25,7 @@ def replacing(path: str | Path, what: str, *, shared: bool = False) -> Iterator[
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part" if shared else f".{path.name}.part")
-    try:
+    with _explain_failure(path, what):
         if path.exists() and not path.is_file():  # root could replace /dev/null
             raise OSError("it is not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,14 +37,17 @@ def replacing(path: str | Path, what: str, *, shared: bool = False) -> Iterator[
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explain_failure(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
     except BrokenPipeError:  # from another file: this one is not a pipe
         raise
     except OSError as error:
-        raise _not_written(path, what, error) from None
-
-
-def _not_written(path: Path, what: str, error: OSError) -> UserError:
-    return UserError(f"{path}: {what} could not be written ({error.strerror or error}); free space or use another path")
+        reason = error.strerror or error
+        raise UserError(f"{path}: {what} could not be written ({reason}); free space or use another path") from None
 
 
 @contextmanager
@@ -58,7 +61,7 @@ def locked(path: str | Path, what: str, *, wait: bool = True) -> Iterator[None]:
     """
     path = Path(path)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
+    with _explain_failure(path, what), suppress(NotImplementedError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -69,10 +72,6 @@ def locked(path: str | Path, what: str, *, wait: bool = True) -> Iterator[None]:
                 ) from None
             print(f"another process is busy with {what}: waiting for it to end", file=sys.stderr)
             lock.acquire()
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        raise _not_written(path, what, error) from None
     try:
         yield
     finally:
@@ -83,12 +82,10 @@ def locked(path: str | Path, what: str, *, wait: bool = True) -> Iterator[None]:
 
 def check_writable(folder: str | Path, what: str) -> None:
     """Create `folder` if it is missing. Raises UserError if no file can be written there."""
-    try:
+    with _explain_failure(Path(folder), what):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # leaves no file behind, not even after a kill
             pass
-    except OSError as error:
-        raise _not_written(Path(folder), what, error) from None
 
 
 def check_output(path: str | Path, endings: tuple[str, ...]) -> None:

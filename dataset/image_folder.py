@@ -9,7 +9,6 @@ and anything else is ignored.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import sys
@@ -37,7 +36,6 @@ CACHE_VERSION = 2  # to be raised if the same source gives other arrays than bef
 KEPT_COPIES = 2  # of a source, in the cache
 MAX_LISTED = 10  # pictures that cannot be read
 CHUNK = 8  # pictures per task of a thread; small ones, one per task, take longer
-CHUNKS_AHEAD = 512  # tasks that may be done before their results are used, so that not all are in memory twice
 
 # Pillow warns above 90 million pixels, which a large photo can have, and rejects an image above twice that.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -57,7 +55,7 @@ def load_image_folder(
     listing = {name: list_classes(part) for name, part in parts.items()}
     classes = tuple(sorted(listing["train"]))
     if not classes:
-        raise UserError(f"{parts['train']}: has no folders; expected a folder for each class, with its pictures")
+        raise UserError(f"{parts['train']}: has no folders; expected train/<class>/…, or a folder for each class")
     for name, found in listing.items():
         if different := sorted(found.keys() ^ set(classes)):
             has, lacks = ("train", name) if different[0] in classes else (name, "train")
@@ -71,11 +69,10 @@ def load_image_folder(
             )
     paths = [path for found in listing.values() for label in classes for path in found[label]]
     images = load_cached(folder, paths, image_size, cache_dir)
-    splits, start = {}, 0
+    splits = {}
     for name, found in listing.items():
         labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(found[label]) for label in classes])
-        splits[name] = Split(images[start : start + len(labels)], labels)
-        start += len(labels)
+        splits[name], images = Split(images[: len(labels)], labels), images[len(labels) :]
     test, val = splits.get("test"), splits.get("val")
     return classes, splits["train"], *((None, val) if test is None else (val, test))
 
@@ -83,24 +80,20 @@ def load_image_folder(
 def find_parts(folder: Path) -> dict[str, Path]:
     """The folders of "train", "val" and "test" images; only "train" if the folder holds the classes themselves."""
     inside = visible_folders(folder)
-    while len(inside) == 1 and split_name(inside[0]) is None:  # skip a single wrapper folder
-        deeper = visible_folders(inside[0])
-        if not deeper:
-            break
-        inside = deeper
-    if not inside:
-        raise UserError(f"--data {folder}: has no folders; expected train/<class>/…, or a folder for each class")
+    while len(inside) == 1 and split_name(inside[0]) is None and (deeper := visible_folders(inside[0])):
+        folder, inside = inside[0], deeper  # skip a single wrapper folder
     parts: dict[str, Path] = {}
-    if any(split_name(path) == "train" for path in inside):
-        for path in inside:
-            if split_name(path) is None:
-                print(f"note: {path} is ignored; next to a train folder only val and test are used", file=sys.stderr)
     for path in inside:
         if (name := split_name(path)) in parts:
             raise UserError(f"{folder}: has both {parts[name].name}/ and {path.name}/; remove one")
         if name:
             parts[name] = path
-    return parts if "train" in parts else {"train": inside[0].parent}
+    if "train" not in parts:
+        return {"train": folder}
+    for path in inside:
+        if path not in parts.values():
+            print(f"note: {path} is ignored; next to a train folder only val and test are used", file=sys.stderr)
+    return parts
 
 
 def split_name(path: Path) -> str | None:
@@ -145,13 +138,13 @@ def refuse(error: OSError) -> NoReturn:
     raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); make it readable, or move it")
 
 
-# --------------------------------------------------------------------------------------------------------------- cache
-
-
 def load_cached(folder: Path, paths: Sequence[Path], image_size: int, cache_dir: Path) -> np.ndarray:
     """The pictures as uint8 (N, 3, S, S), from the cache if it has them; otherwise decoded, and written there."""
     source = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    listing = [(os.path.relpath(path, folder), *fingerprint(path)) for path in paths]
+    stats = [os.stat(path) if path.exists() else os.lstat(path) for path in paths]  # `decode` reports a broken link
+    # The ctime shows a change whose mtime was set back.
+    fingerprints = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
+    listing = [(os.path.relpath(path, folder), *found) for path, found in zip(paths, fingerprints, strict=True)]
     content = hashlib.sha256(json.dumps([listing, image_size, CACHE_VERSION]).encode()).hexdigest()[:16]
     cached = cache_dir / f"{source}-{content}.npz"
     if cached.is_file():
@@ -175,15 +168,6 @@ def load_cached(folder: Path, paths: Sequence[Path], image_size: int, cache_dir:
     return images
 
 
-def fingerprint(path: Path) -> tuple[int, int, int]:
-    """Size, mtime and ctime. A broken link has its own, so that `decode` reports it."""
-    stat = os.stat(path) if path.exists() else os.lstat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns  # the ctime shows a change whose mtime was set back
-
-
-# ------------------------------------------------------------------------------------------------------------ decoding
-
-
 def decode_or_refuse(folder: Path, paths: Sequence[Path], image_size: int) -> np.ndarray:
     """Decode all pictures. Raises UserError that names ten of those that cannot be read, and the number of the rest."""
     images, broken = empty_images(len(paths), image_size), []
@@ -204,10 +188,7 @@ def decode_or_refuse(folder: Path, paths: Sequence[Path], image_size: int) -> np
 
 
 def resize_all(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 grey (N, H, W) or RGB (N, H, W, 3) to uint8 (N, 3, image_size, image_size), as `to_array` does.
-
-    Raises UserError if there is not enough memory.
-    """
+    """uint8 grey (N, H, W) or RGB (N, H, W, 3) to uint8 (N, 3, S, S). Raises UserError for more than fits in memory."""
     if pixels.shape[1:] == (image_size, image_size, 3):
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
     images = empty_images(len(pixels), image_size)
@@ -217,7 +198,7 @@ def resize_all(pixels: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def empty_images(count: int, image_size: int) -> np.ndarray:
-    """uint8 (count, 3, image_size, image_size), uninitialized. Raises UserError if there is not enough memory."""
+    """uint8 (count, 3, S, S), uninitialized. Raises UserError for more than fits in memory."""
     try:
         return np.empty((count, 3, image_size, image_size), np.uint8)
     except (MemoryError, ValueError):  # ValueError: more than any machine can address
@@ -231,18 +212,14 @@ Decoded = tuple[np.ndarray, tuple[int, int]]  # uint8 (3, S, S), and the width a
 
 
 def decode_all(paths: Sequence[str | Path], image_size: int) -> Iterator[Decoded | UserError]:
-    """Decode picture files, in their order, or the error of an unreadable one.
-
-    Threads decode them: Pillow decodes and resizes without the interpreter's lock.
-    """
+    """Decode picture files, in their order, or the error of an unreadable one."""
 
     def decode_chunk(start: int) -> list[Decoded | UserError]:
         return [decode(path, image_size) for path in paths[start : start + CHUNK]]
 
-    starts = range(0, len(paths), CHUNK)
-    with ThreadPoolExecutor(num_cores(), "decode") as pool:
-        for first in range(0, len(starts), CHUNKS_AHEAD):
-            yield from itertools.chain.from_iterable(pool.map(decode_chunk, starts[first : first + CHUNKS_AHEAD]))
+    with ThreadPoolExecutor(num_cores(), "decode") as pool:  # Pillow works without the interpreter's lock
+        for decoded in pool.map(decode_chunk, range(0, len(paths), CHUNK)):
+            yield from decoded
 
 
 def num_cores() -> int:
@@ -272,10 +249,7 @@ def decode(path: str | Path, image_size: int) -> Decoded | UserError:
 
 
 def to_array(image: Image.Image, image_size: int) -> np.ndarray:
-    """RGB, resized with aspect ratio kept, centre-cropped: uint8 (3, image_size, image_size).
-
-    An image of that size is not resized.
-    """
+    """RGB, resized if it has another size, with aspect ratio kept and centre-cropped: uint8 (3, S, S)."""
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255 and show as white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     if image.mode == "P":  # converting straight to RGB warns about transparent palettes

@@ -13,7 +13,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 # torchvision's RandAugment space in its order; the five that move pixels are adjacent, so that one gather applies them.
 RANDAUGMENT_OPS = (
@@ -25,9 +24,6 @@ SIGNED_OPS = RANDAUGMENT_OPS[1:10]
 MAGNITUDE_BINS = 31
 # Of CIFAR-10's training images, in grey levels: almost zero after normalisation.
 MEAN_COLOUR = (125, 123, 114)
-
-
-# ---------------------------------------------------------------------------------------------- operators on colours
 
 
 # Written for speed on the CPU: PyTorch's minima, maxima and bit operations on uint8 are vectorised, but its `where`,
@@ -168,10 +164,7 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:
-    """Grey out a square centred at the pixel whose flat index is `centre`, clipped at the image's edge.
-
-    DeVries and Taylor 2017, arXiv:1708.04552.
-    """
+    """Grey out a square around the pixel with the flat index `centre` (DeVries and Taylor 2017, arXiv:1708.04552)."""
     height, width = images.shape[2:]
     centre = centre.view(-1, 1)
     low_y, low_x = centre // width - side // 2, centre % width - side // 2
@@ -184,9 +177,6 @@ def cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:
 @functools.cache  # a copy to the device for each chunk would make the host wait
 def _mean_colour(device: torch.device) -> Tensor:
     return torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
-
-
-# --------------------------------------------------------------------------------------- operators that move pixels
 
 
 def remap(images: Tensor, sources: Tensor) -> Tensor:
@@ -217,42 +207,25 @@ def geometric_sources(size: int, magnitude: int) -> Tensor:
 
     Rows 2·k and 2·k + 1 are operator k of `GEOMETRIC_OPS` with its positive and its negative strength.
     """
-    rows = []
-    for name in GEOMETRIC_OPS:
-        strength = float(op_magnitude(name, magnitude, size))
-        rows += [_affine_sources(size, name, strength), _affine_sources(size, name, -strength)]
-    return torch.stack(rows)
+    # torchvision moves the pixels' numbers, counted from 1, and gives 0 for an origin outside the image.
+    numbers = torch.arange(1, size * size + 1, dtype=torch.float32).view(1, size, size)
+    strengths = [(name, float(op_magnitude(name, magnitude, size))) for name in GEOMETRIC_OPS]
+    moved = [_move(numbers, name, signed) for name, strength in strengths for signed in (strength, -strength)]
+    return torch.stack(moved).flatten(1).round().long() - 1
 
 
-def _affine_sources(size: int, name: str, strength: float) -> Tensor:
-    """The nearest source pixel under one inverse affine map, int64 (size²,).
+def _move(image: Tensor, name: str, strength: float) -> Tensor:
+    """A geometric operator on one image, as torchvision's RandAugment calls it."""
+    from torchvision.transforms.v2 import functional as TF  # not at the top: it takes a second
 
-    Computed as in torchvision: `grid_sample` in float32, here on an image of indices, so that an origin half-way
-    between two pixels is rounded to the same side.
-    """
-    a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0  # x' = a·x + b·y + c, y' = d·x + e·y + f
-    if name in ("TranslateX", "TranslateY"):
-        shift = -float(int(strength))
-        c, f = (shift, 0.0) if name == "TranslateX" else (0.0, shift)
-    elif name == "Rotate":
-        # torchvision rotates anticlockwise about the centre.
-        angle = -math.radians(strength % 360)
-        a, b, d, e = math.cos(angle), math.sin(angle), -math.sin(angle), math.cos(angle)
-    else:
-        # The top left corner is fixed; the origin of these coordinates is the centre.
-        slope = math.tan(math.radians(math.degrees(math.atan(strength))))
-        corner = -size * 0.5
-        if name == "ShearX":
-            b, c = slope, -slope * corner
-        else:
-            d, f = slope, corner - slope * corner - corner
-    theta = torch.tensor([[a, b, c], [d, e, f]]).T / (0.5 * size)
-    axis = torch.linspace((1.0 - size) * 0.5, (size - 1.0) * 0.5, size)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    grid = torch.stack((x, y, torch.ones_like(x)), 2).view(1, size * size, 3) @ theta
-    index = torch.arange(1, size * size + 1, dtype=torch.float32).view(1, 1, size, size)
-    found = F.grid_sample(index, grid.view(1, size, size, 2), mode="nearest", padding_mode="zeros", align_corners=False)
-    return found.flatten().round().long() - 1
+    if name == "Rotate":
+        return TF.rotate(image, strength)
+    along_x = name.endswith("X")
+    if name.startswith("Translate"):
+        shift = int(strength)
+        return TF.affine(image, 0.0, [shift, 0] if along_x else [0, shift], 1.0, [0.0, 0.0])
+    angle = math.degrees(math.atan(strength))
+    return TF.affine(image, 0.0, [0, 0], 1.0, [angle, 0.0] if along_x else [0.0, angle], center=[0, 0])
 
 
 def op_magnitude(name: str, magnitude: int, size: int) -> Tensor:
@@ -263,16 +236,8 @@ def op_magnitude(name: str, magnitude: int, size: int) -> Tensor:
     """
     if name == "Posterize":
         return 8 - (torch.arange(MAGNITUDE_BINS) / ((MAGNITUDE_BINS - 1) / 4)).round()[magnitude]
-    low, high = {
-        "ShearX": (0.0, 0.3),
-        "ShearY": (0.0, 0.3),
-        "TranslateX": (0.0, 150.0 / 331.0 * size),
-        "TranslateY": (0.0, 150.0 / 331.0 * size),
-        "Rotate": (0.0, 30.0),
-        "Brightness": (0.0, 0.9),
-        "Color": (0.0, 0.9),
-        "Contrast": (0.0, 0.9),
-        "Sharpness": (0.0, 0.9),
-        "Solarize": (1.0, 0.0),
-    }.get(name, (0.0, 0.0))
-    return torch.linspace(low, high, MAGNITUDE_BINS)[magnitude]
+    strongest = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0, "Solarize": 0.0}
+    strongest |= dict.fromkeys(("TranslateX", "TranslateY"), 150.0 / 331.0 * size)
+    strongest |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9)
+    weakest = 1.0 if name == "Solarize" else 0.0
+    return torch.linspace(weakest, strongest.get(name, 0.0), MAGNITUDE_BINS)[magnitude]

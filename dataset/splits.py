@@ -14,10 +14,8 @@ import numpy as np
 class Split:
     """Images and their labels."""
 
-    images: np.ndarray
-    """uint8 (N, 3, H, W), C-contiguous"""
-    labels: np.ndarray
-    """int64 (N,), each an index into the data set's classes"""
+    images: np.ndarray  # uint8 (N, 3, H, W), C-contiguous
+    labels: np.ndarray  # int64 (N,), each an index into the data set's classes
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,19 +31,13 @@ class Split:
 class Dataset:
     """Everything a run needs to know about its images."""
 
-    source: str
-    """value of --data"""
-    classes: tuple[str, ...]
-    """class names; a label is an index into them"""
+    source: str  # value of --data
+    classes: tuple[str, ...]  # names; a label is an index into them
     train: Split
     test: Split
-    val: Split | None
-    """held-out images, if any"""
-    digest: str
-    """hex digest of all images, labels and class names of the source at this image size, before any split; a checkpoint
-    stores it to verify the data"""
-    test_split: float | None = None
-    """fraction of each class that was split off for testing, None if the source has test images"""
+    val: Split | None  # held-out images, if any
+    digest: str  # of all images, labels and class names of the source at this image size, before any split
+    test_split: float | None = None  # of each class split off for testing; None if the source has test images
 
 
 def digest(classes: Sequence[str], *splits: Split) -> str:

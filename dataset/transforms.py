@@ -13,16 +13,14 @@ from torch import Tensor
 from dataset import operators
 from dataset.operators import GEOMETRIC_OPS, RANDAUGMENT_OPS, SIGNED_OPS
 
-JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
-
 Operator = Callable[[Tensor, Tensor], Tensor]
 
-JITTER: tuple[Operator, ...] = (
-    operators.adjust_brightness,
-    operators.adjust_contrast,
-    operators.adjust_saturation,
-    operators.adjust_hue,
-)
+JITTER: dict[str, Operator] = {
+    "brightness": operators.adjust_brightness,
+    "contrast": operators.adjust_contrast,
+    "saturation": operators.adjust_saturation,
+    "hue": operators.adjust_hue,
+}
 # RandAugment's operators except the identity and the geometric ones, in their order.
 RANDAUGMENT: dict[str, Operator] = {
     "Brightness": operators.adjust_brightness,
@@ -63,8 +61,8 @@ class Draws:
     """Random parameters of N images, one row each."""
 
     crop: Tensor  # (N,) int32, row of `crop_sources`
-    jitter_op: Tensor  # (N, 4) int32, the order of JITTER_OPS
-    jitter_change: Tensor  # (N, 4) float32, the strength of each of JITTER_OPS
+    jitter_op: Tensor  # (N, 4) int32, the order of JITTER's operators
+    jitter_change: Tensor  # (N, 4) float32, the strength of each
     flip: Tensor  # (N,) int32, 0 or 1
     randaugment_op: Tensor  # (N, K) int32, index into RANDAUGMENT_OPS
     randaugment_magnitude: Tensor  # (N, K) float32, signed
@@ -75,10 +73,7 @@ class Draws:
 
 
 def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Generator) -> Draws:
-    """Draw the parameters of all images of an epoch, on the CPU, from the same distributions as torchvision.
-
-    Row i belongs to image i, wherever the image comes in the epoch.
-    """
+    """Draw an epoch's parameters on the CPU, from the same distributions as torchvision; row i is that of image i."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(num_images, *shape, generator=generator)
@@ -88,11 +83,11 @@ def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Ge
 
     ops = settings.randaugment_ops
     crop = below((2 * settings.crop_padding + 1) ** 2)
-    jitter_op = uniform(len(JITTER_OPS)).argsort(1).int()
-    high = torch.tensor([getattr(settings, name) for name in JITTER_OPS])
+    jitter_op = uniform(len(JITTER)).argsort(1).int()
+    high = torch.tensor([getattr(settings, name) for name in JITTER])
     # A factor from [max(0, 1 − high), 1 + high] for the first three, a shift from [−high, high] for the hue.
     low = torch.cat((-high[:3].clamp(max=1), -high[3:]))
-    jitter_change = low + uniform(len(JITTER_OPS)) * (high - low)
+    jitter_change = low + uniform(len(JITTER)) * (high - low)
     flip = (uniform() < settings.flip).int()
     randaugment_op = below(len(RANDAUGMENT_OPS), ops)
     strengths = torch.stack(
@@ -110,8 +105,7 @@ def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Ge
 class Plan:
     """An epoch's random parameters, in the order of its images.
 
-    An operator runs once for all images of a chunk that drew it. They are found on the CPU: to find them on a GPU would
-    make the host wait for it.
+    An operator runs once for all images of a chunk that drew it. The CPU finds them, so that it never waits for a GPU.
     """
 
     index: Tensor  # (N,) int32, the images in their order
@@ -159,16 +153,10 @@ class Augmenter:
         self.crop_sources = operators.crop_sources(size, settings.crop_padding).to(device)
         self.geometric_sources = operators.geometric_sources(size, settings.randaugment_magnitude).to(device)
         # As in torchvision, zero-strength jitter is skipped.
-        self.jitter = [
-            operator if getattr(settings, name) > 0 else None for name, operator in zip(JITTER_OPS, JITTER, strict=True)
-        ]
+        self.jitter = [operator if getattr(settings, name) > 0 else None for name, operator in JITTER.items()]
 
     def __call__(self, images: Tensor, plan: Plan, number: int) -> Tensor:
-        """Augment chunk `number` of a plan.
-
-        `images` is the whole data set, uint8 (N, 3, H, W). Returns the chunk's images in the epoch's order, uint8
-        (B, 3, H, W).
-        """
+        """Augment chunk `number` of a plan of all `images`, uint8 (N, 3, H, W): uint8 (B, 3, H, W) in its order."""
         chunk = slice(number * plan.chunk, (number + 1) * plan.chunk)
         draws, counts = plan.draws[chunk], plan.counts[number]
         sort_order, inverse_order = plan.sort_order[chunk].unbind(1), plan.inverse_order[chunk].unbind(1)

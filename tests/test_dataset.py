@@ -189,7 +189,7 @@ def host(archive, monkeypatch):
     def use(*pages: str) -> list[str]:
         """Make these pages the mirrors of CIFAR-10, and return their addresses."""
         urls = [f"http://127.0.0.1:{server.server_port}/{page}" for page in pages]
-        monkeypatch.setitem(cifar10.ARCHIVES, "cifar10", ("CIFAR10", tuple(urls)))
+        monkeypatch.setitem(cifar10.HOSTS, "cifar10", tuple(urls))
         return urls
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -305,7 +305,6 @@ def test_nested_folders_belong_to_their_class_and_others_are_ignored(load, tmp_p
 def test_threads_decode_to_the_same_arrays(load, tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "pets", pictures(per_class=30))
     plain = load(folder, data_dir=tmp_path / "one")
-    monkeypatch.setattr(image_folder, "CHUNKS_AHEAD", 3)
     monkeypatch.setattr(image_folder, "num_cores", lambda: 4)
     assert same(load(folder, data_dir=tmp_path / "other"), plain)
 

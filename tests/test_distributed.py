@@ -41,7 +41,7 @@ def environment(rank, world_size, port):
 
 @pytest.fixture(scope="module")
 def forks():
-    with tiny_run.forkserver("tiny_run") as context:
+    with tiny_run.forkserver("tiny_run", "torchvision.transforms.v2") as context:
         yield context
 
 

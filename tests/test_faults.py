@@ -76,7 +76,7 @@ def die_writing(moment: str, count: int) -> None:
 @pytest.fixture(scope="module")
 def forks():
     # Of 200 processes that begin by importing PyTorch most would die importing.
-    with tiny_run.forkserver("mobilenetv2", "sklearn.datasets", "test_faults") as context:
+    with tiny_run.forkserver("mobilenetv2", "sklearn.datasets", "torchvision.transforms.v2", "test_faults") as context:
         yield context
 
 

@@ -112,7 +112,7 @@ def test_another_image_is_left_out_in_every_epoch(tiny_recipe, tiny_data):
 
 def test_a_growing_loss_is_warned_of_once(tiny_recipe, capsys):
     def warnings(*losses, num_classes=10):
-        report = messages.EpochReport(tiny_recipe(), num_classes, lambda row: None, lambda history: None)
+        report = messages.EpochReport(tiny_recipe(), num_classes, lambda row: None, lambda *_: None)
         for number in range(len(losses)):
             report.warn_of_growing_loss([{"train_loss": loss} for loss in losses[: number + 1]])
         return capsys.readouterr().err
@@ -132,7 +132,7 @@ def test_pictures_are_drawn_at_the_end_and_in_between_as_far_as_they_cost_little
     monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
     drawn = []
 
-    def draw(history):
+    def draw(history, recipe):
         drawn.append(len(history))
         now[0] += 2
 

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from dataset import Split, operators, transforms
 from dataset.operators import GEOMETRIC_OPS, MAGNITUDE_BINS
-from dataset.transforms import JITTER_OPS, Augmentation, Augmenter
+from dataset.transforms import Augmentation, Augmenter
 from utils import MEAN, STD, TrainLoader, epoch_generator, normalize, steps_per_epoch
 
 RANDAUGMENT = v2.RandAugment()
@@ -100,14 +100,14 @@ def mixed(operator, images, values):
 
 
 @pytest.mark.parametrize("size", [32, 21])
-@pytest.mark.parametrize("name", JITTER_OPS)
+@pytest.mark.parametrize("name", transforms.JITTER)
 def test_jitter_equals_torchvision(name, size):
     reach = 0.5 if name == "hue" else 1.0
     edges = torch.tensor([0.0, 0.2, -0.2, 1 / 6, -1 / 6, 1 / 3, 0.5, -0.5, reach, -reach])
     changes = torch.rand(60, generator=torch.Generator().manual_seed(4)) * 2 * reach - reach
     changes = torch.cat((edges, changes))
     images = images_of(size)
-    found = mixed(transforms.JITTER[JITTER_OPS.index(name)], images, changes)
+    found = mixed(transforms.JITTER[name], images, changes)
     expected = torch.stack([JITTER[name](images, float(change)) for change in changes])
     assert_same(found, expected, blending=name in BLENDING)
 
@@ -157,7 +157,7 @@ def chain_of_torchvision(image, draws, settings):
     top, left = divmod(int(draws.crop), 2 * padding + 1)
     image = TF.crop(TF.pad(image, [padding]), top, left, size, size)
     for op in draws.jitter_op.tolist():
-        name = JITTER_OPS[op]
+        name = list(transforms.JITTER)[op]
         if getattr(settings, name) > 0:  # as ColorJitter does
             image = JITTER[name](image, float(draws.jitter_change[op]))
     if draws.flip:
@@ -220,10 +220,10 @@ def assert_share(hits, probability):
 
 @pytest.mark.parametrize("reach", [(0.2, 0.2, 0.2, 0.2), (0.5, 1.0, 1.7, 0.5), (0.9, 0.1, 0.4, 0.05)])
 def test_jitter_is_uniform_over_torchvisions_range(reach):
-    settings = Augmentation(**dict(zip(JITTER_OPS, reach, strict=True)))
+    settings = Augmentation(**dict(zip(transforms.JITTER, reach, strict=True)))
     changes = transforms.draw(NUM_DRAWS, 32, settings, torch.Generator().manual_seed(7)).jitter_change
     expected = v2.ColorJitter(*reach)
-    for column, name in enumerate(JITTER_OPS):
+    for column, name in enumerate(transforms.JITTER):
         low, high = getattr(expected, name)
         values = changes[:, column] if name == "hue" else 1 + changes[:, column]
         width = high - low

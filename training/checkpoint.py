@@ -12,7 +12,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from common import distributed, files
 from common.errors import UserError, first_line
@@ -20,9 +20,11 @@ from common.errors import UserError, first_line
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dataset import Dataset
 from training.history import read_csv, write_csv
+from training.messages import network_text
 from training.recipe import Recipe
 from utils import MEAN, STD
 
@@ -33,31 +35,21 @@ FORMAT = "cifar10-ensemble checkpoint"
 VERSION = 3  # 1 and 2 had other recipes: their weights can be used, but no run can be resumed from them
 MARK = b"sha256:"
 COMMENT_LENGTH = len(MARK) + 64
-# The last two bytes of a zip archive without a comment say that the comment's length is 0.
-NO_COMMENT = b"\0\0"
+AGAIN = "train again, or take another copy"
 PARTS = ("network", "model", "chosen", "finished", "recipe", "data", "history", "training")
-SPLIT_FLAGS = ("split_seed", "train_size", "val_size", "test_size", "test_split")
 
 
 def write(path: str | Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain values to `path`, replacing what was there in one step.
-
-    Raises UserError if the file cannot be written; what was there before is then as it was.
-    """
+    """Write tensors and plain values to `path`, atomically. Raises UserError if the file cannot be written."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
-    # Not getbuffer(): after an error its view and the buffer are one cycle, and Python 3.12.1 crashes collecting it.
-    archive = memoryview(buffer.getvalue())
-    if archive[-2:] != NO_COMMENT:
+    body = bytearray(buffer.getvalue())
+    if body[-2:] != b"\0\0":  # the length of the archive's comment
         raise RuntimeError("torch.save no longer ends its file as a zip archive without a comment")
-    body = [archive[:-2], COMMENT_LENGTH.to_bytes(2, "little")]
-    digest = hashlib.sha256()
-    for part in body:
-        digest.update(part)
+    body[-2:] = COMMENT_LENGTH.to_bytes(2, "little")
     with files.replacing(path, "the checkpoint") as file:
-        for part in body:
-            file.write(part)
-        file.write(MARK + digest.hexdigest().encode())
+        file.write(body)
+        file.write(MARK + hashlib.sha256(body).hexdigest().encode())
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -75,12 +67,12 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable ({error.strerror})") from None
     foreign = f"{path}: not a checkpoint of this project; the training scripts write one"
     if not raw:
-        raise UserError(f"{path}: the file is empty; train again, or take another copy")
+        raise UserError(f"{path}: the file is empty; {AGAIN}")
     body, comment = raw[:-COMMENT_LENGTH], raw[-COMMENT_LENGTH:]
     if not comment.startswith(MARK):
-        raise UserError(truncated(path, raw) or foreign)
+        raise UserError(f"{path}: truncated, the end of the file is missing; {AGAIN}" if is_truncated(raw) else foreign)
     if hashlib.sha256(body).hexdigest().encode() != comment.removeprefix(MARK):
-        raise UserError(f"{path}: damaged, its bytes do not match their digest; train again, or take another copy")
+        raise UserError(f"{path}: damaged, its bytes do not match their digest; {AGAIN}")
     try:
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many exception types for malformed files
@@ -88,12 +80,9 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
         raise UserError(foreign)
     if content["version"] > VERSION:
-        raise UserError(
-            f"{path}: written by a later version of this project (format {content['version']}, this one reads up to "
-            f"{VERSION}); update the project"
-        )
+        raise UserError(f"{path}: of a later version (format {content['version']}, here {VERSION}); update the project")
     if missing := [name for name in PARTS if name not in content]:
-        raise UserError(f"{path}: not usable, {missing[0]} is missing; train again, or take another copy")
+        raise UserError(f"{path}: not usable, {missing[0]} is missing; {AGAIN}")
     return content | {"digest": comment.removeprefix(MARK).decode()}
 
 
@@ -106,32 +95,23 @@ def usable(path: str | Path) -> Iterator[None]:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
         if isinstance(error, LookupError):
             reason += " is missing"
-        raise UserError(f"{path}: not usable ({reason}); train again, or take another copy") from None
+        raise UserError(f"{path}: not usable ({reason}); {AGAIN}") from None
 
 
-def truncated(path: str | Path, raw: bytes) -> str | None:
-    """A sentence where `raw` begins as a zip archive but does not end as a whole one."""
-    if not raw.startswith(b"PK\3\4"):
-        return None
+def is_truncated(raw: bytes) -> bool:
+    """Whether a file begins as a zip archive but does not end as a whole one."""
     # The archive's last record: its mark, 16 bytes, the length of its comment in two bytes, the comment.
     end = raw.rfind(b"PK\5\6")
-    if end >= 0 and len(raw) >= end + 22 + int.from_bytes(raw[end + 20 : end + 22], "little"):
-        return None
-    return f"{path}: truncated, the end of the file is missing; train again, or take another copy"
-
-
-# ------------------------------------------------------------------------------------------------ the content, of a run
+    is_whole = end >= 0 and len(raw) >= end + 22 + int.from_bytes(raw[end + 20 : end + 22], "little")
+    return raw.startswith(b"PK\3\4") and not is_whole
 
 
 def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
     """The checkpoint's content: the network, its training, and all that a resumed run needs."""
     last, average = run.model.state_dict(), run.ema.model.state_dict() if run.ema else None
-    tested = average if run.ema else last
+    tested, num_classes = average if run.ema else last, len(data.classes)
     return {
-        "network": {
-            "name": recipe.network,
-            "arguments": {"num_classes": len(data.classes), **recipe.network_arguments()},
-        },
+        "network": {"name": recipe.network, "arguments": {"num_classes": num_classes, **recipe.network_arguments()}},
         "model": run.best["model"] if run.best else tested,
         "chosen": {"epoch": run.best["epoch"] if run.best else run.epoch, "by": "val_accuracy" if run.best else "last"},
         "finished": run.epoch == recipe.epochs,
@@ -143,7 +123,7 @@ def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
             "image_size": recipe.image_size,
             "mean": list(MEAN),
             "std": list(STD),
-            "split": {name: getattr(recipe, name) for name in SPLIT_FLAGS},
+            "split": recipe.split_arguments(),
         },
         "history": run.history,
         "versions": {
@@ -166,35 +146,18 @@ def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def restore(run: "Run", content: dict[str, Any], path: Path) -> None:
-    """Restore a run's state from a checkpoint. Raises UserError if the content does not fit it."""
-    training = content["training"]
-    with usable(path):
-        run.model.load_state_dict(dict(training["model"] or content["model"]))
-        if run.ema:
-            run.ema.model.load_state_dict(dict(training["average"] or content["model"]))
-        for number, state in run.optimizer.state_dict()["state"].items():
-            for name, tensor in state.items():
-                tensor.copy_(training["optimizer"][number][name])
-        run.history = content["history"]
-        run.epoch, run.step = training["epoch"], training["step"]
-        run.sums, run.seconds = training["totals"], training["seconds"]
-        if best := training["best"]:
-            run.best = {"epoch": best["epoch"], "accuracy": best["accuracy"], "model": content["model"]}
-
-
 def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
     """Give a new model the weights of --init; if the classes differ, the classifier keeps its initial weights.
 
     Returns a line that says so. Raises UserError for a checkpoint of another network.
     """
     content = read(recipe.init)
-    network = {"name": recipe.network, "arguments": recipe.network_arguments()}
     with usable(recipe.init):
-        init_network = content["network"] | {"arguments": dict(content["network"]["arguments"])}
-        num_classes = init_network["arguments"].pop("num_classes")
-        if init_network != network:
-            raise UserError(f"--init {recipe.init} holds {network_text(init_network)}, not {network_text(network)}")
+        name, sizes = content["network"]["name"], dict(content["network"]["arguments"])
+        num_classes = sizes.pop("num_classes")
+        if (name, sizes) != (recipe.network, recipe.network_arguments()):
+            expected = network_text(recipe.network, recipe.network_arguments())
+            raise UserError(f"--init {recipe.init} holds {network_text(name, sizes)}, not {expected}")
         weights, message = dict(content["model"]), f"starting from the weights of {recipe.init}"
         if content["data"]["classes"] != list(classes):
             weights |= {name: value for name, value in model.state_dict().items() if name.startswith("classifier.")}
@@ -203,28 +166,12 @@ def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
     return message
 
 
-def network_text(network: dict[str, Any]) -> str:
-    return f"{network['name']} ({', '.join(f'{name} {value}' for name, value in network['arguments'].items())})"
-
-
 def copied_to_host(value: Any) -> Any:
     """The same dicts and lists with a copy of every tensor, on the CPU."""
-    copied = copying_to_host(value)
+    copies = tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True, non_blocking=x.is_cuda), value)
     if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
-    return copied
-
-
-def copying_to_host(value: Any) -> Any:
-    """The same; the copies from a GPU are complete when its current stream is: hundreds of waits become one."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True, non_blocking=value.is_cuda)
-    if isinstance(value, dict):
-        return {key: copying_to_host(part) for key, part in value.items()}
-    return [copying_to_host(part) for part in value] if isinstance(value, list) else value
-
-
-# --------------------------------------------------------------------------------------------- a run and its checkpoint
+        torch.cuda.current_stream().synchronize()  # one wait for hundreds of copies
+    return copies
 
 
 @contextlib.contextmanager
@@ -234,13 +181,11 @@ def previous_run(recipe: Recipe) -> Iterator[dict[str, Any] | None]:
     Raises UserError if a checkpoint would be replaced without --overwrite, is of another recipe or an earlier format,
     or is being written by another process.
     """
-    if recipe.dry_run:
-        yield read_previous_run(recipe) if recipe.resume else None
-        return
     with contextlib.ExitStack() as locks:
 
         def lock_and_read() -> dict[str, Any] | None:
-            locks.enter_context(files.locked(recipe.checkpoint_path, "the checkpoint", wait=False))
+            if not recipe.dry_run:
+                locks.enter_context(files.locked(recipe.checkpoint_path, "the checkpoint", wait=False))
             return read_previous_run(recipe)
 
         yield distributed.from_main_process(lock_and_read)
@@ -250,7 +195,7 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
     path = recipe.checkpoint_path
     if recipe.resume and not path.exists():
         print(f"{path}: there is no checkpoint to resume from; this is a new run", flush=True)
-    if recipe.overwrite or not path.exists():
+    if recipe.overwrite or not path.exists() or (recipe.dry_run and not recipe.resume):
         return None
     if not recipe.resume:
         raise UserError(already_there(path))
@@ -265,12 +210,8 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
     trained, epochs = content["training"]["epoch"] + bool(content["training"]["step"]), content["recipe"]["epochs"]
     if recipe.is_given("epochs") and recipe.epochs != epochs:
         if recipe.epochs < trained:
-            raise UserError(
-                f"--resume --epochs {recipe.epochs}: {path} is in epoch {trained} already; give as many or more"
-            )
-        print(
-            f"{recipe.epochs} epochs instead of {epochs}: the learning rate follows the {recipe.epochs}-epoch schedule"
-        )
+            raise UserError(f"--epochs {recipe.epochs}: {path} is in epoch {trained} already; give as many or more")
+        print(f"{recipe.epochs} epochs instead of {epochs}: the learning rate follows the new schedule")
     if differences := recipe.differences(content["recipe"]):
         raise UserError(
             f"--resume: {path} was trained with another recipe:\n  " + "\n  ".join(differences) + "\nLeave "
@@ -308,7 +249,7 @@ class Saver:
         self.pending: Future | None = None
         self.saved = "nothing of this run is saved"
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -318,8 +259,21 @@ class Saver:
             self.wait()
 
     def restore(self, run: "Run", content: dict[str, Any]) -> None:
-        restore(run, content, self.recipe.checkpoint_path)
-        self.saved = self.resume_hint(content["training"])
+        """Restore a run's state from a checkpoint. Raises UserError if the content does not fit it."""
+        training = content["training"]
+        with usable(self.recipe.checkpoint_path):
+            run.model.load_state_dict(dict(training["model"] or content["model"]))
+            if run.ema:
+                run.ema.model.load_state_dict(dict(training["average"] or content["model"]))
+            for number, state in run.optimizer.state_dict()["state"].items():
+                for name, tensor in state.items():
+                    tensor.copy_(training["optimizer"][number][name])
+            run.history = content["history"]
+            run.epoch, run.step = training["epoch"], training["step"]
+            run.sums, run.seconds = training["totals"], training["seconds"]
+            if training["best"]:
+                run.best = training["best"] | {"model": content["model"]}
+        self.saved = self.resume_hint(training)
         if run.history and distributed.is_main_process():  # a kill may have come between the checkpoint and the CSV
             write_csv(run.history, self.recipe.csv_path)
 
@@ -327,26 +281,24 @@ class Saver:
         self.wait()
         if not distributed.is_main_process():
             return
-        recipe = self.recipe
-        content, history = describe(run, data, recipe), list(run.history)
-
-        def write_both() -> None:
-            try:
-                for folder in (recipe.checkpoint_dir, recipe.plot_dir):  # both were there when the run began
-                    if not Path(folder).is_dir():
-                        raise UserError(f"{folder}: this folder was deleted during the run; create it again")
-                write(recipe.checkpoint_path, content)
-                self.saved = self.resume_hint(content["training"])
-                if history:
-                    write_csv(history, recipe.csv_path)
-            except UserError as error:
-                raise UserError(f"{error}; {self.saved}") from None
-
+        content = describe(run, data, self.recipe)
         if self.thread:
-            content = copied_to_host(content)
-            self.pending = self.thread.submit(write_both)
+            self.pending = self.thread.submit(self.write_files, copied_to_host(content))
         else:
-            write_both()
+            self.write_files(content)
+
+    def write_files(self, content: dict[str, Any]) -> None:
+        recipe = self.recipe
+        try:
+            for folder in (recipe.checkpoint_dir, recipe.plot_dir):  # both were there when the run began
+                if not Path(folder).is_dir():
+                    raise UserError(f"{folder}: this folder was deleted during the run; create it again")
+            write(recipe.checkpoint_path, content)
+            self.saved = self.resume_hint(content["training"])
+            if content["history"]:
+                write_csv(content["history"], recipe.csv_path)
+        except UserError as error:
+            raise UserError(f"{error}; {self.saved}") from None
 
     def wait(self) -> None:
         if self.pending:

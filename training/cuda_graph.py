@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 WARM_UP = 3  # runs before a recording, for cuDNN and cuBLAS to choose algorithms and allocate memory
 
-
-# Takes images, labels, and a network that shares the model's weights.
-Step = Callable[[Tensor, Tensor, nn.Module], None]
+Step = Callable[[Tensor, Tensor, nn.Module], None]  # takes images, labels, and a network that has the model's weights
 
 
 def pick_compile(choice: str, device: torch.device) -> str:
@@ -43,13 +41,7 @@ class FastStep:
     """
 
     def __init__(
-        self,
-        step: Step,
-        model: nn.Module,
-        state: Callable[[], list[Tensor]],
-        *,
-        choice: str,
-        batch_size: int,
+        self, step: Step, model: nn.Module, state: Callable[[], list[Tensor]], *, choice: str, batch_size: int
     ):
         self.step, self.model, self.state, self.choice, self.batch_size = step, model, state, choice, batch_size
         # By the batch's size over all processes, so that all of them prepare the same step at the same time.
@@ -65,19 +57,17 @@ class FastStep:
 
     def prepare(self, images: Tensor, labels: Tensor, is_whole: bool) -> Callable[[Tensor, Tensor], None]:
         """Return the step for batches of this size. The state is unchanged when this returns."""
-        plain = functools.partial(self.step, network=self.model)
-        if self.choice == "none":
-            return plain
         # The smaller last batch runs uncompiled: compiling twice costs more than it saves.
         network = self.compiled if self.compiled is not None and is_whole else self.model
+        step = functools.partial(self.step, network=network)
         if network is self.model and not self.pool:
-            return plain
+            return step
         before = [tensor.clone() for tensor in self.state()]
         try:
             if self.pool:
-                return self.record(images.clone(), labels.clone(), network)
-            self.step(images, labels, network)
-            return functools.partial(self.step, network=network)
+                return self.record(step, images.clone(), labels.clone())
+            step(images, labels)
+            return step
         except Exception as error:  # compilers and drivers fail in more ways than can be listed
             if is_out_of_memory(error):
                 raise
@@ -90,7 +80,7 @@ class FastStep:
                     tensor.copy_(value)
             self.model.zero_grad(set_to_none=True)
 
-    def record(self, images: Tensor, labels: Tensor, network: nn.Module) -> Callable[[Tensor, Tensor], None]:
+    def record(self, step: Callable, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], None]:
         """Capture a step on the buffers `images` and `labels`; return a function that fills them and replays it."""
         current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         with torch.cuda.stream(current):  # a failed capture does not restore the current stream
@@ -98,11 +88,11 @@ class FastStep:
             try:
                 with torch.cuda.stream(side):
                     for _ in range(WARM_UP):
-                        self.step(images, labels, network)
+                        step(images, labels)
             finally:
                 current.wait_stream(side)  # also after a failure: the state is put back on the current one
             with torch.cuda.graph(graph, pool=self.pool):
-                self.step(images, labels, network)
+                step(images, labels)
 
         def replay(new_images: Tensor, new_labels: Tensor) -> None:
             images.copy_(new_images)

@@ -30,8 +30,3 @@ class ModelEma:
         change = torch._foreach_sub(self.values, self.averages)
         torch._foreach_mul_(change, self.update_rate)
         torch._foreach_add_(self.averages, change)
-
-
-def ema_decay(horizon: float, total_steps: int) -> float:
-    """The decay with which the average covers about the last `horizon`, a fraction of the run."""
-    return 1 - 1 / max(1.0, horizon * total_steps)

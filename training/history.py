@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,9 @@ from common.errors import UserError
 from training.recipe import Recipe
 
 COLUMNS = (
-    "epoch",
-    "learning_rate",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "seconds",
-    "images_per_second",
-)
+    "epoch", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "val_loss", "val_accuracy",
+    "seconds", "images_per_second",
+)  # fmt: skip
 OPTIONAL_COLUMNS = ("val_loss", "val_accuracy")
 
 
@@ -36,10 +28,9 @@ def write_csv(history: list[dict], path: str | Path) -> None:
     """
     columns = [name for name in COLUMNS if name not in OPTIONAL_COLUMNS or any(name in row for row in history)]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in history:
-        writer.writerow(int(row[name]) if name == "epoch" else repr(float(row[name])) for name in columns)
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
     with files.replacing(path, "the history") as file:
         file.write(text.getvalue().encode())
 
@@ -73,24 +64,20 @@ def read_csv(path: str | Path) -> list[dict]:
     return history
 
 
-def plotter(recipe: Recipe) -> Callable[[list[dict]], None]:
-    """A function that draws a history, and the one of --reference behind it; it loads matplotlib when it is called."""
+def plot_history(history: list[dict], recipe: Recipe) -> None:
+    """Draw a run, and behind it that of --reference."""
+    from plotting.training import plot_training  # it loads matplotlib, which only the main process needs
 
-    def plot(history: list[dict]) -> None:
-        from plotting.training import plot_training
-
-        reference = read_csv(recipe.reference) if recipe.reference else None
-        plot_training(
-            recipe.plot_path, history, title=recipe.name, averaged=recipe.ema_horizon > 0,
-            reference=reference, reference_name=recipe.reference or "",
-        )  # fmt: skip
-
-    return plot
+    reference = read_csv(recipe.reference) if recipe.reference else None
+    plot_training(
+        recipe.plot_path, history, title=recipe.name, averaged=recipe.ema_horizon > 0,
+        reference=reference, reference_name=recipe.reference or "",
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
 def tensorboard(recipe: Recipe, epochs_done: int) -> Iterator:
-    """A function that takes an epoch's row and, with --tensorboard, writes its scalars; without, does nothing."""
+    """A function that writes an epoch's row for TensorBoard; without --tensorboard it does nothing."""
     if not recipe.tensorboard or recipe.dry_run or not distributed.is_main_process():
         yield lambda row: None
         return
@@ -98,8 +85,7 @@ def tensorboard(recipe: Recipe, epochs_done: int) -> Iterator:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-    folder = Path(recipe.plot_dir) / "tensorboard" / recipe.name
-    with SummaryWriter(str(folder), purge_step=epochs_done + 1) as writer:
+    with SummaryWriter(Path(recipe.plot_dir, "tensorboard", recipe.name), purge_step=epochs_done + 1) as writer:
 
         def write(row: dict[str, Any]) -> None:
             for name, value in row.items():

@@ -23,12 +23,14 @@ from torch.optim import Optimizer
 
 from dataset import Dataset, Split
 from models import NETWORKS
-from training import checkpoint, dry_run, history, messages
+from training import checkpoint, history, messages
 from training.cuda_graph import FastStep, pick_compile
-from training.ema import ModelEma, ema_decay
+from training.ema import ModelEma
 from training.recipe import Recipe
 from training.signals import StopSignals
 from utils import CosineSchedule, TrainLoader, eval_batch_size, normalize, predict, steps_per_epoch
+
+Splits = dict[str, tuple[Tensor, Tensor]]  # "test" and perhaps "val": images on the device, labels on the host
 
 
 @dataclass
@@ -119,14 +121,12 @@ def train_epoch(run: Run, trainer: Trainer, stop: StopSignals) -> None:
     run.seconds = time.monotonic() - started
 
 
-def evaluate(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]], stop: StopSignals) -> dict | None:
+def evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSignals) -> dict | None:
     """Loss and accuracy of the run's model on each split; None if a signal came first."""
-    rank, world_size = distributed.rank(), distributed.world_size()
     distributed.broadcast(run.eval_model.buffers())
-    model = run.eval_model.eval()
-    row = {}
+    model, row = run.eval_model.eval(), {}
     for name, (images, labels) in splits.items():
-        part = distributed.share(len(labels), rank, world_size)
+        part = distributed.share(len(labels))
         logits = predict(
             lambda batch: model(normalize(batch)),
             images[part],
@@ -135,7 +135,7 @@ def evaluate(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]
             # A smaller --batch-size also reduces memory here.
             batch_size=min(eval_batch_size(images, trainer.device), 16 * trainer.loader.batch_size),
             # Several processes would have to stop at the same batch.
-            stop=lambda: world_size == 1 and stop,
+            stop=lambda: distributed.world_size() == 1 and stop,
             label=name if distributed.is_main_process() else None,
         )
         if logits is None:
@@ -144,31 +144,31 @@ def evaluate(run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]
         num_correct = float((logits.argmax(1) == labels[part]).sum())
         loss_sum, num_correct = distributed.all_reduce_sum([loss_sum, num_correct])
         if not math.isfinite(loss_sum):  # the last update can break the weights after a finite loss
-            step = run.step - 1
-            error = not_finite(f"{name} loss", run.epoch, step, trainer.lr(run.epoch, step))
-            raise distributed.error_in_all(str(error))
+            raise distributed.error_in_all(not_finite(f"{name} loss", run.epoch, run.step - 1, trainer.lr))
         row |= {f"{name}_loss": loss_sum / len(labels), f"{name}_accuracy": num_correct / len(labels)}
     return row
 
 
-def train_and_evaluate(
-    run: Run, trainer: Trainer, splits: dict[str, tuple[Tensor, Tensor]], stop: StopSignals
-) -> dict | None:
+def train_and_evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSignals) -> dict | None:
     """Train the current epoch and evaluate the splits: the epoch's row of the history; None after a signal."""
     train_epoch(run, trainer, stop)
-    num_steps, num_images = len(trainer.loader), trainer.loader.num_images
-    if run.step < num_steps:
+    if run.step < len(trainer.loader):
         return None
     # A run that was stopped during evaluation resumes here, with no step left.
     started = time.monotonic()
     evaluated = evaluate(run, trainer, splits, stop)
     if evaluated is None:
         return None
-    row = {"epoch": run.epoch + 1, "learning_rate": trainer.lr(run.epoch, run.step - 1)}
-    row |= {"train_loss": run.sums[0] / num_images, "train_accuracy": run.sums[1] / num_images}
-    row |= evaluated
-    row |= {"seconds": run.seconds + time.monotonic() - started, "images_per_second": num_images / run.seconds}
-    return row
+    num_images = trainer.loader.num_images
+    return {
+        "epoch": run.epoch + 1,
+        "learning_rate": trainer.lr(run.epoch, run.step - 1),
+        "train_loss": run.sums[0] / num_images,
+        "train_accuracy": run.sums[1] / num_images,
+        **evaluated,
+        "seconds": run.seconds + time.monotonic() - started,
+        "images_per_second": num_images / run.seconds,
+    }
 
 
 def fit(
@@ -176,26 +176,27 @@ def fit(
     data: Dataset,
     recipe: Recipe,
     previous: dict[str, Any] | None = None,
-    draw: Callable[[list[dict[str, Any]]], object] = lambda history: None,
+    draw: Callable[[list[dict], Recipe], Any] = lambda history, recipe: None,
 ) -> Run:
     """Train `model` on `data` by `recipe`, from the start or from the checkpoint `previous`.
 
-    After every epoch, and when a signal ends the run, the checkpoint and the CSV are written, and `draw` is called with
-    the history, unless that would slow the run down. `model` is moved to the recipe's device and left with the last
-    epoch's weights.
+    After every epoch, and when a signal ends the run, the checkpoint and the CSV are written, and `draw` is called,
+    unless that would slow the run down. `model` is moved to the recipe's device and left with the last epoch's weights.
 
     Raises UserError for a loss that is not finite, for memory that runs out, and for data other than the checkpoint's.
     """
-    check(model, data, recipe, previous)
+    device = set_up_device(recipe.device, deterministic=recipe.deterministic)
+    check(model, data, recipe, previous, device)
     if recipe.init and not previous:
         distributed.print_rank0(checkpoint.start_from(model, recipe, data.classes))
     distributed.from_main_process(lambda: checkpoint.check_files(recipe, previous))
-    device = set_up_device(recipe.device, deterministic=recipe.deterministic)
-    recipe = replace(recipe, precision=precision_of(recipe, previous, device))
+    if previous and recipe.precision == "auto":  # a resumed run keeps its own
+        recipe = replace(recipe, precision=previous["recipe"]["precision"])
+    recipe = replace(recipe, precision=pick_precision(recipe.precision, device))
     # The learning rate is scaled by the real batch size.
     effective = replace(recipe, batch_size=min(recipe.batch_size, len(data.train)))
     if recipe.sync_bn:
-        model = synchronized(model, device)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     with (
         StopSignals() as stop,
         explain_out_of_memory(recipe.batch_size),
@@ -210,14 +211,15 @@ def fit(
             saver.restore(run, previous)
         trainer = Trainer(run, data.train, effective, device)
         at_the_end.callback(trainer.fast_step.prepared.clear)  # NCCL does not end before the graphs that use it
-        messages.announce(run, data, effective, device)
+        messages.announce(run, trainer, data, effective)
         report = messages.EpochReport(effective, len(data.classes), log, draw)
-        splits = {"test": data.test} if data.val is None else {"test": data.test, "val": data.val}
         splits = {
-            name: (torch.from_numpy(s.images).to(device), torch.from_numpy(s.labels)) for name, s in splits.items()
+            name: (torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels))
+            for name, split in {"test": data.test, "val": data.val}.items()
+            if split is not None
         }
         if recipe.dry_run:
-            dry_run.try_out(run, trainer, splits["test"][0], effective)
+            messages.dry_run(run, trainer, splits["test"][0], effective)
             return run
         while run.epoch < recipe.epochs and run.stopped_by is None:
             row = train_and_evaluate(run, trainer, splits, stop)
@@ -242,18 +244,9 @@ def finish_epoch(run: Run, row: dict[str, Any]) -> None:
         run.best = {"epoch": run.epoch, "accuracy": row["val_accuracy"], "model": weights}
 
 
-# ----------------------------------------------------------------------------------------------- what a run consists of
-
-
 def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu") -> TrainLoader:
-    return TrainLoader(
-        train,
-        recipe.batch_size,
-        recipe.augmentation(),
-        seed=recipe.seed,
-        device=device,
-        crop_and_flip_from=recipe.crop_and_flip_from,
-    )
+    settings = {"seed": recipe.seed, "device": device, "crop_and_flip_from": recipe.crop_and_flip_from}
+    return TrainLoader(train, recipe.batch_size, recipe.augmentation(), **settings)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Optimizer:
@@ -268,35 +261,24 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Op
     ]
     settings = {"lr": torch.zeros((), device=device), "weight_decay": recipe.weight_decay, "fused": True}
     optimizer = torch.optim.SGD(groups, **settings, momentum=recipe.momentum, nesterov=recipe.nesterov)
-    make_buffers(optimizer)
+    # A CUDA graph needs fixed addresses: allocate the buffers now, all zero, by a step at a learning rate of zero.
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for state in optimizer.state.values():
+        for buffer in state.values():
+            buffer.zero_()
     return optimizer
 
 
-def make_buffers(optimizer: Optimizer) -> None:
-    """Allocate the optimizer's buffers, all zero: a CUDA graph needs fixed addresses."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # at a learning rate of zero
-    optimizer.zero_grad(set_to_none=True)
-    for parameter in parameters:
-        for buffer in optimizer.state[parameter].values():
-            buffer.zero_()
-
-
 def make_ema(model: nn.Module, recipe: Recipe, train: Split) -> ModelEma | None:
+    """An average over about the recipe's `ema_horizon`, a fraction of the run."""
     if not recipe.ema_horizon:
         return None
     device = next(model.parameters()).device
     total_steps = recipe.epochs * steps_per_epoch(len(train), recipe.batch_size, device)
-    return ModelEma(model, ema_decay(recipe.ema_horizon, total_steps))
-
-
-def precision_of(recipe: Recipe, previous: dict[str, Any] | None, device: torch.device) -> str:
-    """The precision that a run is trained in; a resumed run keeps its own."""
-    if previous and recipe.precision == "auto":
-        return previous["recipe"]["precision"]
-    return pick_precision(recipe.precision, device)
+    return ModelEma(model, decay=1 - 1 / max(1.0, recipe.ema_horizon * total_steps))
 
 
 class RunningSums:
@@ -326,49 +308,37 @@ class RunningSums:
         """Summed loss and correct predictions. Raises UserError if a loss before `step` was not finite."""
         loss_sum, num_correct, finite_steps = self.values.tolist()
         if finite_steps < step:
-            raise not_finite("loss", epoch, int(finite_steps), self.lr(epoch, int(finite_steps)))
+            raise UserError(not_finite("loss", epoch, int(finite_steps), self.lr))
         return [loss_sum, num_correct]
 
 
-def not_finite(what: str, epoch: int, step: int, lr: float) -> UserError:
-    return UserError(
-        f"the {what} is not finite at epoch {epoch + 1}, step {step + 1}, learning rate {lr:g}; nothing of this epoch "
-        "is saved. Lower --base-lr, or look for broken images"
+def not_finite(what: str, epoch: int, step: int, lr: Callable[[int, int], float]) -> str:
+    return (
+        f"the {what} is not finite at epoch {epoch + 1}, step {step + 1}, learning rate {lr(epoch, step):g}; nothing "
+        "of this epoch is saved. Lower --base-lr, or look for broken images"
     )
 
 
-def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with batch-norms over the images of all processes."""
-    if device.type != "cuda" or distributed.world_size() == 1:
-        found = f"{distributed.world_size()} on {device.type.upper()}"
-        raise distributed.error_in_all(f"--sync-bn needs several processes on CUDA; found {found}; leave it out")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
-# -------------------------------------------------------------------------------------------------------------- checks
-
-
-def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any] | None) -> None:
+def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict | None, device: torch.device) -> None:
     """Raise UserError, in all processes, if the run cannot be trained."""
-    if problem := problem_with(model, data, recipe, previous):
-        raise distributed.error_in_all(problem)
-
-
-def problem_with(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict[str, Any] | None) -> str | None:
+    world_size = distributed.world_size()
     with torch.device("meta"):
-        expected = NETWORKS[recipe.network](len(data.classes), **recipe.network_arguments()).state_dict()
-    if {name: value.shape for name, value in model.state_dict().items()} != {
-        name: value.shape for name, value in expected.items()
-    }:
-        return f"the model is not the {recipe.network} of the recipe; a checkpoint of it could not be loaded"
+        expected = NETWORKS[recipe.network](len(data.classes), **recipe.network_arguments())
+    shapes, expected_shapes = (
+        {name: value.shape for name, value in network.state_dict().items()} for network in (model, expected)
+    )
+    if shapes != expected_shapes:
+        raise distributed.error_in_all(f"the model is not the {recipe.network} of the recipe; give that one")
     if previous and previous["data"]["digest"] != data.digest:
-        return (
+        raise distributed.error_in_all(
             f"--resume: --data {data.source} does not hold the images that {recipe.checkpoint_path} was trained on "
             f"(--data {previous['data']['source']}); give those, or start another run with --name or --overwrite"
         )
-    if min(recipe.batch_size, len(data.train)) < 2 * (world_size := distributed.world_size()):
-        return (
+    if recipe.sync_bn and (device.type != "cuda" or world_size == 1):
+        found = f"{world_size} on {device.type.upper()}"
+        raise distributed.error_in_all(f"--sync-bn needs several processes on CUDA; found {found}; leave it out")
+    if min(recipe.batch_size, len(data.train)) < 2 * world_size:
+        raise distributed.error_in_all(
             f"--batch-size {recipe.batch_size} of {len(data.train):,} images leaves fewer than two for each of "
             f"{world_size} processes, and batch norm needs two; give more, or start fewer processes"
         )
-    return None

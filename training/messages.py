@@ -1,4 +1,4 @@
-"""What a training run prints."""
+"""What a training run prints, and the dry run, which does nothing else."""
 
 import itertools
 import math
@@ -8,36 +8,37 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from common import distributed
+from common.device import peak_memory
 from common.text import counted, duration
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import Dataset
 from training.recipe import REFERENCE_BATCH, Recipe
-from utils import TrainLoader, steps_per_epoch
+from utils import TrainLoader, eval_batch_size, multiply_adds, normalize, predict
 
 if TYPE_CHECKING:
-    from training.loop import Run
+    from training.loop import Run, Trainer
 
 
-def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) -> None:
+def announce(run: "Run", trainer: "Trainer", data: Dataset, recipe: Recipe) -> None:
     """What is trained, on what and how, before the first step."""
-    say = distributed.print_rank0
-    sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.network_arguments().items())
+    say, device = distributed.print_rank0, trainer.device
+    network = network_text(recipe.network, recipe.network_arguments())
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    steps = steps_per_epoch(len(data.train), recipe.batch_size, device)
     where = f"{device.type.upper()}, {counted(torch.get_num_threads(), 'thread')}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     if distributed.world_size() > 1:
         where += f", in {distributed.world_size()} processes"
-    say(f"{recipe.network} ({sizes}), {parameters:,} parameters, on {where}, in {recipe.precision}")
+    say(f"{network}, {parameters:,} parameters, on {where}, in {recipe.precision}")
     val = f" + {len(data.val):,} for validation" if data.val is not None else ""
     say(
         f"{data.source}: {len(data.train):,} training{val} + {len(data.test):,} test images of {recipe.image_size}×"
         f"{recipe.image_size}, {len(data.classes)} classes; {counted(recipe.epochs, 'epoch')} of "
-        f"{counted(steps, 'step')}"
+        f"{counted(len(trainer.loader), 'step')}"
     )
     if data.test_split is not None:
         say(
@@ -61,6 +62,11 @@ def announce(run: "Run", data: Dataset, recipe: Recipe, device: torch.device) ->
         say(f"resuming from {recipe.checkpoint_path}: epoch {run.epoch + 1}, step {run.step + 1}")
 
 
+def network_text(name: str, arguments: dict[str, Any]) -> str:
+    sizes = ", ".join(f"{size.replace('_', ' ')} {value}" for size, value in arguments.items())
+    return f"{name} ({sizes})"
+
+
 def announce_stop(run: "Run", recipe: Recipe, num_steps: int) -> None:
     instead = " instead of --overwrite" if recipe.overwrite else ""
     distributed.print_rank0(
@@ -72,13 +78,7 @@ def announce_stop(run: "Run", recipe: Recipe, num_steps: int) -> None:
 class EpochReport:
     """Prints, logs and plots each epoch, in the main process; plotting takes at most 5 % of the time."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        num_classes: int,
-        log: Callable[[dict[str, Any]], object],
-        draw: Callable[[list[dict[str, Any]]], object],
-    ):
+    def __init__(self, recipe: Recipe, num_classes: int, log: Callable[[dict], Any], draw: Callable):
         self.recipe, self.log, self.draw = recipe, log, draw
         self.high_loss = 1.5 * math.log(num_classes)  # 1.5 × the loss of uniform guessing
         self.drawn, self.drawing_seconds = time.monotonic(), 1.0
@@ -86,9 +86,16 @@ class EpochReport:
     def epoch(self, history: list[dict[str, Any]]) -> None:
         if not distributed.is_main_process():
             return
-        distributed.print_rank0(row_text(history[-1], self.recipe.epochs))
+        row, epochs = history[-1], self.recipe.epochs
+        val = f"   val {row['val_loss']:.4f} {row['val_accuracy']:7.2%}" if "val_loss" in row else ""
+        distributed.print_rank0(
+            f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}   lr {row['learning_rate']:.6f}   "
+            f"train {row['train_loss']:.4f} {row['train_accuracy']:7.2%}   "
+            f"test {row['test_loss']:.4f} {row['test_accuracy']:7.2%}{val}   "
+            f"{row['seconds']:.1f} s   {row['images_per_second']:,.0f} images/s"
+        )
         self.warn_of_growing_loss(history)
-        self.log(history[-1])
+        self.log(row)
         if 0.05 * (time.monotonic() - self.drawn) >= self.drawing_seconds:
             self.plot(history)
 
@@ -106,7 +113,7 @@ class EpochReport:
 
     def plot(self, history: list[dict[str, Any]]) -> None:
         started = time.monotonic()
-        self.draw(history)
+        self.draw(history, self.recipe)
         self.drawn = time.monotonic()
         self.drawing_seconds = self.drawn - started
 
@@ -119,19 +126,10 @@ class EpochReport:
             )
         if run.history and distributed.is_main_process():
             self.plot(run.history)
-            paths = self.recipe.checkpoint_path, self.recipe.plot_path, self.recipe.csv_path
-            distributed.print_rank0("weights: {}   curves: {}, {}".format(*paths))
-
-
-def row_text(row: dict[str, Any], epochs: int) -> str:
-    """An epoch as one line."""
-    val = f"   val {row['val_loss']:.4f} {row['val_accuracy']:7.2%}" if "val_loss" in row else ""
-    return (
-        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}   lr {row['learning_rate']:.6f}   "
-        f"train {row['train_loss']:.4f} {row['train_accuracy']:7.2%}   "
-        f"test {row['test_loss']:.4f} {row['test_accuracy']:7.2%}{val}   "
-        f"{row['seconds']:.1f} s   {row['images_per_second']:,.0f} images/s"
-    )
+            recipe = self.recipe
+            distributed.print_rank0(
+                f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}"
+            )
 
 
 class Pace:
@@ -172,3 +170,28 @@ class ProgressBar(tqdm):
         self.set_postfix_str(f"loss {loss_sum / part:.4f}, accuracy {num_correct / part:.2%}, run: {left} left", False)
         self.update(seen - self.n)
         self.last_read = time.monotonic()
+
+
+def dry_run(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> None:
+    """Print the network's size, and memory and speed of a step; `images` are those of the test, uint8 (N, 3, S, S)."""
+    device, loader = trainer.device, trainer.loader
+    for step, batch in zip(range(2), loader.epoch(0), strict=False):
+        started = time.perf_counter()
+        trainer.train_step(0, step, *batch)
+        trainer.sums.read(0, step + 1)  # waits for the device
+        step_seconds = time.perf_counter() - started
+    model, part = run.eval_model.eval(), images[: eval_batch_size(images, device)]
+    started = time.perf_counter()
+    predict(lambda batch: model(normalize(batch)), part, device, precision=trainer.precision)
+    test_seconds = (time.perf_counter() - started) * len(images) / len(part)
+
+    epoch_seconds = len(loader) * step_seconds + test_seconds
+    layers = sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in run.model.modules())
+    memory = "device memory" if device.type == "cuda" else "memory"
+    peak = peak_memory(device)
+    peak_text = f"peak {memory} {peak / 2**30:.1f} GiB" if peak else "peak memory not measured"
+    distributed.print_rank0(
+        f"{layers} layers with weights, {multiply_adds(run.model, recipe.image_size) / 1e6:,.1f} M multiply-adds\n"
+        f"{loader.batch_size / step_seconds:,.0f} images/s in the last step, {peak_text}\n"
+        f"{counted(recipe.epochs, 'epoch')} in about {duration(recipe.epochs * epoch_seconds)}"
+    )

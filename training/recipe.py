@@ -4,13 +4,11 @@ import argparse
 import functools
 import math
 import os
-import sys
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from common import distributed
 from common.command_line import Parser
@@ -23,11 +21,9 @@ from dataset.transforms import Augmentation
 
 # The batch size for which --base-lr and --base-min-lr are given.
 REFERENCE_BATCH = 64
-RECIPES = ("ours", "baseline")
-# How a training step runs: in eager mode, as one CUDA graph, through torch.compile, or the last two together.
 COMPILE = ("auto", "none", "graph", "inductor", "both")
+COMPILE_HELP = "graph: a step is one CUDA graph; inductor: torch.compile; none: eager; auto: graph on CUDA, else none"
 PRECISION_HELP = "bfloat16: autocast; auto: bfloat16 on CUDA and on CPUs with bfloat16 instructions, else float32"
-SCHEDULE_STEPS = ("epoch", "batch")
 # The baseline's recipe, the same for its three networks; --recipe baseline takes it instead of the script's own.
 BASELINE = {
     "epochs": 200, "batch_size": 64, "base_lr": 0.01, "base_min_lr": 0.0001, "warmup": 0.0, "schedule_step": "epoch",
@@ -38,23 +34,12 @@ BASELINE = {
 }  # fmt: skip
 
 
-def flag(
-    help: str,
-    default: Any = MISSING,
-    *,
-    group: str = "training",
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    choices: Sequence[Any] | None = None,
-    fixed: bool = True,
-) -> Any:
-    """A field that becomes `--its-name`. `fixed`: a resumed run must keep the checkpoint's value."""
-    metadata = {
-        "help": help, "group": group, "at_least": at_least, "at_most": at_most, "above": above, "choices": choices,
-        "fixed": fixed,
-    }  # fmt: skip
-    return field(default=default, metadata=metadata)
+def flag(help: str, default: Any = MISSING, *, group: str = "training", fixed: bool = True, **limits: Any) -> Any:
+    """A field that becomes `--its-name`. `fixed`: a resumed run must keep the checkpoint's value.
+
+    `limits` are of the value: `choices`, or `at_least`, `above` and `at_most`.
+    """
+    return field(default=default, metadata={"help": help, "group": group, "fixed": fixed, "limits": limits})
 
 
 augmentation_flag = functools.partial(flag, group="augmentation", at_least=0)
@@ -62,9 +47,6 @@ data_flag = functools.partial(flag, group="data")
 files_flag = functools.partial(flag, group="files", fixed=False)
 FACTOR_HELP = "ColorJitter: factor from 1 − this to 1 + this"
 MAX_SEED = 2**63 - 1
-
-
-RecipeT = typing.TypeVar("RecipeT", bound="Recipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,38 +60,25 @@ class Recipe:
 
     network: ClassVar[str] = ""  # key of models.NETWORKS
 
-    recipe: str = flag("ours, or baseline: that project's values; given flags override them", "ours", choices=RECIPES)
-    epochs: int = flag(
-        "passes over the training images; can be raised with --resume", at_least=1, at_most=10**6, fixed=False
-    )
+    recipe: str = flag("ours or the original project's; flags override it", "ours", choices=("ours", "baseline"))
+    epochs: int = flag("passes over the training images; more with --resume", at_least=1, at_most=10**6, fixed=False)
     batch_size: int = flag("images per step, over all processes", at_least=2, at_most=10**6)
-    base_lr: float = flag(
-        f"peak learning rate for a batch size of {REFERENCE_BATCH}; scaled linearly with --batch-size",
-        above=0,
-        at_most=1e30,
-    )
-    base_min_lr: float = flag(f"final learning rate, for a batch size of {REFERENCE_BATCH}", at_least=0)
+    base_lr: float = flag(f"peak learning rate at batch size {REFERENCE_BATCH}; scales with it", above=0, at_most=1e30)
+    base_min_lr: float = flag(f"final learning rate at batch size {REFERENCE_BATCH}; scales with it", at_least=0)
     warmup: float = flag("fraction of the run in which the learning rate rises linearly", at_least=0, at_most=0.9)
-    schedule_step: str = flag("update the learning rate every epoch or every batch", choices=SCHEDULE_STEPS)
+    schedule_step: str = flag("update the learning rate every epoch or every batch", choices=("epoch", "batch"))
     momentum: float = flag("momentum of SGD", at_least=0, at_most=1)
     nesterov: bool = flag("Nesterov momentum")
     weight_decay: float = flag("weight decay of SGD", at_least=0)
     decay_norms: bool = flag("also apply weight decay to norm layers and biases")
     label_smoothing: float = flag("fraction of each target spread evenly over all classes", at_least=0, at_most=1)
-    ema_horizon: float = flag(
-        "test and save an EMA of the weights over about this fraction of the run; 0: no EMA", at_least=0, at_most=1
-    )
+    ema_horizon: float = flag("test and save an EMA over this fraction of the run; 0: no EMA", at_least=0, at_most=1)
     init: str | None = flag("start from this checkpoint's weights; new classifier if the classes differ", None)
     seed: int = flag("seed of the weights, the images' order and augmentation", 0, at_least=0, at_most=MAX_SEED)
     device: str = flag("auto: CUDA, else MPS, else the CPU", "auto", choices=DEVICES, fixed=False)
     deterministic: bool = flag("bit-identical runs on CUDA too, which is slower", False, fixed=False)
     sync_bn: bool = flag("SyncBatchNorm (several processes on CUDA)", False)
-    compile: str = flag(
-        "a step as one CUDA graph, through torch.compile (inductor), or both; none: eager mode; auto: graph "
-        "on CUDA, none elsewhere",
-        choices=COMPILE,
-        fixed=False,
-    )
+    compile: str = flag(COMPILE_HELP, "auto", choices=COMPILE, fixed=False)
     precision: str = flag(PRECISION_HELP, "auto", choices=PRECISIONS)
 
     crop_padding: int = augmentation_flag("RandomCrop: zeros around the image, in pixels")
@@ -121,9 +90,7 @@ class Recipe:
     randaugment_ops: int = augmentation_flag("RandAugment: operations for each image", at_most=100)
     randaugment_magnitude: int = augmentation_flag("RandAugment: strength", at_most=30)
     cutout: int = augmentation_flag("Cutout: side of the grey square, in pixels; 0: off")
-    augment_until: float = augmentation_flag(
-        "fraction of the run, rounded up to whole epochs, after which only crop and flip are applied", at_most=1
-    )
+    augment_until: float = augmentation_flag("only crop and flip after this fraction of the run's epochs", at_most=1)
 
     data: str = data_flag("cifar10, cifar100, digits, or a folder of images (see README)", "cifar10", fixed=False)
     data_url: str | None = data_flag("where to look first for the CIFAR archive", None, fixed=False)
@@ -131,12 +98,7 @@ class Recipe:
     train_size: int | None = data_flag("number of training images, balanced over the classes", None, at_least=1)
     test_size: int | None = data_flag("number of test images, balanced over the classes", None, at_least=1)
     val_size: int = data_flag("number of training images to hold out, to choose the best epoch", 0, at_least=0)
-    test_split: float = data_flag(
-        "fraction of each class for testing, for digits and for class folders without a test folder",
-        0.2,
-        above=0,
-        at_most=0.9,
-    )
+    test_split: float = data_flag("fraction of each class for testing without a test set", 0.2, above=0, at_most=0.9)
     split_seed: int = data_flag("seed of the subsets and hold-outs above", 0, at_least=0, at_most=MAX_SEED)
 
     name: str = files_flag("name of the run's files")
@@ -145,37 +107,29 @@ class Recipe:
     reference: str | None = files_flag("CSV of another run, plotted dashed", None)
     resume: bool = files_flag("continue from the checkpoint, if there is one", False)
     overwrite: bool = files_flag("start a new run and replace the existing checkpoint", False)
-    dry_run: bool = files_flag(
-        "two steps and one test batch: prints size, memory, speed and expected time; saves nothing", False
-    )
+    dry_run: bool = files_flag("two steps and one test batch: prints memory, speed, time; saves nothing", False)
     tensorboard: bool = files_flag("also write the curves for TensorBoard", False)
 
+    # The fields set by flags; None without a command line, where all count as given.
     given: frozenset[str] | None = field(default=None, repr=False, compare=False)
-    """The fields set by flags; None without a command line, where all count as given."""
 
     def __post_init__(self) -> None:
-        for item in fields(self):
+        for item in flags(self):
             check(item, getattr(self, item.name))
         if self.base_min_lr > self.base_lr:
-            raise UserError(
-                f"--base-min-lr {self.base_min_lr:g} is above --base-lr {self.base_lr:g}; it must not be larger"
-            )
+            raise UserError(f"--base-min-lr {self.base_min_lr:g} is above --base-lr {self.base_lr:g}; give a lower one")
         if self.nesterov and not self.momentum:
             raise UserError("--nesterov needs a --momentum above 0; give one, or --no-nesterov")
         for name in ("crop_padding", "cutout"):
-            if getattr(self, name) > self.image_size:
-                raise UserError(
-                    f"{spelled(name)} {getattr(self, name)} is above --image-size {self.image_size}; it could "
-                    "remove the whole image"
-                )
+            if (value := getattr(self, name)) > self.image_size:
+                raise UserError(f"{spelled(name)} {value} is above --image-size {self.image_size}; give a smaller one")
         for name in ("data", "data_url", "init", "checkpoint_dir", "plot_dir", "reference"):
             value = getattr(self, name)
             if value is not None and (not value or "\0" in value):
                 raise UserError(f"{spelled(name)} is {value!r}; it must name a file, a folder or an address")
-        if not self.name or self.name != self.name.strip() or any(sign in self.name for sign in "/\\:\0"):
-            raise UserError(f"--name {self.name!r} cannot name a file; take letters, digits, '-', '_' or '.'")
-        if len(os.fsencode(self.name)) > 200:
-            raise UserError(f"--name {self.name!r} is too long to name a file; take 200 bytes or fewer")
+        is_odd = self.name != self.name.strip() or any(sign in self.name for sign in "/\\:\0")
+        if is_odd or not 1 <= len(os.fsencode(self.name)) <= 200:
+            raise UserError(f"--name {self.name!r} cannot name a file; take up to 200 letters, digits, '-', '_' or '.'")
         if self.resume and self.overwrite:
             raise UserError("--resume continues from the checkpoint, --overwrite replaces it; give only one of them")
 
@@ -212,6 +166,11 @@ class Recipe:
     def network_arguments(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in flags(self) if item.metadata["group"] == "network"}
 
+    def split_arguments(self) -> dict[str, Any]:
+        """The arguments of dataset.load that choose the splits."""
+        names = ("split_seed", "train_size", "val_size", "test_size", "test_split")
+        return {name: getattr(self, name) for name in names}
+
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "given"}
 
@@ -219,10 +178,7 @@ class Recipe:
         return self.given is None or name in self.given
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """Given values that differ from `other`, another recipe's `as_dict()`, and change the training, one line each.
-
-        A precision of "auto" is the other's.
-        """
+        """A line for each given value that changes the training of `other`, a recipe's `as_dict()`."""
         return [
             f"{spelled(item.name)}: {other.get(item.name)} in the checkpoint, {getattr(self, item.name)} now"
             for item in flags(self)
@@ -230,28 +186,18 @@ class Recipe:
             if getattr(self, item.name) != other.get(item.name) and (item.name, self.precision) != ("precision", "auto")
         ]
 
-    def resumed(self: "RecipeT", previous: dict[str, Any] | None) -> "RecipeT":
+    def resumed(self, previous: dict[str, Any] | None) -> Self:
         """This recipe, with the checkpoint's values for all that no flag has set."""
-        if previous is None:
-            return self
+        stored = previous["recipe"] if previous else {}
         kept = [item.name for item in flags(self) if item.metadata["fixed"] or item.name in ("epochs", "data")]
-        stored = previous["recipe"]
         return replace(self, **{name: stored[name] for name in kept if name in stored and not self.is_given(name)})
 
 
 def load_data(recipe: Recipe) -> Dataset:
     """The images that a recipe's flags name, as arrays on the host."""
     with distributed.local_rank_zero_first():  # the other processes reuse what it downloads and decodes
-        return dataset.load(
-            recipe.data,
-            image_size=recipe.image_size,
-            train_size=recipe.train_size,
-            test_size=recipe.test_size,
-            val_size=recipe.val_size,
-            test_split=recipe.test_split,
-            split_seed=recipe.split_seed,
-            data_url=recipe.data_url,
-        )
+        splits = recipe.split_arguments()
+        return dataset.load(recipe.data, image_size=recipe.image_size, data_url=recipe.data_url, **splits)
 
 
 def spelled(name: str) -> str:
@@ -264,22 +210,24 @@ def flags(recipe: Recipe | type[Recipe]) -> list[Field]:
 
 def check(item: Field, value: Any) -> None:
     """Raise UserError if a value is outside what its field allows."""
+    limits, expected = item.metadata["limits"], None
     if value is None:
         return
-    rules = item.metadata
-    problem = None
     if isinstance(value, float) and not math.isfinite(value):
-        problem = "a finite number"
-    elif rules.get("choices") is not None and value not in rules["choices"]:
-        problem = "one of " + ", ".join(map(str, rules["choices"]))
-    elif rules.get("at_least") is not None and value < rules["at_least"]:
-        problem = f"{rules['at_least']} or more"
-    elif rules.get("above") is not None and value <= rules["above"]:
-        problem = f"above {rules['above']}"
-    elif rules.get("at_most") is not None and value > rules["at_most"]:
-        problem = f"{rules['at_most']} or less"
-    if problem:
-        raise UserError(f"{spelled(item.name)} is {value}; it must be {problem}")
+        expected = "a finite number"
+    elif "choices" in limits and value not in limits["choices"]:
+        expected = "one of " + ", ".join(map(str, limits["choices"]))
+    elif "at_least" in limits and value < limits["at_least"]:
+        expected = f"{limits['at_least']} or more"
+    elif "above" in limits and value <= limits["above"]:
+        expected = f"above {limits['above']}"
+    elif "at_most" in limits and value > limits["at_most"]:
+        expected = f"{limits['at_most']} or less"
+    if expected:
+        raise UserError(f"{spelled(item.name)} is {value}; it must be {expected}")
+
+
+RecipeT = typing.TypeVar("RecipeT", bound=Recipe)
 
 
 def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = None) -> RecipeT:
@@ -288,46 +236,32 @@ def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = 
     An unknown flag or a value of the wrong type ends the process with status 2 and a line that names it. Raises
     UserError for a value out of range.
     """
-    parser = Parser(description)
-    argv = sys.argv[1:] if argv is None else argv
-    if named_recipe(argv) == "baseline":
+    parser, first_look = Parser(description), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--recipe")  # it decides the other flags' defaults
+    if first_look.parse_known_args(argv)[0].recipe == "baseline":
         recipe = replace(recipe, recipe="baseline", **BASELINE)
     types_of = typing.get_type_hints(type(recipe))
     groups: dict[str, Any] = {}
     # The network's own flags first: the scripts differ by these.
     for item in sorted(flags(recipe), key=lambda item: item.metadata["group"] != "network"):
-        rules, default = item.metadata, getattr(recipe, item.name)
-        if rules["group"] not in groups:
-            groups[rules["group"]] = parser.add_argument_group(rules["group"])
-        options: dict[str, Any] = {"help": rules["help"], "default": argparse.SUPPRESS}
-        if types_of[item.name] is bool:
+        kind, group, default = types_of[item.name], item.metadata["group"], getattr(recipe, item.name)
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        options: dict[str, Any] = {"help": item.metadata["help"], "default": argparse.SUPPRESS}
+        if kind is bool:
             # A flag whose value each script chooses can be turned off as well as on.
             options["action"] = argparse.BooleanOptionalAction if item.default is MISSING else "store_true"
             options["help"] += " (default: yes)" if default else ""
         else:
-            options["type"] = without_none(types_of[item.name])
-            choices = rules["choices"]  # Recipe itself refuses others
+            options["type"] = (typing.get_args(kind) or [kind])[0]  # int for `int | None`
+            choices = item.metadata["limits"].get("choices")  # Recipe itself refuses others
             options["metavar"] = f"{{{','.join(map(str, choices))}}}" if choices else options["type"].__name__.upper()
             if default is not None:
                 options["help"] += f" (default: {default})"
-        groups[rules["group"]].add_argument(spelled(item.name), **options)
+        groups[group].add_argument(spelled(item.name), **options)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
         if isinstance(value, list):  # what argparse of Python 3.11 makes of --name=--
             parser.error(f"argument {spelled(name)}: expected one argument")
     given = frozenset(values) | (frozenset(BASELINE) if recipe.recipe == "baseline" else frozenset())
     return replace(recipe, **values, given=given)
-
-
-def named_recipe(argv: Sequence[str]) -> str | None:
-    """The value of --recipe, which decides the other flags' defaults."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe")
-    return parser.parse_known_args(argv)[0].recipe
-
-
-def without_none(hint: Any) -> type:
-    """int for `int | None`, and int for int."""
-    if isinstance(hint, types.UnionType):
-        return next(part for part in typing.get_args(hint) if part is not type(None))
-    return hint

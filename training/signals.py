@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and SIGHUP end a run after the step in flight."""
 
+import os
 import signal
 import sys
 import threading
@@ -11,17 +12,13 @@ import torch
 
 
 class StopSignals:
-    """Within the block the first signal sets a flag that the loop checks; the second one exits at once.
-
-    torchrun passes on what the terminal has sent already, so under it a second signal changes nothing. In a thread,
-    where Python handles no signals, it does nothing.
-    """
+    """Within the block the first signal sets a flag that the loop checks; the second one exits at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     def __enter__(self) -> "StopSignals":
-        in_main_thread = threading.current_thread() is threading.main_thread()
+        in_main_thread = threading.current_thread() is threading.main_thread()  # Python handles no signals in others
         numbers = (signal.SIGINT, *ending_signals()) if in_main_thread else ()
         self.previous = {number: signal.signal(number, self.note) for number in numbers}
         return self
@@ -31,7 +28,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, number: int, _: object) -> None:
-        if self.number is not None and not distributed.under_torchrun():
+        # torchrun passes on what the terminal has sent already, so a second signal changes nothing there.
+        if self.number is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
             sys.exit(128 + number)
         self.number = number
 
@@ -39,10 +37,8 @@ class StopSignals:
         return self.number is not None
 
     def after_step(self, step: int, device: torch.device) -> bool:
-        """Whether to stop after this step; all processes must ask after the same steps.
-
-        Several processes on GPUs exchange signals only every 16 steps: each time, all hosts must wait.
-        """
+        """Whether to stop after this step; all processes must ask after the same steps."""
+        # To exchange signals, all hosts must wait for their GPUs.
         if distributed.world_size() > 1 and device.type == "cuda" and step % 16:
             return False
         return self.in_any_process()
