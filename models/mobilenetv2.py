@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .classifier import Classifier
+
 # Table 2: expansion t, channels c, blocks n, stride s of the first block.
 STAGES = (
     (1, 16, 1, 1),
@@ -108,10 +110,10 @@ class MobileNetV2(nn.Module):
         last_channels = scaled(1280, max(1.0, width))
         layers += [*conv_norm(channels, last_channels), nn.ReLU6()]
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(last_channels, num_classes)
+        self.classifier = Classifier(last_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images).mean((2, 3)))
+        return self.classifier(self.features(images))
 
 
 def mobilenetv2(num_classes: int = 10, *, width: float = 1.0) -> MobileNetV2:

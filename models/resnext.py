@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .classifier import Classifier
+
 
 class GroupedConv2d(nn.Conv2d):
     """3×3 in groups; with `dense`, the same by a convolution over all channels whose other weights are 0.
@@ -73,11 +75,11 @@ class ResNeXt(nn.Module):
                 blocks.append(block)
                 in_channels = out_channels
         self.stages = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(in_channels, num_classes)
+        self.classifier = Classifier(in_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.norm(self.stem(images)))
-        return self.classifier(self.stages(x).mean((2, 3)))
+        return self.classifier(self.stages(x))
 
 
 def resnext29(num_classes: int = 10, *, cardinality: int = 2, base_width: int = 64, dense: bool = False) -> ResNeXt:
