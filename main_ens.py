@@ -53,9 +53,10 @@ def main() -> int:
     temperature, fitted = options.temperature, options.temperature == FIT
     cascaded = len(contents) > 1 and options.average == "softmax" and temperature == 1.0
     # Validation images for the cascade's threshold: only if all members share them.
-    splits = {tuple(content["data"]["split"][name] for name in ("val_size", "split_seed")) for _, content in contents}
+    splits = [content["data"]["split"] for _, content in contents]
+    shared = len({(split.get("val_size"), split.get("split_seed")) for split in splits}) == 1
     val_logits = val_labels = None
-    if fitted or (cascaded and data.val is not None and len(splits) == 1):
+    if fitted or (cascaded and data.val is not None and shared):
         val_logits, _ = compute_logits(torch.from_numpy(data.val.images))
         val_labels = torch.from_numpy(data.val.labels)
     if fitted:
@@ -101,7 +102,7 @@ def parse_flags() -> argparse.Namespace:
     options = parser.parse_args()
     members.check_range("--batch-size", options.batch_size, 1, MAX_IMAGES)
     members.check_range("--test-size", options.test_size, 1, MAX_IMAGES)
-    if options.temperature == FIT and options.data:
+    if options.temperature == FIT and options.data is not None:
         raise UserError(
             f"--temperature {FIT} needs the validation images of the members' own data, and --data {options.data} "
             "replaces them; leave one of the two out, or give the temperature as a number"
@@ -115,7 +116,7 @@ def load_data(contents: members.Contents, options: argparse.Namespace) -> Datase
     Raises UserError if the members were trained on other images or have other test images than the first, and if
     --temperature fit lacks validation images.
     """
-    if options.data:
+    if options.data is not None:
         return load_first(contents[0], options.data, options.data_url, options.test_size)
     members.check_same(contents, lambda data: {"images of the data set (digest)": data["digest"]})
     data = load_first(contents[0], None, options.data_url, options.test_size)
@@ -141,14 +142,14 @@ def load_first(
 ) -> Dataset:
     """The data that a member was trained with, or `data`, of which nothing was held out for it."""
     path, trained = first[0], first[1]["data"]
-    split = {"split_seed": trained["split"]["split_seed"]} if data else dict(trained["split"])
+    split = dict(trained["split"]) if data is None else {"split_seed": trained["split"]["split_seed"]}
     if test_size is not None:
         split["test_size"] = test_size
-    source = data or trained["source"]
+    source = trained["source"] if data is None else data
     try:
         loaded = dataset.load(source, image_size=trained["image_size"], data_url=data_url, **split)
     except UserError as error:
-        if data or source.lower() in dataset.NAMES or Path(source).exists():
+        if data is not None or source.lower() in dataset.NAMES or Path(source).exists():
             raise
         raise UserError(
             f"{error}\n{path} was trained on this path, relative to the working folder of that run; give the new path "
@@ -159,7 +160,7 @@ def load_first(
             f"--data {source} has the classes {', '.join(loaded.classes)}; {path} was trained on "
             f"{', '.join(trained['classes'])}"
         )
-    if not data and loaded.digest != trained["digest"]:
+    if data is None and loaded.digest != trained["digest"]:
         raise UserError(
             f"{source} no longer holds the images that {path} was trained with; restore them, or give --data to test "
             "on others"

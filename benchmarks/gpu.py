@@ -47,7 +47,10 @@ def main() -> int:
                 rows[f"ours / {kind}"][network] = f"{figures['ratio']:.2f}"
     for name in ("headline", "baseline"):
         if result := read(f"{name}/result.json"):
-            ensemble = result["ensemble"] | {"seconds": result["total_seconds"]}
+            seconds = result["total_seconds"]
+            if result["parallel"]:
+                seconds = result["training_together_seconds"] + result["seconds"]["main_ens.py"]
+            ensemble = result["ensemble"] | {"seconds": seconds}
             for network, row in zip([*RECIPES, "ensemble"], [*result["members"], ensemble], strict=True):
                 rows[f"{name}: accuracy, loss"][network] = f"{row['accuracy']:.2%}, {row['loss']:.4f}"
                 rows[f"{name}: time"][network] = f"{row['seconds'] / 60:.1f} min"

@@ -157,7 +157,7 @@ def report(
 ) -> int:
     """Write --output: `provenance`, the flags, and `results`; print a table of `rows`. Returns an exit status."""
     flags = {name: value for name, value in vars(options).items() if name not in ("output", "measure")}
-    write_results(provenance(device) | flags | results, options.output)
+    write_results(flags | provenance(device) | results, options.output)
     print_table(rows)
     print(f"\nResults: {options.output}")
     return 0

@@ -92,15 +92,15 @@ def shapes(name: str, kind: type[nn.Module]) -> Counter:
 
 
 def convolutions(
-    shape: tuple[int, ...], batch_size: int, device: torch.device, _: str
+    shape: tuple[int, ...], batch_size: int, device: torch.device, precision: str
 ) -> dict[str, tuple[Layer, Tensor]]:
     """Each way to compute a convolution, and its input."""
     in_channels, out_channels, kernel, stride, groups, size = shape
     ways = {}
     for layout, memory_format in LAYOUTS.items():
         plain = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-        images = torch.randn(batch_size, in_channels, size, size, device=device).to(memory_format=memory_format)
-        images.requires_grad_()
+        images = torch.randn(batch_size, in_channels, size, size, device=device, dtype=getattr(torch, precision))
+        images = images.to(memory_format=memory_format).requires_grad_()
         ways[f"{layout} grouped"] = plain.to(device, memory_format=memory_format), images
         if 1 < groups < in_channels:
             dense = GroupedConv2d(in_channels, groups=groups, stride=stride, dense=True)
@@ -134,6 +134,7 @@ def timer(layer: Layer, images: Tensor, device: torch.device, precision: str) ->
     def call() -> None:
         with autocast(device, precision):
             output = layer(images)
+        images.grad = None
         output.backward(output)
 
     if device.type != "cuda":

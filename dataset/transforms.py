@@ -151,7 +151,8 @@ class Augmenter:
     def __init__(self, size: int, settings: Augmentation, device: torch.device | str = "cpu"):
         self.cutout = settings.cutout
         self.crop_sources = operators.crop_sources(size, settings.crop_padding).to(device)
-        self.geometric_sources = operators.geometric_sources(size, settings.randaugment_magnitude).to(device)
+        if settings.randaugment_ops:
+            self.geometric_sources = operators.geometric_sources(size, settings.randaugment_magnitude).to(device)
         # As in torchvision, zero-strength jitter is skipped.
         self.jitter = [operator if getattr(settings, name) > 0 else None for name, operator in JITTER.items()]
 

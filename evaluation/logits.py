@@ -61,7 +61,7 @@ def member_logits(
             cache = path.parent / CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
             view = read_cache(cache) if cached else None
             if view is None:
-                view = compute(path, content, images.flip(3) if flipped else images, device, precision, batch_size)
+                view = compute(path, content, images, device, precision, flipped, batch_size)
                 if cached:
                     write_cache(cache, *view)
                 else:
@@ -73,16 +73,23 @@ def member_logits(
 
 
 def compute(
-    path: Path, content: dict[str, Any], images: Tensor, device: torch.device, precision: str, batch_size: int
+    path: Path,
+    content: dict[str, Any],
+    images: Tensor,
+    device: torch.device,
+    precision: str,
+    flipped: bool,
+    batch_size: int,
 ) -> tuple[Tensor, float]:
-    """Logits, float32 (N, C), of one checkpoint, and seconds, without the warm-up batch."""
+    """Logits, float32 (N, C), of one checkpoint for one view, and seconds, without the warm-up batch."""
     member = build_member(path, content).to(device, memory_format=torch.channels_last)
+    network = (lambda batch: member(batch.flip(3))) if flipped else member
     with explain_out_of_memory(batch_size):
         # A GPU loads its kernels and takes its memory with the first batch.
         warm_up = images[: batch_size if device.type == "cuda" else WARM_UP_IMAGES]
-        predict(member, warm_up, device, precision=precision, batch_size=batch_size)
+        predict(network, warm_up, device, precision=precision, batch_size=batch_size)
         started = time.perf_counter()
-        logits = predict(member, images, device, precision=precision, batch_size=batch_size, label=path.stem)
+        logits = predict(network, images, device, precision=precision, batch_size=batch_size, label=path.stem)
         seconds = time.perf_counter() - started
     check_finite(path, logits)
     return logits, seconds

@@ -33,6 +33,7 @@ CJK_FONTS = (
 # Fonts that can still be read at half size, and names drawn as they are written.
 STYLE = {
     "figure.dpi": DPI,
+    "figure.autolayout": False,  # of a user's matplotlibrc
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.wspace": 0.04,
     "figure.titlesize": 15,

@@ -42,6 +42,7 @@ def measured_by(folder, script, *flags):
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "out.json").read_text())
     assert {"device", "versions", "command"} <= result.keys()
+    assert harness.processor() in result["device"]
     return result, done.stdout
 
 
@@ -112,8 +113,30 @@ def test_layers(tmp_path):
         assert network["norms"]["milliseconds"][way] == pytest.approx(sum(row["count"] * row[way] for row in norms))
 
 
-def test_gpu_names_what_is_missing(tmp_path):
+def test_gpu_prints_what_is_there_and_names_what_is_missing(tmp_path):
+    row = {"accuracy": 0.5, "loss": 1.0, "seconds": 60}
+    result = {"members": 3 * [row], "ensemble": row, "total_seconds": 190, "parallel": True}
+    result |= {"training_together_seconds": 80, "seconds": {"main_ens.py": 10}}
+    measured = {"ours_graph": {"images_per_second": 1000.0, "start_up_seconds": 10.0, "num_images": 50_000}}
+    for name, content in {
+        "layers.json": {"networks": {"densenet": {"norms": {"milliseconds": {"eager": 1.5}}}}},
+        "compile-resnext29.json": {"networks": {"resnext29": measured}},
+        "plain-mobilenetv2.json": {"networks": {"mobilenetv2": {"ours": {}, "tuned": {"ratio": 2.5}}}},
+        "baseline/result.json": result,
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
     done = run(tmp_path, "gpu.py", ".")
+    minutes = (10 + 50 * train.RECIPES["resnext29"].epochs) / 60
+    for label, text in {
+        "norms eager, ms": "1.50",
+        "ours_graph, start-up and default epochs": f"{minutes:.1f} min",
+        "ours / tuned": "2.50",
+        "baseline: accuracy, loss": "50.00%, 1.0000",
+        "baseline: time": "1.0 min | 1.0 min | 1.0 min | 1.5 min",
+    }.items():
+        [line] = [line for line in done.stdout.splitlines() if line.startswith(f"| {label} |")]
+        assert text in line
     assert done.returncode == 1
     assert "compile-densenet.json" in done.stderr
     assert "tests.txt" in done.stderr

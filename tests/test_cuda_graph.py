@@ -110,7 +110,7 @@ def graphs(monkeypatch):
     """The parts of torch.cuda that a recording needs, for tensors on the CPU."""
 
     @contextlib.contextmanager
-    def record(graph, pool):
+    def record(graph, pool, **_):
         assert pool == "pool"
         Graph.recording = graph
         yield

@@ -80,6 +80,18 @@ def test_only_what_determines_the_logits_or_their_time_makes_another_file(conten
         member_logits([contents[0], (path, checkpoint.read(path))], images, CPU)
 
 
+def test_a_few_images_warm_up_before_the_time_is_taken(contents, images, monkeypatch):
+    calls, predict = [], logits_cache.predict
+    monkeypatch.setattr(logits_cache, "WARM_UP_IMAGES", 5)
+    monkeypatch.setattr(
+        logits_cache,
+        "predict",
+        lambda network, batch, *rest, **more: calls.append(len(batch)) or predict(network, batch, *rest, **more),
+    )
+    member_logits(contents[:1], images, CPU)
+    assert calls == [5, 11]
+
+
 def test_without_the_cache_nothing_is_stored_and_its_entry_is_removed(contents, images):
     member_logits(contents, images, CPU, cached=False)
     assert not (contents[0][0].parent / logits_cache.CACHE).exists()

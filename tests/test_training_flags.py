@@ -90,7 +90,7 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(train, tmp_path, cap
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(4, 6), (7, 3), (21, 1), (500, 1)])
-def test_no_batch_is_too_small_or_larger_than_the_images(train, batch_size, steps, capsys):
+def test_no_batch_is_too_small_or_larger_than_the_images(train, tmp_path, batch_size, steps, capsys):
     run = train(batch_size=batch_size, epochs=2)  # 22 images: of batches of 7 and 21, one would be left
     assert run.optimizer.state[next(run.model.parameters())]["momentum_buffer"].isfinite().all()
     said, real_size = capsys.readouterr().out, min(batch_size, 22)
@@ -100,6 +100,8 @@ def test_no_batch_is_too_small_or_larger_than_the_images(train, batch_size, step
     assert rates == pytest.approx([0.8 * real_size / 64, 0.408 * real_size / 64])
     assert f"peak learning rate {0.8 * real_size / 64:g}, from 0.8 × {real_size}/64" in said
     assert 0 < run.history[-1]["train_accuracy"] <= 1
+    stored = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")["recipe"]
+    assert stored["batch_size"] == batch_size, "--resume with the same flags continues"
 
 
 def test_another_image_is_left_out_in_every_epoch(tiny_recipe, tiny_data):

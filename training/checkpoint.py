@@ -43,10 +43,12 @@ def write(path: str | Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values to `path`, atomically. Raises UserError if the file cannot be written."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
-    body = bytearray(buffer.getvalue())
-    if body[-2:] != b"\0\0":  # the length of the archive's comment
+    buffer.seek(-2, io.SEEK_END)  # the length of the archive's comment
+    if buffer.read() != b"\0\0":
         raise RuntimeError("torch.save no longer ends its file as a zip archive without a comment")
-    body[-2:] = COMMENT_LENGTH.to_bytes(2, "little")
+    buffer.seek(-2, io.SEEK_END)
+    buffer.write(COMMENT_LENGTH.to_bytes(2, "little"))
+    body = buffer.getvalue()
     with files.replacing(path, "the checkpoint") as file:
         file.write(body)
         file.write(MARK + hashlib.sha256(body).hexdigest().encode())

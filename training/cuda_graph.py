@@ -91,7 +91,8 @@ class FastStep:
                         step(images, labels)
             finally:
                 current.wait_stream(side)  # also after a failure: the state is put back on the current one
-            with torch.cuda.graph(graph, pool=self.pool):
+            # Other threads may use CUDA meanwhile: one that saves frees pinned memory.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 step(images, labels)
 
         def replay(new_images: Tensor, new_labels: Tensor) -> None:

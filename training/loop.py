@@ -159,7 +159,7 @@ def train_and_evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSig
     evaluated = evaluate(run, trainer, splits, stop)
     if evaluated is None:
         return None
-    num_images = trainer.loader.num_images
+    num_images = min(len(trainer.loader.images), run.step * trainer.loader.batch_size)
     return {
         "epoch": run.epoch + 1,
         "learning_rate": trainer.lr(run.epoch, run.step - 1),

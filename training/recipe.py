@@ -22,7 +22,9 @@ from dataset.transforms import Augmentation
 # The batch size for which --base-lr and --base-min-lr are given.
 REFERENCE_BATCH = 64
 COMPILE = ("auto", "none", "graph", "inductor", "both")
-COMPILE_HELP = "graph: a step is one CUDA graph; inductor: torch.compile; none: eager; auto: graph on CUDA, else none"
+COMPILE_HELP = (
+    "graph: a step is one CUDA graph; inductor: torch.compile; both: both; none: eager; auto: graph on CUDA, else none"
+)
 PRECISION_HELP = "bfloat16: autocast; auto: bfloat16 on CUDA and on CPUs with bfloat16 instructions, else float32"
 # The baseline's recipe, the same for its three networks; --recipe baseline takes it instead of the script's own.
 BASELINE = {
@@ -39,6 +41,8 @@ def flag(help: str, default: Any = MISSING, *, group: str = "training", fixed: b
 
     `limits` are of the value: `choices`, or `at_least`, `above` and `at_most`.
     """
+    if unknown := limits.keys() - {"choices", "at_least", "above", "at_most"}:
+        raise TypeError(f"a flag has no {', '.join(unknown)}")
     return field(default=default, metadata={"help": help, "group": group, "fixed": fixed, "limits": limits})
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a run after the step in flight."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run after the current step, on several GPUs within 16 steps."""
 
 import os
 import signal
