@@ -87,7 +87,7 @@ def main() -> int:
             f"{difference:.1e}, more than {TOLERANCE:.0e}; take the other format, or other versions of the packages of "
             f"{options.format}"
         )
-    with files.replacing(options.output, "the file") as file:
+    with files.atomic_write(options.output, "the file") as file:
         file.write(written)
 
     averaged = f" ({options.average} averaged)" if len(paths) > 1 else ""

@@ -16,7 +16,7 @@ from common import errors, files
 from common.command_line import Parser
 from common.device import pick_precision, set_up_device
 from common.errors import UserError
-from common.text import counted
+from common.text import pluralize
 
 import torch
 
@@ -27,7 +27,7 @@ from evaluation.logits import member_logits
 from evaluation.members import FIT
 from evaluation.metrics import PER_IMAGE
 from plotting.ensemble import plot_cost, plot_ensemble, plot_mistakes, plot_reliability
-from training.recipe import spelled
+from training.recipe import flag_name
 
 MAX_IMAGES = 10**6  # in a batch or a subset
 PLOTS = ("ensemble.png", "reliability.png", "mistakes.png", "cost.png")
@@ -60,7 +60,7 @@ def main() -> int:
         val_labels = torch.from_numpy(data.val.labels)
     if fitted:
         temperature = report.fit_temperature(val_logits, val_labels, options.average)
-    probs = report.average(logits, options.average, temperature)
+    probs = report.ensemble_probs(logits, options.average, temperature)
 
     costs = cost.member_costs(contents, milliseconds, views=logits.shape[1])
     result = report.report(probs, labels, costs, data.classes, len(val_labels) if fitted else None)
@@ -78,7 +78,7 @@ def main() -> int:
     }
 
     folder = Path(options.plot_dir)
-    with files.replacing(folder / "ensemble.json", "the results") as file:
+    with files.atomic_write(folder / "ensemble.json", "the results") as file:
         file.write((json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
     plot(folder, result, probs, data, device)
     print(text.table(result))
@@ -116,9 +116,9 @@ def load_data(contents: members.Contents, options: argparse.Namespace) -> Datase
     --temperature fit lacks validation images.
     """
     if options.data:
-        return load_first(contents[0], options.data, options.data_url, options.test_size)
+        return load_data_of(contents[0], options.data, options.data_url, options.test_size)
     members.check_same(contents, lambda data: {"images of the data set (digest)": data["digest"]})
-    data = load_first(contents[0], None, options.data_url, options.test_size)
+    data = load_data_of(contents[0], None, options.data_url, options.test_size)
     # Only flags that affect the images used here must match.
     flags = [] if options.test_size is not None else ["test_size"]
     if data.test_split is not None:
@@ -127,7 +127,7 @@ def load_data(contents: members.Contents, options: argparse.Namespace) -> Datase
         flags.append("val_size")
     if any(content["data"]["split"].get(name) for _, content in contents for name in flags):
         flags.append("split_seed")
-    members.check_same(contents, lambda data: {spelled(name): data["split"].get(name) for name in flags})
+    members.check_same(contents, lambda data: {flag_name(name): data["split"].get(name) for name in flags})
     if options.temperature == FIT and data.val is None:
         raise UserError(
             f"--temperature {FIT} needs validation images, and {contents[0][0]} was trained without; train all members "
@@ -136,7 +136,7 @@ def load_data(contents: members.Contents, options: argparse.Namespace) -> Datase
     return data
 
 
-def load_first(
+def load_data_of(
     first: tuple[Path, dict], data: str | None = None, data_url: str | None = None, test_size: int | None = None
 ) -> Dataset:
     """The data that a member was trained with, or `data`, of which nothing was held out for it."""
@@ -170,8 +170,8 @@ def load_first(
 def plot(folder: Path, result: dict[str, Any], probs: report.Probs, data: Dataset, device: torch.device) -> None:
     """Draw the pictures into `folder`."""
     labels = torch.from_numpy(data.test.labels)
-    networks, images = counted(len(probs.members), "network"), counted(len(labels), "test image")
-    title = f"{networks}, {text.method(result)}, on {images} of {Path(data.source).name}"
+    networks, images = pluralize(len(probs.members), "network"), pluralize(len(labels), "test image")
+    title = f"{networks}, {text.averaging_method(result)}, on {images} of {Path(data.source).name}"
 
     # Folders list images class by class: shuffle for the running metrics.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

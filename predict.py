@@ -20,13 +20,13 @@ from common import errors, files
 from common.command_line import Parser
 from common.device import autocast, explain_out_of_memory, pick_precision, set_up_device
 from common.errors import UserError
-from common.text import counted
+from common.text import pluralize
 
 import numpy as np
 import torch
 
 import dataset
-from dataset.image_folder import decode_all, pictures_in
+from dataset.image_folder import decode_all, image_files_in
 from evaluation import members
 from evaluation.cost import DEFAULT_THRESHOLD
 from models.ensemble import Ensemble
@@ -88,7 +88,7 @@ def main() -> int:
     # Networks trained on folders had their images resized the same way.
     if unusual and str(contents[0][1]["data"]["source"]).lower() in dataset.NAMES:
         print(unusual_note(unusual, ensemble.image_size), file=sys.stderr)
-    print(f"{counted(len(paths) - skipped, 'image')}, {skipped:,} skipped", file=sys.stderr)
+    print(f"{pluralize(len(paths) - skipped, 'image')}, {skipped:,} skipped", file=sys.stderr)
     if options.cascade:
         print(f"seen by {', '.join(f'{name} {number:,}' for name, number in seen.items())}", file=sys.stderr)
     return 1 if skipped else 0
@@ -140,7 +140,7 @@ def find_images(paths: Sequence[str]) -> list[str]:
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: there is no such file or folder; expected images, or folders of images")
-        images = [str(image) for image in pictures_in(Path(path))] if os.path.isdir(path) else [path]
+        images = [str(image) for image in image_files_in(Path(path))] if os.path.isdir(path) else [path]
         if not images:
             raise UserError(f"{path}: there are no images in this folder; expected one or more, in it or below it")
         found += images
@@ -207,7 +207,7 @@ def is_unusual(size: tuple[int, int], image_size: int) -> bool:
 def unusual_note(unusual: Sequence[str], image_size: int) -> str:
     listed, more = ", ".join(unusual[:MAX_LISTED]), len(unusual) - MAX_LISTED
     return (
-        f"note: {counted(len(unusual), 'image')} far from {image_size}×{image_size}, the networks' input, in size or "
+        f"note: {pluralize(len(unusual), 'image')} far from {image_size}×{image_size}, the networks' input, in size or "
         f"shape: {printable(listed)}{f' and {more:,} more' if more > 0 else ''}; these predictions are less reliable"
     )
 
@@ -218,12 +218,12 @@ def opened(path: str | None) -> Iterator[TextIO | None]:
     if not path or path == "-":
         yield sys.stdout if path else None
         return
-    with files.replacing(path, "the predictions") as file:
+    with files.atomic_write(path, "the predictions") as file:
         # A file's name need not be Unicode: bytes that are not become escapes.
         text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
         yield text
         text.flush()
-        text.detach()  # `replacing` closes the file
+        text.detach()  # `atomic_write` closes the file
 
 
 def print_prediction(prediction: Prediction, width: int, class_width: int, verbose: bool) -> None:

@@ -69,7 +69,7 @@ class TrainLoader:
     The last batch may be smaller (see `steps_per_epoch`). With several processes, each gets its share of every batch.
     From epoch `crop_and_flip_from` on, only crop and flip are applied.
 
-    `ahead` (by default on CUDA) keeps the work off the critical path: a thread draws for the next epoch while this one
+    `prefetch` (by default on CUDA) keeps the work off the critical path: a thread params for the next epoch while this one
     is trained, and the device augments the next chunk in parallel with the training steps on this one.
     """
 
@@ -83,7 +83,7 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         crop_and_flip_from: float = math.inf,
         chunk_size: int | None = None,
-        ahead: bool | None = None,
+        prefetch: bool | None = None,
     ):
         self.images = torch.from_numpy(split.images).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
@@ -94,13 +94,13 @@ class TrainLoader:
             settings: transforms.Augmenter(self.size, settings, device)
             for settings in (augmentation, augmentation.crop_and_flip())
         }
-        self.local_batch_size = len(range(batch_size)[distributed.share(batch_size)])
+        self.local_batch_size = len(range(batch_size)[distributed.local_slice(batch_size)])
         chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.size**2
         self.chunk_size = max(1, chunk_size // self.local_batch_size) * self.local_batch_size
-        ahead = self.device.type == "cuda" if ahead is None else ahead
-        self.thread = ThreadPoolExecutor(1, "plan") if ahead else None
+        prefetch = self.device.type == "cuda" if prefetch is None else prefetch
+        self.thread = ThreadPoolExecutor(1, "plan") if prefetch else None
         self.planned: dict[int, Future] = {}  # by epoch
-        self.stream = torch.cuda.Stream(self.device) if ahead and self.device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(self.device) if prefetch and self.device.type == "cuda" else None
 
     def __len__(self) -> int:
         return steps_per_epoch(len(self.images), self.batch_size, self.device)
@@ -133,10 +133,10 @@ class TrainLoader:
     def plan(self, epoch: int, start: int = 0) -> transforms.Plan:
         generator = epoch_generator(self.seed, epoch)
         settings = self.settings(epoch)
-        draws = transforms.draw(len(self.images), self.size, settings, generator)
+        params = transforms.sample_params(len(self.images), self.size, settings, generator)
         order = torch.randperm(len(self.images), generator=generator)[start * self.batch_size : self.num_images]
-        order = torch.cat([batch[distributed.share(len(batch))] for batch in order.split(self.batch_size)])
-        return transforms.plan(order, draws, self.chunk_size)
+        order = torch.cat([batch[distributed.local_slice(len(batch))] for batch in order.split(self.batch_size)])
+        return transforms.make_plan(order, params, self.chunk_size)
 
     def chunks(self, plan: transforms.Plan, augmenter: transforms.Augmenter) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented images, uint8 (chunk, 3, H, W), and their labels."""

@@ -120,7 +120,7 @@ def measure(ensemble: Ensemble, rounds: int, device: torch.device) -> dict[str, 
 
 def measure_cascade(options: argparse.Namespace, device: torch.device) -> int:
     paths, precision = options.cascade, pick_precision("auto", device)
-    data = main_ens.load_first(members.read_all(paths)[0])
+    data = main_ens.load_data_of(members.read_all(paths)[0])
     chosen = np.random.default_rng(0).permutation(len(data.test))[: options.images]
     images, labels = torch.from_numpy(data.test.images[chosen]), torch.from_numpy(data.test.labels[chosen])
     ensembles = {"whole": members.load(paths), "cascade": members.load(paths, cascade=options.threshold)}

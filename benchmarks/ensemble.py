@@ -54,7 +54,7 @@ from evaluation.logits import member_logits
 from evaluation.members import names, read_all
 from models.ensemble import average_probs
 from training.history import read_csv
-from training.recipe import Recipe, parse_flags, spelled
+from training.recipe import Recipe, flag_name, parse_flags
 from training.signals import StopSignals
 
 TRAINING = {"dense.py": dense, "mobilenetv2.py": mobilenetv2, "resnext.py": resnext}
@@ -121,7 +121,7 @@ class Stop(StopSignals):
     def __bool__(self) -> bool:
         return super().__bool__() or time.monotonic() >= self.deadline
 
-    def note(self, number: int, _: object) -> None:
+    def _handle(self, number: int, _: object) -> None:
         self.number = number
 
 
@@ -230,7 +230,7 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
     """
     with contextlib.chdir(work):  # where the paths of checkpoints, plots and data begin
         members = read_all([recipe.checkpoint_path for recipe in recipes.values()])
-        data = main_ens.load_first(members[0])
+        data = main_ens.load_data_of(members[0])
         device, images = set_up_device(recipes["dense.py"].device), torch.from_numpy(data.test.images)
         precision = pick_precision("auto", device)
         own, _ = member_logits(members, images, device, precision=precision)  # main_ens.py has cached them
@@ -261,9 +261,9 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
     if result["parallel"]:
         result["training_together_seconds"] = progress.elapsed - progress.seconds[TESTING]
     for name, content in contents.items():
-        with files.replacing(folder / name, "the results") as file:
+        with files.atomic_write(folder / name, "the results") as file:
             file.write(content)
-    with files.replacing(folder / "logits.npz", "the results") as file:  # (N, C) by member, (N,) and (C,)
+    with files.atomic_write(folder / "logits.npz", "the results") as file:  # (N, C) by member, (N,) and (C,)
         np.savez(file, **logits, labels=data.test.labels.astype(np.int16), classes=np.array(data.classes))
     harness.write_results(result, folder / "result.json")
     return result
@@ -351,7 +351,7 @@ def read_recipes(options: argparse.Namespace) -> dict[str, Recipe]:
         recipes[name] = parse_flags(script.RECIPE, script.__doc__, flags_of(options, name))
         for own in OWN_FLAGS:
             if getattr(recipes[name], own) != getattr(script.RECIPE, own):
-                raise UserError(f"{spelled(own)} for {name}: this benchmark sets it itself; leave it out")
+                raise UserError(f"{flag_name(own)} for {name}: this benchmark sets it itself; leave it out")
     return recipes
 
 

@@ -165,7 +165,7 @@ def report(
 
 def write_results(results: dict[str, Any], path: str | Path) -> None:
     """Raises UserError if the file cannot be written."""
-    with files.replacing(path, "the results") as file:
+    with files.atomic_write(path, "the results") as file:
         file.write((json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -177,7 +177,7 @@ def print_table(rows: dict[str, dict[str, str]]) -> None:
         print(f"| {' | '.join([label, *(cells.get(column, '') for column in columns)])} |")
 
 
-def spelled(rate: float) -> str:
+def format_rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 

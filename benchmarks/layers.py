@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from benchmarks import harness
 from models import NETWORKS
 from models.resnext import GroupedConv2d
-from training.cuda_graph import WARM_UP
+from training.cuda_graph import WARM_UP_STEPS
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 CALLS = 10  # in a CUDA graph
@@ -141,7 +141,7 @@ def timer(layer: Layer, images: Tensor, device: torch.device, precision: str) ->
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP_STEPS):
             call()
     torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph):

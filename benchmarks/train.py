@@ -58,7 +58,7 @@ OURS: dict[str, dict[str, str]] = {"ours": {}, "ours_float32": {"precision": "fl
 KINDS = (*OURS, *plain.WORKERS)
 # The rows of the table, each for every kind.
 ROWS = {
-    "{}, images/s": lambda figures: harness.spelled(figures["images_per_second"]),
+    "{}, images/s": lambda figures: harness.format_rate(figures["images_per_second"]),
     "ours / {}": lambda figures: f"{figures['ratio']:.2f}" if "ratio" in figures else "",
     "{}, peak memory": lambda figures: f"{peak / 2**30:.2f} GiB" if (peak := figures["peak_memory_bytes"]) else "",
     "{}, start-up": lambda figures: f"{figures['start_up_seconds']:.1f} s",
@@ -213,7 +213,7 @@ def table(networks: dict[str, dict[str, Any]], means: dict[str, float]) -> dict[
 def line(result: dict[str, Any] | None) -> str:
     if result is None:
         return "failed"
-    rate, start_up = harness.spelled(statistics.median(result["windows"])), result["start_up_seconds"]
+    rate, start_up = harness.format_rate(statistics.median(result["windows"])), result["start_up_seconds"]
     how = f"--compile {result['compile']}" if "compile" in result else f"{result['workers']} workers"
     return f"{rate} images/s, first step after {start_up:.1f} s, {result['precision']}, {how}"
 

@@ -42,7 +42,7 @@ def set_up_device(name: str, *, deterministic: bool = False) -> torch.device:
             torch.utils.deterministic.fill_uninitialized_memory = False  # only helps to find bugs
     if name == "cpu":
         keep_freed_memory()
-        refuse_missing_memory()
+        limit_memory()
     return torch.device(name)
 
 
@@ -79,13 +79,13 @@ def keep_freed_memory() -> None:
         mallopt(m_mmap_max, 0)  # allocate every block in the heap
 
 
-def refuse_missing_memory() -> None:
+def limit_memory() -> None:
     """Make Linux refuse an allocation beyond the free memory, instead of killing the process when it is used."""
     if sys.platform != "linux":
         return
     import resource
 
-    limit = bytes_in("/proc/self/status", "VmData") + free_memory()
+    limit = proc_bytes("/proc/self/status", "VmData") + free_memory()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if soft == resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -94,7 +94,7 @@ def refuse_missing_memory() -> None:
 def free_memory(root: str | Path = "/") -> int:
     """Bytes that this process can still allocate on Linux: the free memory of the machine, or of its container."""
     root = Path(root)
-    free = [bytes_in(root / "proc/meminfo", "MemAvailable")]
+    free = [proc_bytes(root / "proc/meminfo", "MemAvailable")]
     cgroups = root / "sys/fs/cgroup"
     for folder, limit, used in (
         (cgroups, "memory.max", "memory.current"),  # version 2
@@ -115,10 +115,10 @@ def peak_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Not resource.getrusage, to which a process started from another counts the other's peak too.
-    return bytes_in("/proc/self/status", "VmHWM") if sys.platform == "linux" else None
+    return proc_bytes("/proc/self/status", "VmHWM") if sys.platform == "linux" else None
 
 
-def bytes_in(path: str | Path, name: str) -> int:
+def proc_bytes(path: str | Path, name: str) -> int:
     """The value, which the file has in kB, of the line of a /proc file that begins with `name`."""
     lines = Path(path).read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -104,16 +104,16 @@ def from_main_process(function: Callable[[], Any]) -> Any:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if outcome[1] is not None:
-        raise error_in_all(outcome[1])
+        raise error_on_all_ranks(outcome[1])
     return outcome[0]
 
 
-def error_in_all(message: str) -> UserError:
+def error_on_all_ranks(message: str) -> UserError:
     """The error to raise if every process finds the same mistake; only rank 0 prints it."""
     return UserError(message, silent=not is_main_process())
 
 
-def share(count: int) -> slice:
+def local_slice(count: int) -> slice:
     """The slice of `count` items that this process takes; lengths differ by at most one."""
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 

@@ -25,7 +25,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def ending_signals() -> list[int]:
+def termination_signals() -> list[int]:
     """SIGTERM, and SIGHUP, which a closed terminal sends, if the system has it and nohup does not ignore it."""
     hangup = getattr(signal, "SIGHUP", None)
     return [signal.SIGTERM, *([hangup] if hangup and signal.getsignal(hangup) != signal.SIG_IGN else [])]
@@ -38,7 +38,7 @@ def run(main: Callable[[], int | None]) -> None:
     SIGTERM and 129 for SIGHUP, after the `finally` blocks have run.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see common/__init__.py
-    for number in ending_signals():
+    for number in termination_signals():
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def replacing(path: str | Path, what: str, *, shared: bool = False) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, what: str, *, shared: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file next to `path`; it replaces `path` when the block ends without an error.
 
     A missing folder is created. After an error, `path` is unchanged and the temporary file is deleted; after a

@@ -29,7 +29,7 @@ def member_costs(contents: members.Contents, milliseconds: Sequence[float], view
             "name": name,
             "checkpoint": str(path),
             "milliseconds": spent,
-            "multiply_adds": views * members.cost(path, content),
+            "multiply_adds": views * members.count_multiply_adds(path, content),
         }
         for name, (path, content), spent in zip(names, contents, milliseconds, strict=True)
     ]
@@ -42,12 +42,14 @@ def subsets(count: int) -> Iterator[tuple[int, ...]]:
 
 
 def subset_rows(
-    logits: Tensor, labels: Tensor, costs: Sequence[Cost], how: str, temperature: float
+    logits: Tensor, labels: Tensor, costs: Sequence[Cost], average: str, temperature: float
 ) -> list[dict[str, Any]]:
     """Accuracy, loss and cost of each subset, from logits (M, V, N, C); temperature applies to averages only."""
     rows = []
     for subset in subsets(len(costs)):
-        probs = average_probs(logits[list(subset)].double().flatten(0, 1), how, temperature if len(subset) > 1 else 1.0)
+        probs = average_probs(
+            logits[list(subset)].double().flatten(0, 1), average, temperature if len(subset) > 1 else 1.0
+        )
         seen = {costs[number]["name"]: 1 for number in subset}
         rows.append({"members": list(seen)} | scores_and_cost(probs, labels, costs, seen))
     return rows

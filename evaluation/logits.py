@@ -50,7 +50,7 @@ def member_logits(
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else (device.type, torch.get_num_threads()),
         "precision": precision,
         "batch_size": batch_size,
-        "sources": sources(),
+        "sources": models_digest(),
         "torch": str(torch.__version__),
     }
     members, milliseconds = [], []
@@ -89,7 +89,7 @@ def compute(
 
 
 @functools.cache
-def sources() -> str:
+def models_digest() -> str:
     """A digest of models/*.py; changes elsewhere need a new CACHE_VERSION."""
     digest = hashlib.sha256()
     for path in sorted(Path(models.__file__).parent.glob("*.py")):
@@ -111,7 +111,7 @@ def read_cache(path: Path) -> tuple[Tensor, float] | None:
 
 def write_cache(path: Path, logits: Tensor, seconds: float) -> None:
     try:
-        with files.replacing(path, "the members' logits", shared=True) as file:
+        with files.atomic_write(path, "the members' logits", shared=True) as file:
             np.savez(file, logits=logits.numpy(), seconds=seconds)
     except UserError as error:
         print(f"warning: {error}. Until then every analysis computes them again", file=sys.stderr)

@@ -75,7 +75,7 @@ def read_all(paths: Sequence[str | Path], cascade: float | None = None) -> Conte
     check_range("the threshold of the cascade", cascade, 0, 1)
     if len(contents) < 2:
         raise UserError(f"a cascade needs two members or more; there is only {paths[0]}")
-    return sorted(contents, key=lambda pair: cost(*pair))
+    return sorted(contents, key=lambda pair: count_multiply_adds(*pair))
 
 
 def check_same(contents: Contents, properties: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -102,9 +102,9 @@ def names(paths: Sequence[Path]) -> list[str]:
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
-def cost(path: Path, content: dict[str, Any]) -> int:
+def count_multiply_adds(path: Path, content: dict[str, Any]) -> int:
     """Multiply-adds of one image."""
-    with checkpoint.usable(path):
+    with checkpoint.explain_unusable(path):
         return multiply_adds(build_member(path, content).network, content["data"]["image_size"])
 
 
@@ -124,7 +124,7 @@ def build_member(path: Path, content: dict[str, Any]) -> Member:
 
     Raises UserError if its name is not known or its weights do not fit.
     """
-    with checkpoint.usable(path):
+    with checkpoint.explain_unusable(path):
         name = content["network"]["name"]
         if name not in NETWORKS:
             raise UserError(f"{path}: holds a network named {name!r}; known are {', '.join(NETWORKS)}")

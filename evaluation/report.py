@@ -35,30 +35,30 @@ class Probs:
     temperature: float
 
 
-def average(logits: Tensor, how: str, temperature: float = 1.0) -> Probs:
+def ensemble_probs(logits: Tensor, average: str, temperature: float = 1.0) -> Probs:
     """Average the members' logits, (M, V, N, C): of M members, each of V views of N images.
 
-    A member is averaged over its views, the ensemble over all views of all members. `how` is one of `AVERAGES`. The
+    A member is averaged over its views, the ensemble over all views of all members. `average` is one of `AVERAGES`. The
     temperature applies to the ensemble, with all members and without one, but not to a member.
     """
     logits = logits.double()
     others = [torch.cat([logits[:number], logits[number + 1 :]]) for number in range(len(logits)) if len(logits) > 1]
     return Probs(
-        members=torch.stack([average_probs(views, how) for views in logits]),
-        ensemble=average_probs(logits.flatten(0, 1), how, temperature),
-        without=[average_probs(rest.flatten(0, 1), how, temperature) for rest in others],
-        unscaled=average_probs(logits.flatten(0, 1), how),
+        members=torch.stack([average_probs(views, average) for views in logits]),
+        ensemble=average_probs(logits.flatten(0, 1), average, temperature),
+        without=[average_probs(rest.flatten(0, 1), average, temperature) for rest in others],
+        unscaled=average_probs(logits.flatten(0, 1), average),
         temperature=temperature,
     )
 
 
-def fit_temperature(logits: Tensor, labels: Tensor, how: str) -> float:
+def fit_temperature(logits: Tensor, labels: Tensor, average: str) -> float:
     """The temperature, within `TEMPERATURES`, whose ensemble has the least loss on images that it was not trained on.
 
     `logits` are (M, V, N, C), `labels` int64 (N,). It is fitted after averaging: members that are calibrated one by one
     make an average that is underconfident (Rahaman and Thiery 2021, arXiv:2007.08792).
     """
-    averaged = average_logits(logits.double().flatten(0, 1), how)
+    averaged = average_logits(logits.double().flatten(0, 1), average)
 
     def loss(log_temperature: float) -> float:
         return F.cross_entropy(averaged / math.exp(log_temperature), labels).item()

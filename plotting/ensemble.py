@@ -10,7 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plotting.style import BLUE, GREEN, GREY, PALE, VERMILLION, label_log_axis, line_style, picture, short
+from plotting.style import BLUE, GREEN, GREY, PALE, VERMILLION, label_log_axis, line_style, saves_png, shorten
 
 MIN_IMAGES_PER_BIN = 10  # bins with fewer are hollow
 MAX_MISTAKES, MISTAKES_PER_LINE = 16, 4
@@ -18,7 +18,7 @@ MAX_TEXT_LINES = 9  # next to the image of a mistake
 LETTERS = "ABCD"  # of the members, for their subsets; those of more members are not labelled
 
 
-@picture
+@saves_png
 def plot_ensemble(rows: list[dict], *, confusion_matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     """Draw the members and, as the last row, the ensemble: results, running results, the ensemble's confusion matrix.
 
@@ -27,13 +27,13 @@ def plot_ensemble(rows: list[dict], *, confusion_matrix: np.ndarray, classes: Se
     the images of each true class (row) by predicted class (column); `classes` are the C names.
     """
     figure = Figure(figsize=(12.8, 6.8))
-    figure.suptitle(short(title, 104))
+    figure.suptitle(shorten(title, 104))
     left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
     (accuracy_dots, loss_dots), (accuracy_lines, loss_lines) = left.subplots(2, 2)
 
     _draw_dots(accuracy_dots, rows, "accuracy", 100, "{:.2f}", "test accuracy (%)")
     _draw_dots(loss_dots, rows, "loss", 1, "{:.4f}", "test loss (nats)")
-    accuracy_dots.set_yticks(range(len(rows)), [short(row["name"], 16) for row in rows])
+    accuracy_dots.set_yticks(range(len(rows)), [shorten(row["name"], 16) for row in rows])
     accuracy_dots.get_yticklabels()[-1].set_fontweight("bold")
     loss_dots.set_yticks([])
 
@@ -44,7 +44,7 @@ def plot_ensemble(rows: list[dict], *, confusion_matrix: np.ndarray, classes: Se
     return figure
 
 
-@picture
+@saves_png
 def plot_reliability(rows: list[dict], *, title: str) -> Figure:
     """Draw one reliability diagram for each row, the ensemble's last.
 
@@ -54,7 +54,7 @@ def plot_reliability(rows: list[dict], *, title: str) -> Figure:
     columns = min(len(rows), 5 if len(rows) > 8 else 4)
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(12.8, 1.2 + lines * (0.65 + 11.4 / max(columns, 3))))
-    figure.suptitle(short(title, 104))
+    figure.suptitle(shorten(title, 104))
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, row, style in zip(grid, rows, row_styles(len(rows)), strict=False):
         _draw_bins(axes, row, style["color"])
@@ -68,7 +68,7 @@ def plot_reliability(rows: list[dict], *, title: str) -> Figure:
     return figure
 
 
-@picture
+@saves_png
 def plot_mistakes(
     *,
     images: np.ndarray,
@@ -95,26 +95,26 @@ def plot_mistakes(
             "next to each image: the members' predictions, green if correct"
         )
         if not has_room:
-            order = ", ".join(short(name, 24) for name in names[:MAX_TEXT_LINES])
+            order = ", ".join(shorten(name, 24) for name in names[:MAX_TEXT_LINES])
             more = f" (and {len(names) - MAX_TEXT_LINES} more)" if len(names) > MAX_TEXT_LINES else ""
             note += "; from top to bottom:\n" + textwrap.fill(order + more, 130)
     figure = Figure(figsize=(12.8, 0.7 + 0.2 * note.count("\n") + 1.85 * lines))
-    figure.suptitle(short(title, 104))
+    figure.suptitle(shorten(title, 104))
     figure.supxlabel(note, color=GREY)
     grid = figure.add_gridspec(max(lines, 1), MISTAKES_PER_LINE)
     for number, image in enumerate(worst):
         label, predicted, confidence = labels[image], ensemble[image].argmax(), ensemble[image].max()
         texts = []
         for name, probs in zip(names[:MAX_TEXT_LINES], members[:, image], strict=False):
-            texts += [(short(name, 15), GREY)] if has_room else []
-            answer = f"{short(classes[probs.argmax()], 11)}, {100 * probs.max():.0f} %"
+            texts += [(shorten(name, 15), GREY)] if has_room else []
+            answer = f"{shorten(classes[probs.argmax()], 11)}, {100 * probs.max():.0f} %"
             texts.append((answer, GREEN if probs.argmax() == label else "black"))
-        heading = f"{short(classes[label], 12)} → {short(classes[predicted], 12)}, {100 * confidence:.1f} %"
+        heading = f"{shorten(classes[label], 12)} → {shorten(classes[predicted], 12)}, {100 * confidence:.1f} %"
         _draw_mistake(figure.add_subplot(grid[number], anchor="W"), images[image], heading, texts)
     return figure
 
 
-@picture
+@saves_png
 def plot_cost(
     *, subsets: Sequence[dict], cascade: Sequence[dict], threshold: float | None, device: str, title: str
 ) -> Figure:
@@ -125,7 +125,7 @@ def plot_cost(
     `threshold` is marked.
     """
     figure = Figure(figsize=(12.4, 5.4))
-    figure.suptitle(short(title, 104))
+    figure.suptitle(shorten(title, 104))
     accuracy_axes, loss_axes = figure.subplots(1, 2)
     names = [row["members"][0] for row in subsets if len(row["members"]) == 1]
     letters = dict(zip(names, LETTERS, strict=False)) if len(names) <= len(LETTERS) else {}
@@ -158,7 +158,7 @@ def plot_cost(
         *accuracy_axes.get_legend_handles_labels(),
         loc="outside lower center",
         ncols=3,  # two lines: in one, the ends would be cut off
-        title="   ".join(f"{letter} {short(name, 24)}" for name, letter in letters.items()) or None,
+        title="   ".join(f"{letter} {shorten(name, 24)}" for name, letter in letters.items()) or None,
     )
     return figure
 
@@ -188,10 +188,10 @@ def _draw_bins(axes: Axes, row: dict, colour: str) -> None:
     faces = np.where(counts[filled] < MIN_IMAGES_PER_BIN, "white", colour)
     axes.scatter(confidence, accuracy, s=36, c=faces, edgecolors=colour, linewidths=1.5, zorder=3, clip_on=False)
     axes.set(xlim=(0, 100), ylim=(0, 102), xticks=(0, 50, 100), yticks=(0, 50, 100), aspect="equal")
-    axes.set_title(f"{short(row['name'], 18)}\nECE {100 * row['calibration_error']:.2f} %")
+    axes.set_title(f"{shorten(row['name'], 18)}\nECE {100 * row['calibration_error']:.2f} %")
 
 
-def _draw_dots(axes: Axes, rows: list[dict], metric: str, scale: float, form: str, title: str) -> None:
+def _draw_dots(axes: Axes, rows: list[dict], metric: str, scale: float, fmt: str, title: str) -> None:
     """One dot per row and its 95 % interval, the ensemble's below the members'; the values are at the right edge.
 
     Dots and not bars: the differences are small, so the axis does not begin at 0, where a bar would have to begin.
@@ -206,7 +206,7 @@ def _draw_dots(axes: Axes, rows: list[dict], metric: str, scale: float, form: st
         axes.plot(interval, (number, number), color=style["color"], linewidth=5, alpha=0.4, solid_capstyle="butt")
         axes.plot(value, number, marker, color=style["color"], markersize=9, zorder=5)
         place = axes.get_yaxis_transform()
-        axes.text(1.03, number, form.format(value), transform=place, va="center", fontweight=weight)
+        axes.text(1.03, number, fmt.format(value), transform=place, va="center", fontweight=weight)
     axes.margins(x=0.12)
     axes.set_ylim(last + 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=2))
@@ -247,7 +247,7 @@ def _draw_confusion(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> N
 
     step = math.ceil(size / 25)
     ticks = range(0, size, step)
-    names = [short(classes[tick], 14) for tick in ticks]
+    names = [shorten(classes[tick], 14) for tick in ticks]
     axes.set_xticks(ticks, names, rotation=90)
     axes.set_yticks(ticks, names)
     if size <= 20:
@@ -263,5 +263,5 @@ def _draw_confusion(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> N
     wrong = percent * (1 - np.eye(size))
     for cell in wrong.argsort(axis=None)[:-4:-1]:
         true, predicted = divmod(cell, size)
-        label += f"\n{short(classes[true], 18)} → {short(classes[predicted], 18)}  {wrong[true, predicted]:.1f} %"
+        label += f"\n{shorten(classes[true], 18)} → {shorten(classes[predicted], 18)}  {wrong[true, predicted]:.1f} %"
     axes.set_xlabel(label)

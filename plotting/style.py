@@ -55,7 +55,7 @@ UNDRAWN = "Glyph .* missing from|Matplotlib currently does not support"
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
-def picture(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+def saves_png(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Decorator: a function that returns a figure gets a path as its first argument, and saves the figure there as PNG.
 
     Raises UserError if the file cannot be written.
@@ -67,7 +67,7 @@ def picture(draw: Callable[..., Figure]) -> Callable[..., Figure]:
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=UNDRAWN, category=UserWarning)
             figure = draw(*arguments, **settings)
-            with files.replacing(path, "the picture") as file:
+            with files.atomic_write(path, "the picture") as file:
                 figure.savefig(file, format="png")
         return figure
 
@@ -87,7 +87,7 @@ def label_log_axis(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def short(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
     """The text on one line of at most `length` characters. The middle is left out: names often differ at the ends."""
     text = " ".join(str(text).split())
     if len(text) <= length:

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from common import errors, files
 from common.command_line import Parser
-from common.text import counted, duration
+from common.text import duration, pluralize
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plotting.style import BLUE, GREEN, GREY, VERMILLION, label_log_axis, line_style, picture, short
+from plotting.style import BLUE, GREEN, GREY, VERMILLION, label_log_axis, line_style, saves_png, shorten
 
 SPLITS = {"train": ("train", BLUE), "val": ("validation", GREEN), "test": ("test", VERMILLION)}
 
 
-@picture
+@saves_png
 def plot_training(
     history: list[dict],
     *,
@@ -39,19 +39,19 @@ def plot_training(
     if not history:
         raise ValueError("a run without epochs has nothing to draw")
     figure = Figure(figsize=(12.4, 4.9))
-    figure.suptitle(f"{short(title, 60)} · {_summary(history)}")
+    figure.suptitle(f"{shorten(title, 60)} · {_summary(history)}")
     loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
 
     kept = max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))  # the first one of the best
-    for axes, quantity, form, scale in ((loss_axes, "loss", "{:.3f}", 1), (accuracy_axes, "accuracy", "{:.2f} %", 100)):
+    for axes, quantity, fmt, scale in ((loss_axes, "loss", "{:.3f}", 1), (accuracy_axes, "accuracy", "{:.2f} %", 100)):
         for split, (name, colour) in SPLITS.items():
             key = f"{split}_{quantity}"
             if key not in history[0]:
                 continue
             tested = f"{name} (EMA)" if averaged and split != "train" else name
-            label = f"{tested} {form.format(scale * kept[key])}"
+            label = f"{tested} {fmt.format(scale * kept[key])}"
             if reference and split != "val":
-                label += f" (reference {form.format(scale * reference[-1][key])})"
+                label += f" (reference {fmt.format(scale * reference[-1][key])})"
                 _draw_reference(axes, reference, history, key, scale, color=colour)
             _draw(axes, history, key, scale, color=colour, label=label)
         if kept is not history[-1]:
@@ -60,7 +60,7 @@ def plot_training(
     if reference:
         _draw_reference(rate_axes, reference, history, "learning_rate", 1, color=GREY, label="reference")
         file = Path(*Path(reference_name).parts[-3:]).as_posix()  # enough to tell which file it is
-        note = f"dashed: reference {short(file, 60)} · {_summary(reference)}"
+        note = f"dashed: reference {shorten(file, 60)} · {_summary(reference)}"
         if reference[-1]["epoch"] > history[-1]["epoch"]:
             note += f"; dotted: its test result after epoch {reference[-1]['epoch']}"
         figure.supxlabel(note, color=GREY)
@@ -72,7 +72,7 @@ def plot_training(
     return figure
 
 
-@picture
+@saves_png
 def plot_runs(histories: Sequence[list[dict]], *, names: Sequence[str]) -> Figure:
     """Draw several runs over one another: test loss, test accuracy and learning rate against the epoch."""
     figure = Figure(figsize=(12.4, 4.9 + 0.28 * len(names)))
@@ -80,7 +80,7 @@ def plot_runs(histories: Sequence[list[dict]], *, names: Sequence[str]) -> Figur
     for number, (history, name) in enumerate(zip(histories, names, strict=True)):
         last = history[-1]
         label = (
-            f"{short(name, 40)}: test accuracy {100 * last['test_accuracy']:.2f} %, loss {last['test_loss']:.3f} "
+            f"{shorten(name, 40)}: test accuracy {100 * last['test_accuracy']:.2f} %, loss {last['test_loss']:.3f} "
             f"in the last epoch · {_summary(history)}"
         )
         _draw(loss_axes, history, "test_loss", 1, label=label, **line_style(number))
@@ -126,7 +126,7 @@ def _draw_reference(
 
 def _summary(history: list[dict]) -> str:
     """How long a run was: "200 epochs, 13.4 h"."""
-    return f"{counted(len(history), 'epoch')}, {duration(sum(row['seconds'] for row in history))}"
+    return f"{pluralize(len(history), 'epoch')}, {duration(sum(row['seconds'] for row in history))}"
 
 
 def main() -> int:

@@ -57,7 +57,7 @@ def refusal(path) -> str:
 def with_digest(archive: bytes) -> bytes:
     """An archive of whatever content with the comment that belongs to it."""
     body = archive[:-2] + checkpoint.COMMENT_LENGTH.to_bytes(2, "little")
-    return body + checkpoint.MARK + hashlib.sha256(body).hexdigest().encode()
+    return body + checkpoint.DIGEST_PREFIX + hashlib.sha256(body).hexdigest().encode()
 
 
 def assert_holds_content(found):

@@ -151,7 +151,7 @@ def test_a_recorded_step_is_replayed_on_each_batch(tiny, tiny_recipe, tiny_data,
             for number, (images, labels) in enumerate(trainer.loader.epoch(epoch)):
                 trainer.train_step(epoch, number, images, labels)
         ends.append([*trainer.state(), *run.ema.averages])
-        warm_up = cuda_graph.WARM_UP * [4] + cuda_graph.WARM_UP * [2]
+        warm_up = cuda_graph.WARM_UP_STEPS * [4] + cuda_graph.WARM_UP_STEPS * [2]
         assert steps == (2 * [4, 4, 4, 4, 4, 2] if way == "none" else warm_up)
     assert_same(ends[1], ends[0])
     assert [set(compiled.sizes) for compiled in made] == ([{4}] if choice == "both" else [])
@@ -209,7 +209,9 @@ def test_a_run_ends_without_its_graphs(train, monkeypatch):
 def test_processes_prepare_a_step_together_though_one_may_have_as_many_images_as_before():
     prepared = []
     fast_step = FastStep(None, nn.Linear(1, 1), list, choice="none", batch_size=9)
-    fast_step.prepare = lambda images, labels, is_whole: prepared.append(is_whole) or (lambda images, labels: None)
+    fast_step.prepare = lambda images, labels, is_full_batch: (
+        prepared.append(is_full_batch) or (lambda images, labels: None)
+    )
     for global_batch_size in (9, 9, 7):  # a third of 9, and of 7 images for the last of three processes
         fast_step(torch.zeros(3, 1), torch.zeros(3), global_batch_size)
     assert prepared == [True, False]

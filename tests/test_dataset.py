@@ -321,7 +321,7 @@ def test_links_are_followed_each_folder_once(load, tmp_path):
 MISTAKES = {
     "a class too few": (lambda files: files | {"train/cow/0.png": random_png(0)}, ["'cow'", "train/", "test/"]),
     "a class without pictures": (
-        lambda files: files | {"train/cow/a.txt": b"x", "test/cow/0.png": random_png(0)}, ["train/cow", "no pictures"],
+        lambda files: files | {"train/cow/a.txt": b"x", "test/cow/0.png": random_png(0)}, ["train/cow", "no images"],
     ),
     "no folders": (lambda _: {"a.png": random_png(0)}, ["has no folders", "train/<class>"]),
     "one image of a class": (
@@ -350,8 +350,8 @@ def test_a_source_that_is_not_a_folder_is_named(load, tmp_path, monkeypatch):
     refused(lambda: load("a\0b"), "--data")
     refused(lambda: load("~nobody-of-this-name/x"), "--data ~nobody")
     (tmp_path / "pets.tar.gz").write_bytes(b"anything")
-    refused(lambda: load("pets.tar.gz"), "--data pets.tar.gz", "Unpack an archive and give the folder")
-    refused(lambda: load("/dev/null"), "--data /dev/null", "a file")
+    refused(lambda: load("pets.tar.gz"), "--data pets.tar.gz", "archive, unpack it and give the folder")
+    refused(lambda: load("/dev/null"), "--data /dev/null is a file")
 
 
 def test_a_folder_that_cannot_be_read_is_named(load, tmp_path, monkeypatch):
@@ -364,7 +364,7 @@ def test_a_folder_that_cannot_be_read_is_named(load, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     for locked in ("pets", "train", os.path.join("test", "dog")):
-        refused(lambda: load(folder), f"{locked}: this folder cannot be read (Permission denied)")
+        refused(lambda: load(folder), f"{locked}: cannot read this folder (Permission denied)")
 
 
 def decode(tmp_path, content: bytes, image_size: int, name: str = "x.png"):
@@ -441,7 +441,7 @@ def test_pictures_that_cannot_be_read_are_listed_together(load, tmp_path):
     broken = {f"train/cat/broken{number:02}.png": whole[: len(whole) // 2] for number in range(7)}
     broken |= {f"train/dog/text{number:02}.jpg": b"just some text" for number in range(6)}
     folder = write_folder(tmp_path / "pets", pictures() | broken)
-    message = refused(lambda: load(folder), "13 of 25 pictures cannot be read", "broken03.png", "text00.jpg", "3 more")
+    message = refused(lambda: load(folder), "13 of 25 images cannot be read", "broken03.png", "text00.jpg", "3 more")
     assert message.count("\n") == 11
     assert "heif" not in message
     (folder / "train" / "cat" / "phone.heic").write_bytes(b"....ftypheic")
@@ -476,9 +476,9 @@ def test_a_changed_folder_is_read_again_and_old_copies_are_deleted(load, tmp_pat
     (folder / "train/cat/0.png").rename(folder / "train/cat/9.png")
     digests.append(load(folder).digest)
     assert len(set(digests)) == 6
-    assert len(names_in(tmp_path / "data" / "cache")) == image_folder.KEPT_COPIES
+    assert len(names_in(tmp_path / "data" / "cache")) == image_folder.MAX_CACHED_COPIES
     load(write_folder(tmp_path / "others", pictures()))
-    assert len(names_in(tmp_path / "data" / "cache")) == image_folder.KEPT_COPIES + 1
+    assert len(names_in(tmp_path / "data" / "cache")) == image_folder.MAX_CACHED_COPIES + 1
 
 
 def test_a_damaged_cache_is_rebuilt_with_a_warning(load, tmp_path, capsys):
@@ -502,7 +502,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(load, tmp_path, capsys):
     folder = write_folder(tmp_path / "pets", pictures())
     (tmp_path / "data").write_bytes(b"a file in its place")
     assert len(load(folder).train) == 6
-    assert "every start decodes again" in capsys.readouterr().err
+    assert "every start decodes all images again" in capsys.readouterr().err
 
 
 def test_digits_are_scikit_learns(load):
@@ -609,4 +609,4 @@ def test_each_size_up_to_the_largest_is_balanced_and_in_order(numbered, name, si
 
 def test_the_folder_that_a_script_writes_to_is_no_data_set(load, tmp_path):
     (tmp_path / "a").mkdir()
-    refused(lambda: load(tmp_path), str(tmp_path), "data/, where decoded images are kept", "start from another folder")
+    refused(lambda: load(tmp_path), str(tmp_path), "data/, the folder of decoded images", "from another folder")

@@ -111,7 +111,7 @@ def test_processes_on_gpus_exchange_signals_every_16_steps(monkeypatch, device, 
     monkeypatch.setattr(distributed, "all_reduce_max", lambda number: asked.append(number) or number)
     stop = StopSignals()
     stop.number = signal.SIGTERM
-    stopped = [stop.after_step(step, torch.device(device)) for step in range(1, 41)]
+    stopped = [stop.should_stop(step, torch.device(device)) for step in range(1, 41)]
     assert len(asked) == sum(stopped) == exchanges
 
 

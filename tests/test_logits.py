@@ -72,7 +72,7 @@ def test_only_what_determines_the_logits_or_their_time_makes_another_file(conten
         file.write("\n# edited\n")
     with monkeypatch.context() as patch:
         patch.setattr(models, "__file__", str(tmp_path / "models" / "__init__.py"))
-        patch.setattr(logits_cache, "sources", logits_cache.sources.__wrapped__)
+        patch.setattr(logits_cache, "models_digest", logits_cache.models_digest.__wrapped__)
         with pytest.raises(AssertionError, match="is built"):
             member_logits(contents, images, CPU)
     path = changed(contents[1][0], lambda content: content["model"]["classifier.bias"].add_(1))
@@ -129,7 +129,7 @@ def test_a_place_that_cannot_be_written_is_only_noted(contents, images, capsys, 
     def refuse(*arguments, **options):
         raise UserError("no room")
 
-    monkeypatch.setattr(files, "replacing", refuse)
+    monkeypatch.setattr(files, "atomic_write", refuse)
     assert torch.equal(member_logits(contents, images, CPU), expected)
     assert "warning: no room" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from models import NETWORKS
 from models.densenet import BLOCKS, densenet
-from models.mobilenetv2 import DepthwiseConv2d, mobilenetv2, scaled
+from models.mobilenetv2 import DepthwiseConv2d, mobilenetv2, scale_channels
 from models.resnext import resnext29
 
 SMALL = [
@@ -83,7 +83,7 @@ def test_mobilenetv2_equals_torchvision(width, training):
     theirs.features[0][0].stride = (1, 1)
     theirs.features[2].conv[1][0].stride = (1, 1)
     # The block has a shortcut where stride and channels allow it (section 3.3), as they do at 0.35 times the width.
-    theirs.features[2].use_res_connect = scaled(16, width) == scaled(24, width)
+    theirs.features[2].use_res_connect = scale_channels(16, width) == scale_channels(24, width)
     copy_weights(ours, theirs)
     assert_same_output(ours.train(training), theirs.train(training))
 

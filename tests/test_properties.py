@@ -205,8 +205,8 @@ def parse(script, argv: list[str]) -> tuple[recipe.Recipe | None, str]:
 @tries(25)
 @given(value=arguments)
 def test_any_value_of_a_flag_is_taken_or_refused_by_its_name(script, item, value):
-    parsed, message = parse(script, [f"{recipe.spelled(item.name)}={value}"])
-    assert parsed or recipe.spelled(item.name) in message
+    parsed, message = parse(script, [f"{recipe.flag_name(item.name)}={value}"])
+    assert parsed or recipe.flag_name(item.name) in message
 
 
 @tries(150)
@@ -216,9 +216,9 @@ def test_any_value_of_a_flag_is_taken_or_refused_by_its_name(script, item, value
     )
 )
 def test_any_values_of_several_flags_are_taken_or_refused_by_name(values):
-    parsed, message = parse(mobilenetv2, [f"{recipe.spelled(name)}={value}" for name, value in values.items()])
+    parsed, message = parse(mobilenetv2, [f"{recipe.flag_name(name)}={value}" for name, value in values.items()])
     if not parsed:
-        assert any(recipe.spelled(name) in message for name in values)
+        assert any(recipe.flag_name(name) in message for name in values)
         return
     assert all(math.isfinite(value) for value in asdict(parsed).values() if isinstance(value, float))
     assert parsed.min_lr <= parsed.lr

@@ -29,7 +29,7 @@ def make_logits(*, views=1, images=400, seed=0):
 @pytest.mark.parametrize("views", [1, 2])
 def test_members_ensemble_and_the_ensemble_without_each(how, views):
     logits, _ = make_logits(views=views)
-    probs = report.average(logits.float(), how, 1.5)
+    probs = report.ensemble_probs(logits.float(), how, 1.5)
     flat = logits.float().double().reshape(3, views, -1, 5)
     everything = torch.cat(list(flat))
     torch.testing.assert_close(probs.ensemble, average_probs(everything, how, 1.5))
@@ -38,13 +38,13 @@ def test_members_ensemble_and_the_ensemble_without_each(how, views):
         others = torch.cat([flat[other] for other in range(3) if other != member])
         torch.testing.assert_close(probs.without[member], average_probs(others, how, 1.5))
     if how == "softmax":
-        untempered = report.average(logits, how).ensemble
+        untempered = report.ensemble_probs(logits, how).ensemble
         torch.testing.assert_close(untempered, logits.softmax(-1).mean((0, 1)))
 
 
 def test_a_single_member_has_nothing_to_leave_out():
     logits, labels = make_logits()
-    probs = report.average(logits[:1], "softmax")
+    probs = report.ensemble_probs(logits[:1], "softmax")
     torch.testing.assert_close(probs.ensemble, probs.members[0])
     result = report.report(probs, labels, MEMBERS[:1], CLASSES)
     assert (result["leave_one_out"], result["disagreement"]) == ([], [[0.0]])
@@ -70,7 +70,7 @@ def test_the_fit_stays_in_its_range():
 
 def test_report_against_numpy():
     logits, labels = make_logits()
-    probs = report.average(logits, "softmax")
+    probs = report.ensemble_probs(logits, "softmax")
     result = report.report(probs, labels, MEMBERS, CLASSES)
     assert [(row["name"], row["checkpoint"]) for row in result["members"]] == [(name, f"{name}.pt") for name in NAMES]
     assert result["temperature"] is None
@@ -100,8 +100,8 @@ def test_report_against_numpy():
 
 def test_the_effect_of_a_temperature():
     logits, labels = make_logits()
-    plain = report.report(report.average(logits, "softmax"), labels, MEMBERS, CLASSES)
-    result = report.report(report.average(logits, "softmax", 1.5), labels, MEMBERS, CLASSES, fitted_on=50)
+    plain = report.report(report.ensemble_probs(logits, "softmax"), labels, MEMBERS, CLASSES)
+    result = report.report(report.ensemble_probs(logits, "softmax", 1.5), labels, MEMBERS, CLASSES, fitted_on=50)
     effect = result["temperature"]
     assert (effect["value"], effect["fitted_on"]) == (1.5, 50)
     for name in (*metrics.PER_IMAGE, "calibration_error"):
@@ -110,7 +110,9 @@ def test_the_effect_of_a_temperature():
     assert result["members"] == plain["members"]
     for name in metrics.PER_IMAGE:
         assert effect["difference"][name] == pytest.approx(effect["after"][name] - effect["before"][name])
-    change = [metrics.per_image(report.average(logits, "softmax", value).ensemble, labels) for value in (1.5, 1.0)]
+    change = [
+        metrics.per_image(report.ensemble_probs(logits, "softmax", value).ensemble, labels) for value in (1.5, 1.0)
+    ]
     means = metrics.bootstrap((change[0] - change[1]).numpy())
     assert effect["difference"]["intervals"]["loss"] == pytest.approx(metrics.intervals(means)["loss"])
 

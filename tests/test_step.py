@@ -157,16 +157,16 @@ class Streams(TorchDispatchMode):
 
 def test_the_loader_augments_on_a_second_stream_without_a_race(monkeypatch):
     def copied(plan, _):
-        draws = {field.name: getattr(plan.draws, field.name).clone() for field in fields(plan.draws)}
+        params = {field.name: getattr(plan.params, field.name).clone() for field in fields(plan.params)}
         tensors = {name: getattr(plan, name).clone() for name in ("index", "sort_order", "inverse_order")}
-        return replace(plan, **tensors, draws=replace(plan.draws, **draws))
+        return replace(plan, **tensors, params=replace(plan.params, **params))
 
     streams = Streams()
     monkeypatch.setattr(Plan, "to", copied)  # a copy, as from the host to a GPU
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: streams.stream(streams.current))
     monkeypatch.setattr(torch.cuda, "stream", streams.on)
     settings = dense.RECIPE.augmentation()
-    loader = TrainLoader(tiny_images(train_size=60).train, 4, settings, chunk_size=8, ahead=True)
+    loader = TrainLoader(tiny_images(train_size=60).train, 4, settings, chunk_size=8, prefetch=True)
     loader.stream = streams.stream(1)
     with streams:
         for epoch in range(3):

@@ -5,7 +5,7 @@ import threading
 from dataclasses import replace
 
 from common.errors import UserError
-from common.text import counted
+from common.text import pluralize
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_no_batch_is_too_small_or_larger_than_the_images(train, batch_size, step
     run = train(batch_size=batch_size, epochs=2)  # 22 images: of batches of 7 and 21, one would be left
     assert run.optimizer.state[next(run.model.parameters())]["momentum_buffer"].isfinite().all()
     said, real_size = capsys.readouterr().out, min(batch_size, 22)
-    assert f"2 epochs of {counted(steps, 'step')}\n" in said
+    assert f"2 epochs of {pluralize(steps, 'step')}\n" in said
     # Both rates are for the batch that there is.
     rates = [row["learning_rate"] for row in run.history]
     assert rates == pytest.approx([0.8 * real_size / 64, 0.408 * real_size / 64])
@@ -148,12 +148,12 @@ def test_pictures_are_drawn_at_the_end_and_in_between_as_far_as_they_cost_little
 def test_the_time_to_go_is_said_after_a_minute(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
-    pace = messages.Pace(10, 1000)  # resumed at step 10
+    remaining_time = messages.RemainingTime(10, 1000)  # resumed at step 10
     now[0] += 30
-    assert pace.left(20) == "49.0 min"
+    assert remaining_time.estimate(20) == "49.0 min"
     assert capsys.readouterr().out == ""
     now[0] += 60
-    assert pace.left(40) == pace.left(40) == "48.0 min"
+    assert remaining_time.estimate(40) == remaining_time.estimate(40) == "48.0 min"
     assert capsys.readouterr().out == "about 48.0 min left\n"
 
 

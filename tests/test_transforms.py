@@ -151,21 +151,21 @@ def test_magnitudes_are_torchvisions(name, size):
     assert torch.equal(found, magnitudes_of(name, size))
 
 
-def chain_of_torchvision(image, draws, settings):
-    """All augmentations on one image, uint8 (3, H, W), with its random parameters, one row of `draws`."""
+def chain_of_torchvision(image, params, settings):
+    """All augmentations on one image, uint8 (3, H, W), with its random parameters, one row of `params`."""
     size, padding, side = image.shape[-1], settings.crop_padding, settings.cutout
-    top, left = divmod(int(draws.crop), 2 * padding + 1)
+    top, left = divmod(int(params.crop), 2 * padding + 1)
     image = TF.crop(TF.pad(image, [padding]), top, left, size, size)
-    for op in draws.jitter_op.tolist():
+    for op in params.jitter_op.tolist():
         name = list(transforms.JITTER)[op]
         if getattr(settings, name) > 0:  # as ColorJitter does
-            image = JITTER[name](image, float(draws.jitter_change[op]))
-    if draws.flip:
+            image = JITTER[name](image, float(params.jitter_change[op]))
+    if params.flip:
         image = TF.horizontal_flip(image)
-    for op, magnitude in zip(draws.randaugment_op.tolist(), draws.randaugment_magnitude.tolist(), strict=True):
+    for op, magnitude in zip(params.randaugment_op.tolist(), params.randaugment_magnitude.tolist(), strict=True):
         image = by_torchvision(image, list(SPACE)[op], magnitude)
     if side:  # torchvision has no Cutout
-        image, (top, left) = image.clone(), (place - side // 2 for place in divmod(int(draws.cutout), size))
+        image, (top, left) = image.clone(), (place - side // 2 for place in divmod(int(params.cutout), size))
         square = image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
         square[:] = torch.tensor(operators.MEAN_COLOUR).view(3, 1, 1)
     return image
@@ -187,11 +187,11 @@ def test_chain_equals_torchvision(chain):
     size, settings = CHAINS[chain]
     images = torch.cat((photos(330, size), odd_images(size)))
     generator = torch.Generator().manual_seed(5)
-    draws = transforms.draw(len(images), size, settings, generator)
+    params = transforms.sample_params(len(images), size, settings, generator)
     order = torch.randperm(len(images), generator=generator)
-    plan, augmenter = transforms.plan(order, draws, 64), Augmenter(size, settings)
+    plan, augmenter = transforms.make_plan(order, params, 64), Augmenter(size, settings)
     found = torch.cat([augmenter(images, plan, number) for number in range(len(plan))])
-    expected = torch.stack([chain_of_torchvision(images[i], draws[i], settings) for i in order])
+    expected = torch.stack([chain_of_torchvision(images[i], params[i], settings) for i in order])
     assert_same(found, expected, chain=True)
 
 
@@ -221,7 +221,7 @@ def assert_share(hits, probability):
 @pytest.mark.parametrize("reach", [(0.2, 0.2, 0.2, 0.2), (0.5, 1.0, 1.7, 0.5), (0.9, 0.1, 0.4, 0.05)])
 def test_jitter_is_uniform_over_torchvisions_range(reach):
     settings = Augmentation(**dict(zip(transforms.JITTER, reach, strict=True)))
-    changes = transforms.draw(NUM_DRAWS, 32, settings, torch.Generator().manual_seed(7)).jitter_change
+    changes = transforms.sample_params(NUM_DRAWS, 32, settings, torch.Generator().manual_seed(7)).jitter_change
     expected = v2.ColorJitter(*reach)
     for column, name in enumerate(transforms.JITTER):
         low, high = getattr(expected, name)
@@ -234,14 +234,16 @@ def test_jitter_is_uniform_over_torchvisions_range(reach):
 
 @pytest.mark.parametrize("probability", [0.1, 0.0, 1.0])
 def test_flip_has_its_probability(probability):
-    flip = transforms.draw(NUM_DRAWS, 32, Augmentation(flip=probability), torch.Generator().manual_seed(8)).flip
+    flip = transforms.sample_params(
+        NUM_DRAWS, 32, Augmentation(flip=probability), torch.Generator().manual_seed(8)
+    ).flip
     assert_share(flip, probability)
 
 
 def test_strengths_are_torchvisions_with_even_signs():
     settings = Augmentation(randaugment_magnitude=14)
-    draws = transforms.draw(NUM_DRAWS, 20, settings, torch.Generator().manual_seed(10))
-    for ops, magnitudes in zip(draws.randaugment_op.T, draws.randaugment_magnitude.T, strict=True):
+    params = transforms.sample_params(NUM_DRAWS, 20, settings, torch.Generator().manual_seed(10))
+    for ops, magnitudes in zip(params.randaugment_op.T, params.randaugment_magnitude.T, strict=True):
         for number, (name, (_, signed)) in enumerate(SPACE.items()):
             of_op = magnitudes[ops == number]
             assert torch.equal(of_op.abs(), magnitudes_of(name, 20)[14].expand_as(of_op)), name
@@ -252,13 +254,13 @@ def test_strengths_are_torchvisions_with_even_signs():
 
 
 def test_all_draws_are_uniform_and_independent():
-    draws = transforms.draw(NUM_DRAWS, 32, Augmentation(cutout=9), torch.Generator().manual_seed(6))
-    assert_uniform(draws.cutout, 32 * 32)
-    assert torch.equal(draws.jitter_op.sort(1).values, torch.arange(4, dtype=torch.int32).expand(NUM_DRAWS, 4))
-    op, sign = draws.randaugment_op, draws.randaugment_magnitude < 0
-    fourths = (draws.jitter_change * 10 + 2).floor().clamp(0, 3)  # of −0.2 … 0.2
-    order = draws.jitter_op.unique(dim=0, return_inverse=True)[1]
-    columns = [(draws.crop, 81), (order, 24), (draws.flip, 2)]
+    params = transforms.sample_params(NUM_DRAWS, 32, Augmentation(cutout=9), torch.Generator().manual_seed(6))
+    assert_uniform(params.cutout, 32 * 32)
+    assert torch.equal(params.jitter_op.sort(1).values, torch.arange(4, dtype=torch.int32).expand(NUM_DRAWS, 4))
+    op, sign = params.randaugment_op, params.randaugment_magnitude < 0
+    fourths = (params.jitter_change * 10 + 2).floor().clamp(0, 3)  # of −0.2 … 0.2
+    order = params.jitter_op.unique(dim=0, return_inverse=True)[1]
+    columns = [(params.crop, 81), (order, 24), (params.flip, 2)]
     columns += [(column, 4) for column in fourths.T]
     table = columns + [(column, 14) for column in op.T]
     # Signs among the images that drew two of them.
@@ -365,8 +367,8 @@ def test_epochs_repeat_whatever_else_uses_random_numbers(split, usual):
 
 def test_batches_are_the_chain_normalised(split, usual):
     settings, images = Augmentation(), torch.from_numpy(split.images)
-    draws = transforms.draw(COUNT, 16, settings, epoch_generator(3, 2))
-    expected = torch.stack([chain_of_torchvision(images[row], draws[row], settings) for row in usual[1]])
+    params = transforms.sample_params(COUNT, 16, settings, epoch_generator(3, 2))
+    expected = torch.stack([chain_of_torchvision(images[row], params[row], settings) for row in usual[1]])
     assert usual[0].dtype == torch.float32
     assert usual[1].dtype == torch.int64
     found = (usual[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).mul(255)
@@ -374,11 +376,11 @@ def test_batches_are_the_chain_normalised(split, usual):
 
 
 def test_a_loader_that_works_ahead_gives_the_same_batches(split):
-    plain, ahead = (
-        TrainLoader(split, 30, Augmentation(), seed=3, chunk_size=60, ahead=ahead) for ahead in (False, True)
+    plain, prefetch = (
+        TrainLoader(split, 30, Augmentation(), seed=3, chunk_size=60, prefetch=prefetch) for prefetch in (False, True)
     )
     for epoch, start in ((0, 0), (1, 0), (2, 0), (2, 2), (3, 0), (7, 1), (8, 0), (9, 1), (0, 0)):
-        assert all(map(torch.equal, epoch_of(ahead, epoch, start), epoch_of(plain, epoch, start)))
+        assert all(map(torch.equal, epoch_of(prefetch, epoch, start), epoch_of(plain, epoch, start)))
 
 
 @pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ((0.0, 0.5, 1.0), (1.0, 0.1, 2.0))])

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from dataset import Dataset
 from training.history import read_csv, write_csv
-from training.messages import network_text
+from training.messages import describe_network
 from training.recipe import Recipe
 from utils import MEAN, STD
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 FORMAT = "cifar10-ensemble checkpoint"
 VERSION = 3  # 1 and 2 had other recipes: their weights can be used, but no run can be resumed from them
-MARK = b"sha256:"
-COMMENT_LENGTH = len(MARK) + 64
-AGAIN = "train again, or take another copy"
-PARTS = ("network", "model", "chosen", "finished", "recipe", "data", "history", "training")
+DIGEST_PREFIX = b"sha256:"
+COMMENT_LENGTH = len(DIGEST_PREFIX) + 64
+ADVICE = "train again, or take another copy"
+REQUIRED_KEYS = ("network", "model", "chosen", "finished", "recipe", "data", "history", "training")
 
 
 def write(path: str | Path, content: dict[str, Any]) -> None:
@@ -47,15 +47,15 @@ def write(path: str | Path, content: dict[str, Any]) -> None:
     if body[-2:] != b"\0\0":  # the length of the archive's comment
         raise RuntimeError("torch.save no longer ends its file as a zip archive without a comment")
     body[-2:] = COMMENT_LENGTH.to_bytes(2, "little")
-    with files.replacing(path, "the checkpoint") as file:
+    with files.atomic_write(path, "the checkpoint") as file:
         file.write(body)
-        file.write(MARK + hashlib.sha256(body).hexdigest().encode())
+        file.write(DIGEST_PREFIX + hashlib.sha256(body).hexdigest().encode())
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU: tensors and plain values only, nothing in the file is executed.
 
-    What it returns has the `PARTS` that `describe` makes, and the SHA-256 of what was read as "digest".
+    What it returns has the `REQUIRED_KEYS` that `make_content` makes, and the SHA-256 of what was read as "digest".
 
     Raises UserError for a file that is missing, unreadable, truncated, damaged, foreign, or of a later format.
     """
@@ -67,12 +67,14 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable ({error.strerror})") from None
     foreign = f"{path}: not a checkpoint of this project; the training scripts write one"
     if not raw:
-        raise UserError(f"{path}: the file is empty; {AGAIN}")
+        raise UserError(f"{path}: the file is empty; {ADVICE}")
     body, comment = raw[:-COMMENT_LENGTH], raw[-COMMENT_LENGTH:]
-    if not comment.startswith(MARK):
-        raise UserError(f"{path}: truncated, the end of the file is missing; {AGAIN}" if is_truncated(raw) else foreign)
-    if hashlib.sha256(body).hexdigest().encode() != comment.removeprefix(MARK):
-        raise UserError(f"{path}: damaged, its bytes do not match their digest; {AGAIN}")
+    if not comment.startswith(DIGEST_PREFIX):
+        raise UserError(
+            f"{path}: truncated, the end of the file is missing; {ADVICE}" if is_truncated(raw) else foreign
+        )
+    if hashlib.sha256(body).hexdigest().encode() != comment.removeprefix(DIGEST_PREFIX):
+        raise UserError(f"{path}: damaged, its bytes do not match their digest; {ADVICE}")
     try:
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many exception types for malformed files
@@ -81,13 +83,13 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(foreign)
     if content["version"] > VERSION:
         raise UserError(f"{path}: of a later version (format {content['version']}, here {VERSION}); update the project")
-    if missing := [name for name in PARTS if name not in content]:
-        raise UserError(f"{path}: not usable, {missing[0]} is missing; {AGAIN}")
-    return content | {"digest": comment.removeprefix(MARK).decode()}
+    if missing := [name for name in REQUIRED_KEYS if name not in content]:
+        raise UserError(f"{path}: not usable, {missing[0]} is missing; {ADVICE}")
+    return content | {"digest": comment.removeprefix(DIGEST_PREFIX).decode()}
 
 
 @contextlib.contextmanager
-def usable(path: str | Path) -> Iterator[None]:
+def explain_unusable(path: str | Path) -> Iterator[None]:
     """Turn what goes wrong while a checkpoint's content is used, such as weights of other shapes, into a UserError."""
     try:
         yield
@@ -95,7 +97,7 @@ def usable(path: str | Path) -> Iterator[None]:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
         if isinstance(error, LookupError):
             reason += " is missing"
-        raise UserError(f"{path}: not usable ({reason}); {AGAIN}") from None
+        raise UserError(f"{path}: not usable ({reason}); {ADVICE}") from None
 
 
 def is_truncated(raw: bytes) -> bool:
@@ -106,7 +108,7 @@ def is_truncated(raw: bytes) -> bool:
     return raw.startswith(b"PK\3\4") and not is_whole
 
 
-def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
+def make_content(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
     """The checkpoint's content: the network, its training, and all that a resumed run needs."""
     last, average = run.model.state_dict(), run.ema.model.state_dict() if run.ema else None
     tested, num_classes = average if run.ema else last, len(data.classes)
@@ -146,18 +148,18 @@ def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
+def load_init_weights(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
     """Give a new model the weights of --init; if the classes differ, the classifier keeps its initial weights.
 
     Returns a line that says so. Raises UserError for a checkpoint of another network.
     """
     content = read(recipe.init)
-    with usable(recipe.init):
+    with explain_unusable(recipe.init):
         name, sizes = content["network"]["name"], dict(content["network"]["arguments"])
         num_classes = sizes.pop("num_classes")
         if (name, sizes) != (recipe.network, recipe.network_arguments()):
-            expected = network_text(recipe.network, recipe.network_arguments())
-            raise UserError(f"--init {recipe.init} holds {network_text(name, sizes)}, not {expected}")
+            expected = describe_network(recipe.network, recipe.network_arguments())
+            raise UserError(f"--init {recipe.init} holds {describe_network(name, sizes)}, not {expected}")
         weights, message = dict(content["model"]), f"starting from the weights of {recipe.init}"
         if content["data"]["classes"] != list(classes):
             weights |= {name: value for name, value in model.state_dict().items() if name.startswith("classifier.")}
@@ -166,7 +168,7 @@ def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
     return message
 
 
-def copied_to_host(value: Any) -> Any:
+def copy_to_host(value: Any) -> Any:
     """The same dicts and lists with a copy of every tensor, on the CPU."""
     copies = tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True, non_blocking=x.is_cuda), value)
     if torch.cuda.is_initialized():
@@ -198,7 +200,7 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
     if recipe.overwrite or not path.exists() or (recipe.dry_run and not recipe.resume):
         return None
     if not recipe.resume:
-        raise UserError(already_there(path))
+        raise UserError(exists_message(path))
     content = read(path)
     if content["version"] < VERSION:
         raise UserError(
@@ -227,12 +229,12 @@ def check_files(recipe: Recipe, previous: dict[str, Any] | None) -> None:
     if recipe.dry_run:
         return
     if previous is None and recipe.checkpoint_path.exists() and not recipe.overwrite:  # fit without previous_run
-        raise UserError(already_there(recipe.checkpoint_path))
+        raise UserError(exists_message(recipe.checkpoint_path))
     files.check_writable(recipe.checkpoint_dir, "the checkpoint")
     files.check_writable(recipe.plot_dir, "the plots")
 
 
-def already_there(path: Path) -> str:
+def exists_message(path: Path) -> str:
     return f"{path} exists already; --resume continues from it, --overwrite replaces it, --name saves to another file"
 
 
@@ -261,7 +263,7 @@ class Saver:
     def restore(self, run: "Run", content: dict[str, Any]) -> None:
         """Restore a run's state from a checkpoint. Raises UserError if the content does not fit it."""
         training = content["training"]
-        with usable(self.recipe.checkpoint_path):
+        with explain_unusable(self.recipe.checkpoint_path):
             run.model.load_state_dict(dict(training["model"] or content["model"]))
             if run.ema:
                 run.ema.model.load_state_dict(dict(training["average"] or content["model"]))
@@ -281,9 +283,9 @@ class Saver:
         self.wait()
         if not distributed.is_main_process():
             return
-        content = describe(run, data, self.recipe)
+        content = make_content(run, data, self.recipe)
         if self.thread:
-            self.pending = self.thread.submit(self.write_files, copied_to_host(content))
+            self.pending = self.thread.submit(self.write_files, copy_to_host(content))
         else:
             self.write_files(content)
 

@@ -14,7 +14,7 @@ from common.errors import UserError, first_line
 import torch
 from torch import Tensor, nn
 
-WARM_UP = 3  # runs before a recording, for cuDNN and cuBLAS to choose algorithms and allocate memory
+WARM_UP_STEPS = 3  # runs before a recording, for cuDNN and cuBLAS to choose algorithms and allocate memory
 
 Step = Callable[[Tensor, Tensor, nn.Module], None]  # takes images, labels, and a network that has the model's weights
 
@@ -55,17 +55,17 @@ class FastStep:
             self.prepared[global_batch_size] = self.prepare(images, labels, global_batch_size == self.batch_size)
         self.prepared[global_batch_size](images, labels)
 
-    def prepare(self, images: Tensor, labels: Tensor, is_whole: bool) -> Callable[[Tensor, Tensor], None]:
+    def prepare(self, images: Tensor, labels: Tensor, is_full_batch: bool) -> Callable[[Tensor, Tensor], None]:
         """Return the step for batches of this size. The state is unchanged when this returns."""
         # The smaller last batch runs uncompiled: compiling twice costs more than it saves.
-        network = self.compiled if self.compiled is not None and is_whole else self.model
+        network = self.compiled if self.compiled is not None and is_full_batch else self.model
         step = functools.partial(self.step, network=network)
         if network is self.model and not self.pool:
             return step
         before = [tensor.clone() for tensor in self.state()]
         try:
             if self.pool:
-                return self.record(step, images.clone(), labels.clone())
+                return self.capture(step, images.clone(), labels.clone())
             step(images, labels)
             return step
         except Exception as error:  # compilers and drivers fail in more ways than can be listed
@@ -80,17 +80,17 @@ class FastStep:
                     tensor.copy_(value)
             self.model.zero_grad(set_to_none=True)
 
-    def record(self, step: Callable, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], None]:
+    def capture(self, step: Callable, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], None]:
         """Capture a step on the buffers `images` and `labels`; return a function that fills them and replays it."""
-        current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        current, side_stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         with torch.cuda.stream(current):  # a failed capture does not restore the current stream
-            side.wait_stream(current)
+            side_stream.wait_stream(current)
             try:
-                with torch.cuda.stream(side):
-                    for _ in range(WARM_UP):
+                with torch.cuda.stream(side_stream):
+                    for _ in range(WARM_UP_STEPS):
                         step(images, labels)
             finally:
-                current.wait_stream(side)  # also after a failure: the state is put back on the current one
+                current.wait_stream(side_stream)  # also after a failure: the state is put back on the current one
             with torch.cuda.graph(graph, pool=self.pool):
                 step(images, labels)
 

@@ -31,7 +31,7 @@ def write_csv(history: list[dict], path: str | Path) -> None:
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    with files.replacing(path, "the history") as file:
+    with files.atomic_write(path, "the history") as file:
         file.write(text.getvalue().encode())
 
 

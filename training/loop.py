@@ -65,11 +65,11 @@ class Trainer:
         self.model, self.optimizer, self.ema, self.device = run.model, run.optimizer, run.ema, device
         self.loader = train_loader(recipe, train, device)
         steps = len(self.loader)
-        self.lr = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, steps, recipe.warmup, recipe.schedule_step)
+        self.lr_at = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, steps, recipe.warmup, recipe.schedule_step)
         self.lr_tensor = run.optimizer.param_groups[0]["lr"]  # shared by all parameter groups
         self.label_smoothing, self.precision = recipe.label_smoothing, pick_precision(recipe.precision, device)
-        self.sums = RunningSums(device, self.lr)
-        self.pace = messages.Pace(run.epoch * steps + run.step, recipe.epochs * steps)
+        self.sums = RunningSums(device, self.lr_at)
+        self.remaining_time = messages.RemainingTime(run.epoch * steps + run.step, recipe.epochs * steps)
         self.global_batch_size = recipe.batch_size  # images of the current batch, over all processes
         choice = pick_compile(recipe.compile, device)
         self.fast_step = FastStep(self.step, self.model, self.state, choice=choice, batch_size=recipe.batch_size)
@@ -91,7 +91,7 @@ class Trainer:
 
     def train_step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> None:
         """Run one step in the mode of --compile; `epoch` and `step` count from 0."""
-        self.lr_tensor.fill_(self.lr(epoch, step))
+        self.lr_tensor.fill_(self.lr_at(epoch, step))
         if self.ema:
             self.ema.set_update_rate(epoch * len(self.loader) + step)
         self.global_batch_size = self.loader.global_batch_size(step)
@@ -110,12 +110,12 @@ def train_epoch(run: Run, trainer: Trainer, stop: StopSignals) -> None:
     loader, sums = trainer.loader, trainer.sums
     sums.start(run.sums, run.step)
     run.model.train()
-    with messages.ProgressBar(loader, run.epoch, run.step, trainer.pace) as bar:
+    with messages.ProgressBar(loader, run.epoch, run.step, trainer.remaining_time) as bar:
         for images, labels in loader.epoch(run.epoch, run.step):
             trainer.train_step(run.epoch, run.step, images, labels)
             run.step += 1
             bar.show(run.step, lambda: sums.read(run.epoch, run.step))
-            if stop.after_step(run.step, trainer.device):
+            if stop.should_stop(run.step, trainer.device):
                 break
     run.sums = distributed.all_reduce_sum(sums.read(run.epoch, run.step))
     run.seconds = time.monotonic() - started
@@ -126,7 +126,7 @@ def evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSignals) -> d
     distributed.broadcast(run.eval_model.buffers())
     model, row = run.eval_model.eval(), {}
     for name, (images, labels) in splits.items():
-        part = distributed.share(len(labels))
+        part = distributed.local_slice(len(labels))
         logits = predict(
             lambda batch: model(normalize(batch)),
             images[part],
@@ -144,7 +144,7 @@ def evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSignals) -> d
         num_correct = float((logits.argmax(1) == labels[part]).sum())
         loss_sum, num_correct = distributed.all_reduce_sum([loss_sum, num_correct])
         if not math.isfinite(loss_sum):  # the last update can break the weights after a finite loss
-            raise distributed.error_in_all(not_finite(f"{name} loss", run.epoch, run.step - 1, trainer.lr))
+            raise distributed.error_on_all_ranks(not_finite(f"{name} loss", run.epoch, run.step - 1, trainer.lr_at))
         row |= {f"{name}_loss": loss_sum / len(labels), f"{name}_accuracy": num_correct / len(labels)}
     return row
 
@@ -162,7 +162,7 @@ def train_and_evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSig
     num_images = trainer.loader.num_images
     return {
         "epoch": run.epoch + 1,
-        "learning_rate": trainer.lr(run.epoch, run.step - 1),
+        "learning_rate": trainer.lr_at(run.epoch, run.step - 1),
         "train_loss": run.sums[0] / num_images,
         "train_accuracy": run.sums[1] / num_images,
         **evaluated,
@@ -188,7 +188,7 @@ def fit(
     device = set_up_device(recipe.device, deterministic=recipe.deterministic)
     check(model, data, recipe, previous, device)
     if recipe.init and not previous:
-        distributed.print_rank0(checkpoint.start_from(model, recipe, data.classes))
+        distributed.print_rank0(checkpoint.load_init_weights(model, recipe, data.classes))
     distributed.from_main_process(lambda: checkpoint.check_files(recipe, previous))
     if previous and recipe.precision == "auto":  # a resumed run keeps its own
         recipe = replace(recipe, precision=previous["recipe"]["precision"])
@@ -240,7 +240,7 @@ def finish_epoch(run: Run, row: dict[str, Any]) -> None:
     run.history.append(row)
     run.epoch, run.step, run.sums, run.seconds = run.epoch + 1, 0, None, 0.0
     if "val_accuracy" in row and (run.best is None or row["val_accuracy"] > run.best["accuracy"]):
-        weights = checkpoint.copied_to_host(dict(run.eval_model.state_dict()))
+        weights = checkpoint.copy_to_host(dict(run.eval_model.state_dict()))
         run.best = {"epoch": run.epoch, "accuracy": row["val_accuracy"], "model": weights}
 
 
@@ -287,8 +287,8 @@ class RunningSums:
     Reading them synchronizes the host with the device; adding does not. `lr` gives the learning rate of a step.
     """
 
-    def __init__(self, device: torch.device, lr: Callable[[int, int], float]):
-        self.lr = lr
+    def __init__(self, device: torch.device, lr_at: Callable[[int, int], float]):
+        self.lr_at = lr_at
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.values = torch.zeros(3, dtype=dtype, device=device)
 
@@ -308,13 +308,13 @@ class RunningSums:
         """Summed loss and correct predictions. Raises UserError if a loss before `step` was not finite."""
         loss_sum, num_correct, finite_steps = self.values.tolist()
         if finite_steps < step:
-            raise UserError(not_finite("loss", epoch, int(finite_steps), self.lr))
+            raise UserError(not_finite("loss", epoch, int(finite_steps), self.lr_at))
         return [loss_sum, num_correct]
 
 
-def not_finite(what: str, epoch: int, step: int, lr: Callable[[int, int], float]) -> str:
+def not_finite(what: str, epoch: int, step: int, lr_at: Callable[[int, int], float]) -> str:
     return (
-        f"the {what} is not finite at epoch {epoch + 1}, step {step + 1}, learning rate {lr(epoch, step):g}; nothing "
+        f"the {what} is not finite at epoch {epoch + 1}, step {step + 1}, learning rate {lr_at(epoch, step):g}; nothing "
         "of this epoch is saved. Lower --base-lr, or look for broken images"
     )
 
@@ -328,17 +328,17 @@ def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict | None
         {name: value.shape for name, value in network.state_dict().items()} for network in (model, expected)
     )
     if shapes != expected_shapes:
-        raise distributed.error_in_all(f"the model is not the {recipe.network} of the recipe; give that one")
+        raise distributed.error_on_all_ranks(f"the model is not the {recipe.network} of the recipe; give that one")
     if previous and previous["data"]["digest"] != data.digest:
-        raise distributed.error_in_all(
+        raise distributed.error_on_all_ranks(
             f"--resume: --data {data.source} does not hold the images that {recipe.checkpoint_path} was trained on "
             f"(--data {previous['data']['source']}); give those, or start another run with --name or --overwrite"
         )
     if recipe.sync_bn and (device.type != "cuda" or world_size == 1):
         found = f"{world_size} on {device.type.upper()}"
-        raise distributed.error_in_all(f"--sync-bn needs several processes on CUDA; found {found}; leave it out")
+        raise distributed.error_on_all_ranks(f"--sync-bn needs several processes on CUDA; found {found}; leave it out")
     if min(recipe.batch_size, len(data.train)) < 2 * world_size:
-        raise distributed.error_in_all(
+        raise distributed.error_on_all_ranks(
             f"--batch-size {recipe.batch_size} of {len(data.train):,} images leaves fewer than two for each of "
             f"{world_size} processes, and batch norm needs two; give more, or start fewer processes"
         )

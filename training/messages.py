@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import distributed
 from common.device import peak_memory
-from common.text import counted, duration
+from common.text import duration, pluralize
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 def announce(run: "Run", trainer: "Trainer", data: Dataset, recipe: Recipe) -> None:
     """What is trained, on what and how, before the first step."""
     say, device = distributed.print_rank0, trainer.device
-    network = network_text(recipe.network, recipe.network_arguments())
+    network = describe_network(recipe.network, recipe.network_arguments())
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    where = f"{device.type.upper()}, {counted(torch.get_num_threads(), 'thread')}"
+    where = f"{device.type.upper()}, {pluralize(torch.get_num_threads(), 'thread')}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     if distributed.world_size() > 1:
@@ -37,8 +37,8 @@ def announce(run: "Run", trainer: "Trainer", data: Dataset, recipe: Recipe) -> N
     val = f" + {len(data.val):,} for validation" if data.val is not None else ""
     say(
         f"{data.source}: {len(data.train):,} training{val} + {len(data.test):,} test images of {recipe.image_size}×"
-        f"{recipe.image_size}, {len(data.classes)} classes; {counted(recipe.epochs, 'epoch')} of "
-        f"{counted(len(trainer.loader), 'step')}"
+        f"{recipe.image_size}, {len(data.classes)} classes; {pluralize(recipe.epochs, 'epoch')} of "
+        f"{pluralize(len(trainer.loader), 'step')}"
     )
     if data.test_split is not None:
         say(
@@ -62,7 +62,7 @@ def announce(run: "Run", trainer: "Trainer", data: Dataset, recipe: Recipe) -> N
         say(f"resuming from {recipe.checkpoint_path}: epoch {run.epoch + 1}, step {run.step + 1}")
 
 
-def network_text(name: str, arguments: dict[str, Any]) -> str:
+def describe_network(name: str, arguments: dict[str, Any]) -> str:
     sizes = ", ".join(f"{size.replace('_', ' ')} {value}" for size, value in arguments.items())
     return f"{name} ({sizes})"
 
@@ -132,14 +132,14 @@ class EpochReport:
             )
 
 
-class Pace:
+class RemainingTime:
     """How long a run still takes, by the steps that this process has done."""
 
     def __init__(self, steps_done: int, total_steps: int):
         self.first, self.total, self.started = steps_done, total_steps, time.monotonic()
         self.printed = False
 
-    def left(self, steps_done: int) -> str:
+    def estimate(self, steps_done: int) -> str:
         seconds = time.monotonic() - self.started
         left = duration((self.total - steps_done) * seconds / (steps_done - self.first))
         if seconds >= 60 and not self.printed and distributed.is_main_process():
@@ -151,8 +151,8 @@ class Pace:
 class ProgressBar(tqdm):
     """The bar of an epoch; once a second it reads loss and accuracy, which synchronizes with the device."""
 
-    def __init__(self, loader: TrainLoader, epoch: int, step: int, pace: Pace):
-        self.loader, self.pace, self.steps_before = loader, pace, epoch * len(loader)
+    def __init__(self, loader: TrainLoader, epoch: int, step: int, remaining_time: RemainingTime):
+        self.loader, self.remaining_time, self.steps_before = loader, remaining_time, epoch * len(loader)
         self.last_read = time.monotonic()
         seen = min(step * loader.batch_size, loader.num_images)
         super().__init__(
@@ -166,7 +166,7 @@ class ProgressBar(tqdm):
         loss_sum, num_correct = sums()  # of this process's part
         seen = min(steps * self.loader.batch_size, self.loader.num_images)
         part = seen / distributed.world_size()
-        left = self.pace.left(self.steps_before + steps)
+        left = self.remaining_time.estimate(self.steps_before + steps)
         self.set_postfix_str(f"loss {loss_sum / part:.4f}, accuracy {num_correct / part:.2%}, run: {left} left", False)
         self.update(seen - self.n)
         self.last_read = time.monotonic()
@@ -193,5 +193,5 @@ def dry_run(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> N
     distributed.print_rank0(
         f"{layers} layers with weights, {multiply_adds(run.model, recipe.image_size) / 1e6:,.1f} M multiply-adds\n"
         f"{loader.batch_size / step_seconds:,.0f} images/s in the last step, {peak_text}\n"
-        f"{counted(recipe.epochs, 'epoch')} in about {duration(recipe.epochs * epoch_seconds)}"
+        f"{pluralize(recipe.epochs, 'epoch')} in about {duration(recipe.epochs * epoch_seconds)}"
     )

@@ -6,7 +6,7 @@ import sys
 import threading
 
 from common import distributed
-from common.errors import ending_signals
+from common.errors import termination_signals
 
 import torch
 
@@ -19,15 +19,15 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         in_main_thread = threading.current_thread() is threading.main_thread()  # Python handles no signals in others
-        numbers = (signal.SIGINT, *ending_signals()) if in_main_thread else ()
-        self.previous = {number: signal.signal(number, self.note) for number in numbers}
+        numbers = (signal.SIGINT, *termination_signals()) if in_main_thread else ()
+        self.previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, _: object) -> None:
+    def _handle(self, number: int, _: object) -> None:
         # torchrun passes on what the terminal has sent already, so a second signal changes nothing there.
         if self.number is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
             sys.exit(128 + number)
@@ -36,7 +36,7 @@ class StopSignals:
     def __bool__(self) -> bool:
         return self.number is not None
 
-    def after_step(self, step: int, device: torch.device) -> bool:
+    def should_stop(self, step: int, device: torch.device) -> bool:
         """Whether to stop after this step; all processes must ask after the same steps."""
         # To exchange signals, all hosts must wait for their GPUs.
         if distributed.world_size() > 1 and device.type == "cuda" and step % 16:
