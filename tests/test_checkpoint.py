@@ -213,7 +213,7 @@ def test_of_an_earlier_format_the_weights_are_good_but_no_run_goes_on(tiny_recip
     assert_same(dict(built.network.state_dict()), dict(model.state_dict()))
     assert not built.training
     with (
-        pytest.raises(UserError, match=r"tiny\.pt is by an earlier version .*\(format 1\).* train again"),
+        pytest.raises(UserError, match=r"tiny\.pt is from an earlier version .*\(format 1, here 3\).* train again"),
         checkpoint.previous_run(recipe),
     ):
         pass

@@ -138,7 +138,7 @@ def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, w
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-9, atol=1e-9)
     assert len(read_csv(tmp_path / "plots" / "tiny.csv")) == 3
     assert f"in {world_size} processes" in logs[0]
-    assert f"batches of {batch_size} images, over all processes" in logs[0]
+    assert f"batches of {batch_size} images over all processes" in logs[0]
     assert logs[1:] == (world_size - 1) * [""], "one process alone prints"
 
 
@@ -168,14 +168,14 @@ def test_a_loss_that_is_not_finite_ends_all_processes(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"batch_size": 3}, "--batch-size 3 of 22 images leaves fewer than two for each of 2 processes"),
+        ({"batch_size": 3}, "--batch-size 3 with 22 training images leaves fewer than two for each of 2 processes"),
         ({"batch_size": 6, "sync_bn": True}, "--sync-bn needs several processes on CUDA; found 2 on CPU"),
         ({"batch_size": 6, "reference": "nowhere.csv"}, "nowhere.csv"),
-        ({"batch_size": 6}, "exists already"),
+        ({"batch_size": 6}, "already exists"),
     ],
 )
 def test_what_cannot_be_done_is_said_by_the_first_process_alone(run, tmp_path, changes, words):
-    if words == "exists already":
+    if words == "already exists":
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints" / "tiny.pt").touch()
     statuses, logs = run(2, changes)

@@ -411,7 +411,7 @@ def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path,
 
 def test_images_that_were_split_off_for_the_test_are_told_once(train, tiny_data, capsys):
     train(replace(tiny_data(), test_split=0.25), split_seed=3)
-    said = "25 % of each class is the test set; made up has none (--test-split 0.25, --split-seed 3)"
+    said = "made up has no test set: 25 % of each class is used as one (--test-split 0.25, --split-seed 3)"
     assert capsys.readouterr().out.splitlines().count(said) == 1
 
 
@@ -523,7 +523,7 @@ def test_a_checkpoint_is_not_read_while_another_process_writes_it(train, tiny_re
 
 
 def test_another_network_than_the_recipes_is_refused(tiny, tiny_recipe, tiny_data, tmp_path):
-    with pytest.raises(UserError, match="the model is not the tiny of the recipe"):
+    with pytest.raises(UserError, match="the model is not the recipe's tiny"):
         loop.fit(tiny(channels=5), tiny_data(), tiny_recipe())
     assert not (tmp_path / "checkpoints").exists()
 
@@ -585,7 +585,7 @@ def test_a_script_trains_and_then_minds_its_checkpoint(tmp_path):
 
     status, _, err = script(tmp_path, "--name", "small")
     assert status == 2
-    assert err.startswith("error: checkpoints/small.pt exists already; --resume continues from it, --overwrite")
+    assert err.startswith("error: checkpoints/small.pt already exists; --resume continues from it, --overwrite")
     status, out, err = script(tmp_path, "--name", "small", "--resume", "--base-lr", "0.02")
     assert status == 2
     assert "--base-lr: 0.05 in the checkpoint, 0.02 now" in err

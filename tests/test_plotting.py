@@ -148,7 +148,7 @@ def test_csv_from_a_spreadsheet_reads_the_same(tmp_path):
     [
         (f"{COLUMNS}\n{LINE}\n2,0.1,fast,{LINE[10:]}", ", line 3: could not convert string to float: 'fast'"),
         # As an interrupted copy leaves it:
-        (f"{COLUMNS}\n{LINE[:-7]}", ", line 2: not as many cells as in the first line"),
+        (f"{COLUMNS}\n{LINE[:-7]}", ", line 2: the number of cells differs from the first line"),
         (COLUMNS, ": has no epochs"),
         (
             "epoch,train_loss,train_accuracy,test_accuracy,seconds,images_per_second\n1",

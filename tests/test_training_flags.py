@@ -42,8 +42,8 @@ def test_a_run_resumed_without_its_flags_is_the_run_itself(train, tmp_path):
 
 def test_resume_says_that_a_run_is_new_or_longer_and_refuses_a_shorter_one(train, capsys):
     train(resume=True, epochs=2)
-    assert "tiny.pt: there is no checkpoint to resume from; this is a new run" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"--epochs 1: .* is in epoch 2 already"):
+    assert "tiny.pt: there is no checkpoint to resume from; starting a new run" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--epochs 1: .* is already in epoch 2"):
         train(resume=True, epochs=1, given=frozenset({"epochs"}))
     train(resume=True, epochs=4, given=frozenset({"epochs"}))
     assert "4 epochs instead of 2" in capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_init_starts_from_the_weights_of_a_checkpoint(train, tmp_path, tiny_data
     other = start(two, name="other")
     assert torch.equal(other["conv.weight"], theirs["conv.weight"])
     assert other["classifier.weight"].shape == (2, 4)
-    assert "with a new classifier: 2 classes, which are not its 3" in capsys.readouterr().out
+    assert "with a new classifier for 2 classes: they differ from its 3" in capsys.readouterr().out
 
     with pytest.raises(UserError, match=r"--init .*first\.pt holds tiny \(channels 4\), not tiny \(channels 5\)"):
         start(tiny_data(), name="wide", channels=5)
@@ -98,7 +98,7 @@ def test_no_batch_is_too_small_or_larger_than_the_images(train, batch_size, step
     # Both rates are for the batch that there is.
     rates = [row["learning_rate"] for row in run.history]
     assert rates == pytest.approx([0.8 * real_size / 64, 0.408 * real_size / 64])
-    assert f"peak learning rate {0.8 * real_size / 64:g}, from 0.8 × {real_size}/64" in said
+    assert f"peak learning rate {0.8 * real_size / 64:g} = 0.8 × {real_size}/64" in said
     assert 0 < run.history[-1]["train_accuracy"] <= 1
 
 
@@ -178,6 +178,6 @@ def test_a_dry_run_resumes_with_the_checkpoints_recipe(train, tmp_path, capsys):
 
 def test_fit_replaces_no_checkpoint_unasked(train, tiny, tiny_data, tiny_recipe):
     train(epochs=1)
-    with pytest.raises(UserError, match=r"tiny\.pt exists already; --resume continues"):
+    with pytest.raises(UserError, match=r"tiny\.pt already exists; --resume continues"):
         loop.fit(tiny(), tiny_data(), tiny_recipe(epochs=1))
     assert loop.fit(tiny(), tiny_data(), tiny_recipe(epochs=1, overwrite=True)).epoch == 1
