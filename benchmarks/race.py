@@ -139,7 +139,7 @@ def draw(curves: dict[str, list[Point]], device: str, path: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
     axes.set_title("MobileNetV2 on CIFAR-10, equal time")
-    with files.atomic_write(path, "the picture") as file:
+    with files.atomic_write(path, "the plot") as file:
         figure.savefig(file, format="png")
 
 

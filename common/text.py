@@ -1,4 +1,4 @@
-"""Quantities in readable form."""
+"""Numbers as text."""
 
 
 def duration(seconds: float) -> str:

@@ -150,7 +150,7 @@ def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
         statuses, logs = run(world_size, settings, fault)
         assert statuses[1] == -signal.SIGKILL
         assert statuses[0] == 2
-        assert "another process of this run is gone" in logs[0]
+        assert "another process of this run has died" in logs[0]
         assert "Traceback" not in logs[0]
     assert run(1, settings)[0] == [0]
     content = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
@@ -267,7 +267,7 @@ def test_data_that_is_not_there_ends_two_processes_without_a_traceback(tmp_path)
     (_, first, status), (_, second, second_status) = map(finish, processes)
     assert (status, second_status) == (2, 2), [first, second]
     assert first.startswith("error: --data nowhere: there is no such folder")
-    assert "error in process 1: another process of this run is gone" in second
+    assert "error in process 1: another process of this run has died" in second
     assert "Traceback" not in first + second
 
 

@@ -172,7 +172,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match=r"plots/run\.csv: the history could not be written"):
         write_csv(make_history(1), tmp_path / "plots" / "run.csv")
     (tmp_path / "run.png").mkdir()
-    with pytest.raises(UserError, match=r"run\.png: the picture could not be written"):
+    with pytest.raises(UserError, match=r"run\.png: the plot could not be written"):
         plot_training(tmp_path / "run.png", make_history(1), title="run")
 
 
@@ -262,7 +262,7 @@ def test_pictures_of_one_image_and_of_no_mistake(tmp_path):
     mistakes = make_mistakes(1, 2)
     mistakes["labels"] = mistakes["ensemble"].argmax(axis=1)
     figure = plot_mistakes(tmp_path / "mistakes.png", **mistakes, classes="ab", title="none")
-    assert "no image was mistaken" in all_texts(figure)
+    assert "the ensemble makes no mistakes" in all_texts(figure)
     assert png_size(tmp_path / "mistakes.png")[1] < 400
 
 

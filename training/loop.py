@@ -180,8 +180,8 @@ def fit(
 ) -> Run:
     """Train `model` on `data` with `recipe`, from the start or from the checkpoint `previous`.
 
-    The checkpoint and the CSV are written after every epoch and when a signal stops the run. `plot_history` is called at
-    the end, and after each epoch unless it would slow the run down. `model` is on the device and has the last weights.
+    The checkpoint and the CSV are written after every epoch and when a signal stops the run. `plot_history` is called
+    at the end, and after an epoch unless it would slow the run down. At the end, `model` has the last weights.
 
     Raises UserError for a loss that is not finite, if memory runs out, and if `data` is not the checkpoint's.
     """
