@@ -185,7 +185,7 @@ def test_what_a_killed_writer_left_is_cleared_away(path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda content: content["network"].update(name="alexnet"), "'alexnet'; known are densenet, mobilenetv2,"),
+        (lambda content: content["network"].update(name="alexnet"), "'alexnet'; expected one of densenet, mob"),
         (lambda content: content["network"]["arguments"].update(depth=121), "depth"),
         (lambda content: content["network"]["arguments"].update(width=0.5), "size mismatch for features.0.weight"),
         (lambda content: content["model"].pop("classifier.bias"), 'Missing key(s) in state_dict: "classifier.bias"'),

@@ -239,8 +239,8 @@ def test_only_images_of_low_confidence_go_on(folder):
     [
         (["--cascade", "--threshold", "1.5"], "the threshold of the cascade is 1.5; it must be 0 to 1"),
         (["--cascade", "--checkpoints", "checkpoints/resnext.pt"], "there is only checkpoints/resnext.pt"),
-        (["--cascade", "--average", "logits"], "leave out --average logits"),
-        (["--cascade", "--temperature", "2"], "leave out --average logits and --temperature"),
+        (["--cascade", "--average", "logits"], "remove --average logits"),
+        (["--cascade", "--temperature", "2"], "remove --average logits and --temperature"),
     ],
 )
 def test_what_makes_no_cascade_is_refused(folder, flags, words):

@@ -123,7 +123,7 @@ def test_without_the_training_images_it_takes_random_ones_and_says_so(paths, tmp
     monkeypatch.setattr(cifar10, "download_archive", lambda *_: pytest.fail("it downloads"))
     changed(paths[0], lambda content: content["data"].update(source=source))
     done = succeeded(tmp_path, export, paths[0], "--output", "a.pt2", "--images", 3)
-    assert "warning: the file is compared on random images" in done.stderr
+    assert "warning: comparing on random images" in done.stderr
     assert reason in done.stderr
     assert "on 3 random images" in done.stdout
 
@@ -167,7 +167,7 @@ def test_packages_that_are_too_old_for_pytorch_are_named(paths, tmp_path, monkey
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--output", "a.bin"], "--output a.bin: its ending names no format; expected one of .onnx, .pt2"),
+        (["--output", "a.bin"], "--output a.bin: unknown extension; expected one of .onnx, .pt2"),
         (["--output", "a.pt2", "--images", "0"], "--images is 0"),
         (["--output", "a.pt2", "--data", "nowhere"], "nowhere"),
         (["--output", "file/a.pt2", "--random"], "file: the file could not be written"),

@@ -92,7 +92,7 @@ def test_what_is_stored_and_printed(folder, tested):
         assert f"{100 * row['calibration_error']:.2f} %" in printed
         low, high = row["intervals"]["accuracy"]
         assert f"[{100 * low:.2f}, {100 * high:.2f}]" in printed
-    assert f"ensemble against its best member, {result['best_member']}: " in printed
+    assert f"ensemble minus its best member, {result['best_member']}: " in printed
     assert len(result["confusions"]) <= 10
     for row in result["confusions"][:3]:
         assert f"{row['true']} → {row['predicted']} ({row['images']})" in printed
@@ -187,7 +187,7 @@ def test_seeds_of_one_network_with_a_temperature_fitted_on_the_validation_images
     before, after = temperature["before"], temperature["after"]
     assert after == {name: result["ensemble"][name] for name in after}
     assert before["accuracy"] == after["accuracy"]
-    assert f"test loss from {before['loss']:.4f} to {after['loss']:.4f}" in done.stdout
+    assert f"the test loss from {before['loss']:.4f} to {after['loss']:.4f}" in done.stdout
     assert "fitted on 100 validation images" in done.stdout
 
     [group] = result["by_network"]
@@ -206,7 +206,7 @@ def test_a_temperature_can_be_given(folder, tested):
 
 def test_a_fit_without_common_validation_images_is_refused(folder, held_out):
     error = refused(folder, "--temperature", "fit")
-    assert "checkpoints/densenet.pt was trained without" in error
+    assert "checkpoints/densenet.pt has none" in error
     assert "--val-size" in error
     assert "--val-size: 0 in" in refused(folder, "checkpoints/densenet.pt", held_out[0], "--temperature", "fit")
     assert "--data digits replaces them" in refused(folder, *held_out, "--temperature", "fit", "--data", "digits")
@@ -276,7 +276,7 @@ def test_the_checkpoints_of_a_folder_and_those_that_are_there(folder, tmp_path):
     by_default = run(folder, main_ens, "--checkpoint-dir", tmp_path, "--plot-dir", tmp_path)
     assert by_folder.stdout == by_default.stdout
     assert "without resnext:" in by_folder.stdout
-    assert by_default.stderr == f"note: without {tmp_path / 'densenet.pt'}, which python dense.py makes\n"
+    assert by_default.stderr == f"note: {tmp_path / 'densenet.pt'} is missing; python dense.py trains it\n"
     (tmp_path / "none").mkdir()
     assert "none: this folder has no checkpoints" in refused(folder, tmp_path / "none")
     assert f"{tmp_path / 'none'} has none of densenet.pt" in refused(folder, "--checkpoint-dir", tmp_path / "none")
@@ -289,7 +289,7 @@ def test_the_checkpoints_of_a_folder_and_those_that_are_there(folder, tmp_path):
         (lambda content: content["data"].update(classes=["a"]), "--data digits has the classes 0, 1, 2, 3, "),
         (
             lambda content: content["data"].update(source="photos"),
-            "{} was trained on this path, relative to the working folder of that run; give the",
+            "{} was trained on this path, relative to the current folder of that run; give the",
         ),
         (lambda content: content["model"]["classifier.weight"].fill_(math.nan), "{}: its predictions are not finite"),
     ],
