@@ -40,7 +40,7 @@ def run(folder, script, *flags, stdout=None):
     return SimpleNamespace(returncode=end.value.code, stdout=printed, stderr=err.getvalue())
 
 
-def in_a_process(folder, *command):
+def in_subprocess(folder, *command):
     """Run Python in a process of its own, in a folder; after ten minutes it is killed."""
     return subprocess.run(
         [sys.executable, *map(str, command)],

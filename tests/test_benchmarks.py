@@ -33,7 +33,7 @@ SMALL = ["--data", "digits", "--image-size", 16]
 
 
 def run(folder, script, *flags):
-    return command_line.in_a_process(folder, ROOT / "benchmarks" / script, *flags)
+    return command_line.in_subprocess(folder, ROOT / "benchmarks" / script, *flags)
 
 
 def measured_by(folder, script, *flags):
@@ -204,23 +204,23 @@ def test_what_a_process_measured_or_why_it_could_not(monkeypatch, capfd, tmp_pat
     script = tmp_path / "script.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--flag"])
     script.write_text("import json, os, sys; print('words'); print(json.dumps([sys.argv[1:], os.environ['SPINS']]))")
-    found = harness.in_a_process("ours", 0.5, environment={"SPINS": "7"})
+    found = harness.in_subprocess("ours", 0.5, environment={"SPINS": "7"})
     assert found == [["--flag", "--measure", "ours", "0.5"], "7"]
     script.write_text("import sys; sys.exit('the disk is on fire')")
     with pytest.raises(UserError) as error:
-        harness.in_a_process("ours")
+        harness.in_subprocess("ours")
     assert error.value.silent
     assert "the disk is on fire" in capfd.readouterr().err
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(UserError, match="ours 7: the process was killed by signal 9; if memory ran out"):
-        harness.in_a_process("ours", 7)
+        harness.in_subprocess("ours", 7)
 
 
 def test_a_way_to_run_a_step_may_fail_but_not_a_kind(monkeypatch, capsys):
     def fail(*_, **__):
         raise UserError("no compiler")
 
-    monkeypatch.setattr(harness, "in_a_process", fail)
+    monkeypatch.setattr(harness, "in_subprocess", fail)
     cpu = torch.device("cpu")
     assert train.try_out("densenet", "ours_inductor", cpu) is None
     assert "densenet, ours_inductor is left out. no compiler" in capsys.readouterr().err
@@ -230,7 +230,7 @@ def test_a_way_to_run_a_step_may_fail_but_not_a_kind(monkeypatch, capsys):
 
 def test_plain_loops_spin_as_long_as_libgomp_does_by_itself(monkeypatch):
     given = {}
-    monkeypatch.setattr(harness, "in_a_process", lambda *job, environment: given.update({job[1]: environment}))
+    monkeypatch.setattr(harness, "in_subprocess", lambda *job, environment: given.update({job[1]: environment}))
     for count, expected in ((common.SPIN_COUNT, "300000"), ("7", "7")):
         monkeypatch.setenv("GOMP_SPINCOUNT", count)
         for kind in ("ours", "tuned"):
@@ -240,7 +240,7 @@ def test_plain_loops_spin_as_long_as_libgomp_does_by_itself(monkeypatch):
 
 def test_libgomp_by_itself_is_measured_as_such(monkeypatch):
     """Without the variable common/__init__.py would set its own."""
-    monkeypatch.setattr(harness, "in_a_process", lambda *_, environment: environment)
+    monkeypatch.setattr(harness, "in_subprocess", lambda *_, environment: environment)
     assert busy.measure("default", "nothing", 1.0) == {"GOMP_SPINCOUNT": "300000"}
     assert busy.measure("16000", "nothing", 1.0) == {"GOMP_SPINCOUNT": "16000"}
 
@@ -296,7 +296,7 @@ def measured(tmp_path_factory):
             stopping.setattr(ensemble.time, "sleep", send_sigterm_once(time.sleep))
             stopped = command_line.run(folder, ensemble, *flags, "--", *SHORT)
         assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-        assert "the same command goes on" in stopped.stdout
+        assert "the same command continues" in stopped.stdout
         assert files_in(folder / "out") == []
         before = json.loads((folder / "work" / "progress.json").read_text())
         assert before["finished"] == []
@@ -414,7 +414,7 @@ def test_only_the_same_images_are_compared(tmp_path):
     write_logits(tmp_path / "b", logits, np.array([0, 1, 2, 1]))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "logits.npz").write_bytes(b"PK\3\4 and no more")
-    for other, message in (("b", "other labels"), ("c", "not what this benchmark writes"), ("d", "No such file")):
+    for other, message in (("b", "different labels"), ("c", "not a file of this benchmark"), ("d", "No such file")):
         assert message in refused(tmp_path, ensemble, "--output", "a", "--against", other)
 
 

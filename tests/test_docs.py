@@ -8,7 +8,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from command_line import SIZES, in_a_process
+from command_line import SIZES, in_subprocess
 from conftest import ROOT, assert_same
 from PIL import Image
 
@@ -42,7 +42,7 @@ def blocks():
 
 
 def python(folder, *arguments):
-    done = in_a_process(folder, *arguments)
+    done = in_subprocess(folder, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

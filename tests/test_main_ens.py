@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tested(folder):
     """What the command line prints, and what it stores."""
-    done = command_line.in_a_process(folder, ROOT / "main_ens.py")
+    done = command_line.in_subprocess(folder, ROOT / "main_ens.py")
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((folder / "plots" / "ensemble.json").read_text())
 
