@@ -53,7 +53,7 @@ def test_augment(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["augment.py", "train.py"])
-def test_data_that_is_not_there_is_named(tmp_path, script):
+def test_missing_data_is_an_error(tmp_path, script):
     done = run(tmp_path, script, "--data", "nowhere", "--output", "out.json")
     assert done.returncode == 2
     assert "error: --data nowhere" in done.stderr
@@ -112,14 +112,14 @@ def test_layers(tmp_path):
         assert network["norms"]["milliseconds"][way] == pytest.approx(sum(row["count"] * row[way] for row in norms))
 
 
-def test_gpu_names_what_is_missing(tmp_path):
+def test_gpu_lists_missing_results(tmp_path):
     done = run(tmp_path, "gpu.py", ".")
     assert done.returncode == 1
     assert "compile-densenet.json" in done.stderr
     assert "tests.txt" in done.stderr
 
 
-def test_bfloat16_is_measured_where_a_processor_is_fast_in_it(monkeypatch):
+def test_bfloat16_is_measured_on_cpus_with_bfloat16_instructions(monkeypatch):
     for there, number in ((True, 5), (False, 3)):
         monkeypatch.setattr(train, "cpu_has_bfloat16", lambda there=there: there)
         assert len(train.kinds_for(torch.device("cpu"))) == number
@@ -160,7 +160,7 @@ def test_busy(tmp_path):
     assert all(row["spins"] == "4000" and row["images_per_second"] > 0 for row in figures)
 
 
-def test_operations_of_an_image_are_about_three_times_the_forward_pass():
+def test_a_training_step_has_about_three_times_the_operations_of_a_forward_pass():
     stored = json.loads((ROOT / "benchmarks" / "results" / "roofline.json").read_text())["networks"]
     for name, recipe in train.RECIPES.items():
         with torch.device("meta"):
@@ -183,14 +183,14 @@ def test_roofline(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "many"])
-def test_a_rate_is_above_zero(tmp_path, value):
+def test_a_bandwidth_must_be_above_zero(tmp_path, value):
     done = run(tmp_path, "roofline.py", f"--bandwidth={value}")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "--bandwidth" in done.stderr
 
 
-def test_the_ways_take_turns(capsys):
+def test_alternatives_take_turns(capsys):
     calls, ways = [], {}
     for name in ("one", "two"):
         ways[name] = lambda name=name: calls.append(name) or len(calls)
@@ -200,7 +200,7 @@ def test_the_ways_take_turns(capsys):
     assert capsys.readouterr().out.splitlines()[1:3] == ["round 0, two: 2 calls", "round 1, one: 3 calls"]
 
 
-def test_what_a_process_measured_or_why_it_could_not(monkeypatch, capfd, tmp_path):
+def test_a_subprocess_returns_its_result_or_its_error(monkeypatch, capfd, tmp_path):
     script = tmp_path / "script.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--flag"])
     script.write_text("import json, os, sys; print('words'); print(json.dumps([sys.argv[1:], os.environ['SPINS']]))")
@@ -216,7 +216,7 @@ def test_what_a_process_measured_or_why_it_could_not(monkeypatch, capfd, tmp_pat
         harness.in_subprocess("ours", 7)
 
 
-def test_a_way_to_run_a_step_may_fail_but_not_a_kind(monkeypatch, capsys):
+def test_a_compile_mode_may_fail_but_no_other_kind(monkeypatch, capsys):
     def fail(*_, **__):
         raise UserError("no compiler")
 
@@ -228,7 +228,7 @@ def test_a_way_to_run_a_step_may_fail_but_not_a_kind(monkeypatch, capsys):
         train.try_out("densenet", "ours", cpu)
 
 
-def test_plain_loops_spin_as_long_as_libgomp_does_by_itself(monkeypatch):
+def test_plain_loops_use_libgomps_default_spin_count(monkeypatch):
     given = {}
     monkeypatch.setattr(harness, "in_subprocess", lambda *job, environment: given.update({job[1]: environment}))
     for count, expected in ((common.SPIN_COUNT, "300000"), ("7", "7")):
@@ -238,7 +238,7 @@ def test_plain_loops_spin_as_long_as_libgomp_does_by_itself(monkeypatch):
         assert given == {"ours": {"GOMP_SPINCOUNT": count}, "tuned": {"GOMP_SPINCOUNT": expected}}
 
 
-def test_libgomp_by_itself_is_measured_as_such(monkeypatch):
+def test_libgomps_default_spin_count_is_measured(monkeypatch):
     """Without the variable common/__init__.py would set its own."""
     monkeypatch.setattr(harness, "in_subprocess", lambda *_, environment: environment)
     assert busy.measure("default", "nothing", 1.0) == {"GOMP_SPINCOUNT": "300000"}
@@ -252,7 +252,7 @@ def measurement(rate):
     }  # fmt: skip
 
 
-def test_rounds_are_pooled():
+def test_repeated_measurements_are_combined():
     assert train.pooled([measurement(10), measurement(12)]) == {
         "precision": "float32", "compile": "none", "windows": [10, 11, 15, 12, 13, 17], "batch_size": 8,
         "images_per_second": 12.5, "start_up_seconds": 11, "peak_memory_bytes": 1012,
@@ -330,7 +330,7 @@ def test_ensemble(measured):
         }
 
 
-def test_the_kept_logits_score_as_the_ensemble_did(measured):
+def test_the_stored_logits_have_the_scores_of_the_ensemble(measured):
     result = json.loads((measured.folder / "out" / "result.json").read_text())
     with np.load(measured.folder / "out" / "logits.npz") as arrays:
         assert arrays.files == [*MEMBERS, "labels", "classes"]
@@ -346,7 +346,7 @@ def test_the_kept_logits_score_as_the_ensemble_did(measured):
     assert loss == pytest.approx(result["ensemble"]["loss"], abs=0.002)
 
 
-def test_a_finished_run_is_compared_without_running_again(measured):
+def test_a_finished_run_is_not_run_again_and_can_be_compared(measured):
     flags = [*DIGITS, "--work", "work", "--output", "again"]
     succeeded(measured.folder, ensemble, *flags, "--", *SHORT)
     first, again = (json.loads((measured.folder / name / "result.json").read_text()) for name in ("out", "again"))
@@ -363,7 +363,7 @@ def test_a_finished_run_is_compared_without_running_again(measured):
     assert "| ensemble | +0.00 (+0.00 to +0.00) | +0.0000 (+0.0000 to +0.0000) |" in compared.stdout
 
 
-def test_a_run_goes_on_only_as_it_began(measured):
+def test_a_run_continues_only_with_the_same_setting(measured):
     flags = [*DIGITS, "--work", "work", "--output", "other", "--", *SHORT, "--seed", 1]
     error = refused(measured.folder, ensemble, *flags)
     assert "another setting" in error
@@ -376,7 +376,7 @@ def write_logits(folder, logits, labels):
     np.savez(folder / "logits.npz", **logits, labels=labels.astype(np.uint8), classes=np.array(["a", "b", "c"]))
 
 
-def test_intervals_are_those_of_a_plain_bootstrap(tmp_path):
+def test_intervals_equal_a_plain_bootstrap(tmp_path):
     rng = np.random.default_rng(7)
     labels = rng.integers(3, size=80)
     runs = [
@@ -408,7 +408,7 @@ def test_intervals_are_those_of_a_plain_bootstrap(tmp_path):
         assert printed[3:] == pytest.approx(loss, abs=0.000051)
 
 
-def test_only_the_same_images_are_compared(tmp_path):
+def test_runs_with_different_test_images_are_not_compared(tmp_path):
     logits = {"one": np.zeros((4, 3), np.float16)}
     write_logits(tmp_path / "a", logits, np.array([0, 1, 2, 0]))
     write_logits(tmp_path / "b", logits, np.array([0, 1, 2, 1]))
@@ -419,7 +419,7 @@ def test_only_the_same_images_are_compared(tmp_path):
 
 
 @pytest.mark.parametrize("parallel", [[], ["--parallel"]], ids=["in turn", "at once"])
-def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, parallel):
+def test_a_failed_script_leaves_no_output(tmp_path, monkeypatch, capfd, parallel):
     scripts = tmp_path / "scripts"
     scripts.mkdir()
     (scripts / "dense.py").write_text("import sys; sys.exit('the disk is on fire')")
@@ -442,12 +442,12 @@ def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, para
     ],
     ids=["against", "name", "data"],
 )
-def test_flags_that_cannot_work_are_named_at_once(tmp_path, flags, message):
+def test_invalid_flags_are_an_error_before_the_run(tmp_path, flags, message):
     assert message in refused(tmp_path, ensemble, *flags)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_cascade_is_measured_beside_the_whole(measured):
+def test_the_cascade_is_compared_with_the_whole_ensemble(measured):
     flags = ["--threshold", 0.2, "--images", 60, "--batch-size", 20, "--rounds", 1]
     flags += ["--cascade", *(f"checkpoints/{name}.pt" for name in MEMBERS)]
     result, printed = measured_by(measured.folder / "work", "deploy.py", *flags)

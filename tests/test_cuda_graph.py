@@ -229,7 +229,7 @@ def test_on_a_gpu_every_compile_mode_trains_the_same(train, choice):
 
 
 @needs_cuda
-def test_on_a_gpu_batches_are_those_of_the_cpu(tiny_recipe):
+def test_on_a_gpu_batches_equal_those_of_the_cpu(tiny_recipe):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=generator)
     split = Split(images.numpy(), torch.arange(200).numpy())

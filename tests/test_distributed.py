@@ -92,7 +92,7 @@ def finish(process, seconds=150):
 
 
 @pytest.mark.parametrize("batch_size", [8, 11, 16])
-def test_the_processes_shares_of_a_batch_make_up_the_batch(monkeypatch, tmp_path, batch_size):
+def test_the_processes_parts_of_a_batch_make_up_the_batch(monkeypatch, tmp_path, batch_size):
     data, settings = tiny_images().train, tiny_recipe_in(tmp_path).augmentation()
     whole = list(TrainLoader(data, batch_size, settings).epoch(1, start=1))
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
@@ -117,7 +117,9 @@ def test_processes_on_gpus_exchange_signals_every_16_steps(monkeypatch, device, 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 6), (3, 8)])
 @pytest.mark.parametrize("settings", [{}, {**ALL_ON, "ema_horizon": 0.5}], ids=["baseline", "all on"])
-def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, world_size, batch_size, settings):
+def test_several_processes_equal_a_plain_loop_over_their_parts_of_a_batch(
+    run, tmp_path, world_size, batch_size, settings
+):
     settings = {**settings, "batch_size": batch_size}
     statuses, logs = run(world_size, settings)
     assert statuses == world_size * [0], logs
@@ -143,7 +145,7 @@ def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, w
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(run, tmp_path):
     settings = {**ALL_ON, "epochs": 6, "batch_size": 8, "resume": True}
     for world_size, fault in ((2, "1:5"), (3, "1:6")):
         (tmp_path / "killed").unlink(missing_ok=True)
@@ -174,7 +176,7 @@ def test_a_loss_that_is_not_finite_ends_all_processes(run, tmp_path):
         ({"batch_size": 6}, "already exists"),
     ],
 )
-def test_what_cannot_be_done_is_said_by_the_first_process_alone(run, tmp_path, changes, words):
+def test_an_error_common_to_all_processes_is_printed_once(run, tmp_path, changes, words):
     if words == "already exists":
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints" / "tiny.pt").touch()
@@ -185,14 +187,14 @@ def test_what_cannot_be_done_is_said_by_the_first_process_alone(run, tmp_path, c
     assert logs[1] == ""
 
 
-def test_mps_is_for_one_process(run):
+def test_mps_allows_one_process(run):
     statuses, logs = run(2, {"batch_size": 6, "device": "mps"})
     assert statuses == [2, 2]
     assert "--device mps has one GPU" in logs[0]
 
 
 @pytest.mark.slow
-def test_torchrun_names_the_process_that_dies_and_goes_on_from_the_checkpoint(run, tmp_path):
+def test_torchrun_names_a_dead_process_and_restarts_from_the_checkpoint(run, tmp_path):
     arguments = [str(tmp_path), json.dumps({"batch_size": 6, "resume": True}), "1:6"]
     out, err, status = finish(torchrun(2, tmp_path, arguments, "--standalone", "--max-restarts=1"))
     assert status == 0, err
@@ -207,7 +209,7 @@ def test_torchrun_names_the_process_that_dies_and_goes_on_from_the_checkpoint(ru
 
 
 @pytest.mark.parametrize(("world_size", "said"), [("2", "done\n"), ("1", "done\ntaken down\n")])
-def test_one_of_several_processes_ends_without_taking_python_down(world_size, said):
+def test_one_of_several_processes_exits_without_pythons_shutdown(world_size, said):
     """Or else a thread of Gloo's, late with the last exchange, aborts about every fourth that ends right behind it."""
     code = "import atexit; atexit.register(print, 'taken down')"
     code += "; from common import errors; errors.run(lambda: print('done') or 3)"
@@ -250,7 +252,7 @@ def test_a_signal_to_torchrun_saves_the_step(tmp_path, number):
     assert 2 <= content["training"]["epoch"] == len(content["history"]) < 30_000
 
 
-def test_data_that_is_not_there_ends_two_processes_without_a_traceback(tmp_path):
+def test_missing_data_ends_two_processes_without_a_traceback(tmp_path):
     """Without torchrun, which might end the second before it can say anything."""
     port = free_port()
     processes = [
@@ -272,7 +274,7 @@ def test_data_that_is_not_there_ends_two_processes_without_a_traceback(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_script_itself_trains_in_two_processes(tmp_path):
+def test_a_script_trains_in_two_processes(tmp_path):
     flags = "--data digits --image-size 16 --train-size 60 --test-size 20 --width 0.25 --epochs 1 --batch-size 20"
     out, err, status = finish(torchrun(2, tmp_path, [*flags.split(), "--device", "cpu"], script="mobilenetv2.py"))
     assert status == 0, err

@@ -68,7 +68,7 @@ def test_the_code_runs(copied):
     assert (copied / "plots" / "mobilenetv2.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_network_of_ones_own_joins_the_ensemble_in_three_steps(copied):
+def test_your_own_network_joins_the_ensemble_in_three_steps(copied):
     steps = [(title, code) for title, code in blocks() if title and title != "training/loop.py"]
     assert [title for title, _ in steps] == ["models/smallnet.py", "models/__init__.py", "smallnet.py"]
     for title, code in steps:
@@ -80,7 +80,7 @@ def test_a_network_of_ones_own_joins_the_ensemble_in_three_steps(copied):
     assert "without smallnet:" in said
 
 
-def test_another_optimizer_is_one_line(copied):
+def test_another_optimizer_needs_one_line(copied):
     ((_, code),) = [block for block in blocks() if block[0] == "training/loop.py"]
     path = copied / "training" / "loop.py"
     text = path.read_text(encoding="utf-8")
@@ -123,7 +123,7 @@ def commands():
     return [shlex.split(line) for line in block.splitlines()]
 
 
-def test_the_readmes_five_commands_lead_to_an_exported_ensemble(photos):
+def test_the_readmes_five_commands_export_an_ensemble(photos):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     lines = commands()

@@ -31,7 +31,7 @@ def paths(train, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("average", models.ensemble.AVERAGES)
-def test_an_ensemble_gives_the_average_of_its_members(paths, images, average):
+def test_an_ensemble_averages_its_members(paths, images, average):
     changed(paths[1], lambda content: content["data"].update(mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4]))
     ensemble = members.load(paths, average=average)
     assert (ensemble.classes, ensemble.image_size, ensemble.training) == (["red", "green", "blue"], 8, False)
@@ -48,7 +48,7 @@ def test_an_ensemble_gives_the_average_of_its_members(paths, images, average):
 
 
 @pytest.mark.parametrize("average", models.ensemble.AVERAGES)
-def test_a_temperature_divides_the_logarithms_of_what_was_averaged(average):
+def test_a_temperature_divides_the_log_of_the_average(average):
     logits = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (3, 50, 7)))
     for temperature in (0.5, 1.0, 3.0):
         powers = average_probs(logits, average).pow(1 / temperature)
@@ -56,12 +56,12 @@ def test_a_temperature_divides_the_logarithms_of_what_was_averaged(average):
         torch.testing.assert_close(average_probs(logits, average, temperature), expected)
 
 
-def test_no_member_is_no_ensemble():
+def test_an_ensemble_without_members_is_refused():
     with pytest.raises(UserError, match="none is given"):
         members.load([])
 
 
-def test_images_that_it_was_not_trained_for_are_refused(paths, images):
+def test_images_of_another_dtype_or_shape_are_refused(paths, images):
     ensemble = members.load(paths)
     for wrong in (images / 255, images[0], images[:, :, :4], images[:, :1]):  # floats, one image, another size, grey
         with pytest.raises(ValueError, match=r"expected torch\.uint8, values 0 to 255, of shape \(B, 3, 8, 8\)"):
@@ -99,7 +99,7 @@ def plain_cascade(probs, threshold):
     return torch.stack(results), counts
 
 
-def test_its_rows_have_the_cost_of_what_each_member_saw(made_up):
+def test_cascade_rows_have_the_cost_of_the_members_that_ran(made_up):
     rows = cost.cascade_rows(made_up.probs, made_up.labels, COSTS)
     assert [row["threshold"] for row in rows] == list(cost.THRESHOLDS)
     for row in rows:
@@ -115,13 +115,13 @@ def test_its_rows_have_the_cost_of_what_each_member_saw(made_up):
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (3, 7), (6, 63), (7, 7 + 21 + 7 + 1), (8, 8 + 28 + 8 + 1)])
-def test_which_subsets_there_are(count, expected):
+def test_the_number_of_subsets(count, expected):
     found = list(cost.subsets(count))
     assert len(found) == len(set(found)) == expected
     assert found[-1] == tuple(range(count))
 
 
-def test_subsets_have_their_own_average_and_cost(made_up):
+def test_subset_rows_have_the_average_and_the_cost_of_the_subset(made_up):
     rows = cost.subset_rows(made_up.logits, made_up.labels, COSTS, "softmax", 1.0)
     assert [row["members"] for row in rows[:4]] == [["dear"], ["cheap"], ["middling"], ["dear", "cheap"]]
     mean = made_up.probs[[0, 2]].mean(0)
@@ -133,7 +133,7 @@ def test_subsets_have_their_own_average_and_cost(made_up):
     assert [one["loss"] == two["loss"] for one, two in zip(rows, warm, strict=True)] == [True] * 3 + [False] * 4
 
 
-def test_the_threshold_is_the_lowest_that_costs_no_accuracy(made_up):
+def test_the_lowest_threshold_without_loss_of_accuracy_is_picked(made_up):
     ensemble = made_up.probs.mean(0)
     value = cost.pick_threshold(made_up.logits, made_up.labels, COSTS)["value"]
     accuracies = {row["threshold"]: row["accuracy"] for row in cost.cascade_rows(made_up.probs, made_up.labels, COSTS)}
@@ -142,7 +142,7 @@ def test_the_threshold_is_the_lowest_that_costs_no_accuracy(made_up):
     assert all(accuracy < enough for threshold, accuracy in accuracies.items() if threshold < value)
 
 
-def test_the_picture_of_the_costs_is_whole(made_up, tmp_path):
+def test_the_legend_of_the_cost_plot_fits_in_the_figure(made_up, tmp_path):
     subsets = cost.subset_rows(made_up.logits, made_up.labels, COSTS, "softmax", 1.0)
     cascade = cost.cascade_rows(made_up.probs, made_up.labels, COSTS)
     figure = plot_cost(
@@ -155,7 +155,7 @@ def test_the_picture_of_the_costs_is_whole(made_up, tmp_path):
     assert legend.get_title().get_text() == "A dear   B cheap   C middling"
 
 
-def test_doubtful_labels_are_the_least_probable(made_up):
+def test_doubtful_labels_are_the_least_probable_labels(made_up):
     probs = made_up.probs.mean(0)
     rows = report.doubtful_labels(probs, made_up.labels, "abcd")
     assert len(rows) == 50
@@ -196,7 +196,7 @@ def middle_threshold(folder):
     return float(np.median(probs[0].max(1)))
 
 
-def test_the_module_and_predict_and_the_rows_of_main_ens_agree(folder):
+def test_module_and_predict_equal_a_plain_cascade(folder):
     threshold = middle_threshold(folder)
     probs = torch.from_numpy(softmax(command_line.numpy_logits(folder, made_up_images(), CHEAPEST_FIRST)))
     expected, counts = plain_cascade(probs, threshold)
@@ -218,7 +218,7 @@ def test_the_module_and_predict_and_the_rows_of_main_ens_agree(folder):
     assert "seen by " + ", ".join(map("{} {}".format, CHEAPEST_FIRST, saw)) in done.stderr
 
 
-def test_only_images_of_low_confidence_go_on(folder):
+def test_only_images_of_low_confidence_reach_the_next_member(folder):
     ensemble = members.load(
         [folder / "checkpoints" / f"{name}.pt" for name in MEMBERS], cascade=middle_threshold(folder)
     )
@@ -243,10 +243,10 @@ def test_only_images_of_low_confidence_go_on(folder):
         (["--cascade", "--temperature", "2"], "remove --average logits and --temperature"),
     ],
 )
-def test_what_makes_no_cascade_is_refused(folder, flags, words):
+def test_an_invalid_cascade_is_refused(folder, flags, words):
     assert words in command_line.refused(folder, predict, "photos", *flags)
 
 
-def test_a_cascade_of_another_average_is_refused_in_python():
+def test_a_cascade_with_another_average_is_a_value_error():
     with pytest.raises(ValueError, match="averages softmax outputs"):
         Ensemble([], ["a"], 8, average="logits", cascade=0.9)

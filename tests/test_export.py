@@ -57,7 +57,7 @@ def skip_without_packages(file_format):
     ("file", "average", "temperature"),
     [("a.onnx", "softmax", 1.0), ("b.onnx", "logits", 2.5), ("c.pt2", "softmax", 0.5), ("d.pt2", "logits", 1.0)],
 )
-def test_a_file_gives_the_ensembles_probabilities_and_says_what_it_is(paths, tmp_path, file, average, temperature):
+def test_an_exported_file_has_the_ensembles_probabilities_and_metadata(paths, tmp_path, file, average, temperature):
     skip_without_packages(file.partition(".")[2])
     chosen = ["--average", average, "--temperature", temperature, "--data", "digits", "--images", 70]
     printed = succeeded(tmp_path, export, *paths, "--output", f"new/{file}", *chosen).stdout
@@ -104,7 +104,7 @@ def test_a_real_network(file_format):
     assert ensemble(images).std(0).max() > 0.05, "the output ought to depend on the image"
 
 
-def test_the_default_checkpoints_and_only_one(paths, tmp_path):
+def test_default_checkpoints_and_a_single_network(paths, tmp_path):
     error = refused(tmp_path, export, "--output", "a.pt2")
     assert "has none of densenet.pt, mobilenetv2.pt, resnext.pt; train one" in error
     done = succeeded(tmp_path, export, paths[0], "--output", "a.model", "--format", "pt2", "--random", "--images", 1)
@@ -119,7 +119,7 @@ def test_the_default_checkpoints_and_only_one(paths, tmp_path):
 @pytest.mark.parametrize(
     ("source", "reason"), [("made up", "made up"), ("cifar10", "cifar-10-python.tar.gz: there is no such file")]
 )
-def test_without_the_training_images_it_takes_random_ones_and_says_so(paths, tmp_path, monkeypatch, source, reason):
+def test_without_the_data_set_random_images_are_used_with_a_warning(paths, tmp_path, monkeypatch, source, reason):
     monkeypatch.setattr(cifar10, "download_archive", lambda *_: pytest.fail("it downloads"))
     changed(paths[0], lambda content: content["data"].update(source=source))
     done = succeeded(tmp_path, export, paths[0], "--output", "a.pt2", "--images", 3)
@@ -132,7 +132,7 @@ def test_without_the_training_images_it_takes_random_ones_and_says_so(paths, tmp
     ("error", "words"),
     [(5e-5, ""), (2e-4, "by up to 2.0e-04, more than 1e-04"), (np.nan, "by up to nan, more than 1e-04")],
 )
-def test_a_file_that_differs_is_refused_and_the_old_one_stays(paths, tmp_path, monkeypatch, error, words):
+def test_a_file_with_different_probabilities_is_not_written(paths, tmp_path, monkeypatch, error, words):
     pt2 = export.FORMATS["pt2"]
     wrong = dataclasses.replace(pt2, read=lambda content: lambda images: pt2.read(content)(images) + error)
     monkeypatch.setitem(export.FORMATS, "pt2", wrong)
@@ -146,14 +146,14 @@ def test_a_file_that_differs_is_refused_and_the_old_one_stays(paths, tmp_path, m
     assert [path.read_bytes() == b"old" for path in (tmp_path / "out").iterdir()] == [words != ""]
 
 
-def test_missing_packages_are_named(tmp_path, monkeypatch):
+def test_missing_packages_are_an_error(tmp_path, monkeypatch):
     for package, found in (("onnx", None), ("onnxscript", None), ("onnxruntime", sys)):
         monkeypatch.setitem(sys.modules, package, found)
     error = refused(tmp_path, export, "--output", "a.onnx")
     assert error == "error: the format onnx needs the packages onnx, onnxscript: pip install onnx onnxscript\n"
 
 
-def test_packages_that_are_too_old_for_pytorch_are_named(paths, tmp_path, monkeypatch):
+def test_packages_that_are_too_old_are_an_error(paths, tmp_path, monkeypatch):
     def write(*_):
         raise ModuleNotFoundError("No module named 'onnxscript.torch_2_11'")
 
@@ -178,7 +178,7 @@ def test_packages_that_are_too_old_for_pytorch_are_named(paths, tmp_path, monkey
         (["checkpoints/broken.pt", "--output", "a.pt2", "--random"], "broken.pt: its predictions are not finite"),
     ],
 )
-def test_mistakes_are_named_before_the_work(paths, tmp_path, monkeypatch, flags, words):
+def test_mistakes_are_errors_before_the_export(paths, tmp_path, monkeypatch, flags, words):
     (tmp_path / "file").write_bytes(b"")
     changed(paths[1], overflow, tmp_path / "checkpoints" / "broken.pt")
     monkeypatch.setattr(torch.export, "export", None)

@@ -143,7 +143,7 @@ def batches(total):
 
 
 @pytest.mark.parametrize(("seed", "count"), batches(FAULTS))
-def test_killed_at_any_moment(forks, tmp_path, seed, count):
+def test_kills_at_any_moment(forks, tmp_path, seed, count):
     rng, epochs = random.Random(seed), 3 * count
     chain = Chain(forks, tmp_path / "killed", "--seed", seed, "--epochs", epochs)
     killed = 0
@@ -163,7 +163,7 @@ def test_killed_at_any_moment(forks, tmp_path, seed, count):
 
 
 @pytest.mark.parametrize(("seed", "count"), batches(FAULTS // 2))
-def test_stopped_at_any_moment(forks, tmp_path, seed, count):
+def test_signals_at_any_moment(forks, tmp_path, seed, count):
     rng, epochs = random.Random(1000 + seed), 4 * count
     chain = Chain(forks, tmp_path / "stopped", "--seed", seed, "--epochs", epochs, "--val-size", 40)
     saved = 0
@@ -185,7 +185,7 @@ def test_stopped_at_any_moment(forks, tmp_path, seed, count):
     assert_as_undisturbed(chain)
 
 
-def test_a_second_signal_quits_at_once_and_the_files_are_whole(forks, tmp_path):
+def test_a_second_signal_exits_at_once_and_damages_no_file(forks, tmp_path):
     chain = Chain(forks, tmp_path / "twice", "--epochs", 1000)
     process = chain.start()
     while not chain.path.exists() and process.is_alive():

@@ -32,7 +32,7 @@ def member_logits(*arguments, **settings):
     return logits_cache.member_logits(*arguments, **settings)[0]
 
 
-def test_the_time_they_took_is_stored_with_them(contents, images, monkeypatch):
+def test_the_time_is_cached_with_the_logits(contents, images, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(logits_cache.time, "perf_counter", lambda: now.append(now[-1] + 0.22) or now[-1])
     arguments = (contents, images, CPU)
@@ -47,7 +47,9 @@ def stored(contents):
     return sorted((contents[0][0].parent / logits_cache.CACHE).iterdir())
 
 
-def test_only_what_determines_the_logits_or_their_time_makes_another_file(contents, images, monkeypatch, tmp_path):
+def test_everything_that_determines_the_logits_or_their_time_is_in_the_cache_key(
+    contents, images, monkeypatch, tmp_path
+):
     first = member_logits(contents, images, CPU)
     forbid_building(monkeypatch)
     assert torch.equal(member_logits(contents[::-1], images, CPU), first.flip(0))
@@ -80,7 +82,7 @@ def test_only_what_determines_the_logits_or_their_time_makes_another_file(conten
         member_logits([contents[0], (path, checkpoint.read(path))], images, CPU)
 
 
-def test_without_the_cache_nothing_is_stored_and_its_entry_is_removed(contents, images):
+def test_without_the_cache_nothing_is_stored_and_cached_logits_are_deleted(contents, images):
     member_logits(contents, images, CPU, cached=False)
     assert not (contents[0][0].parent / logits_cache.CACHE).exists()
     member_logits(contents, images, CPU)
@@ -89,7 +91,7 @@ def test_without_the_cache_nothing_is_stored_and_its_entry_is_removed(contents, 
     assert stored(contents) == []
 
 
-def test_a_checkpoint_that_is_replaced_meanwhile_keeps_its_logits(contents, images):
+def test_logits_are_cached_for_the_checkpoint_that_was_read(contents, images):
     old = member_logits(contents, images, CPU, cached=False)
     path = changed(contents[0][0], lambda content: content["model"]["classifier.bias"].add_(1))
     assert torch.equal(member_logits(contents, images, CPU), old)
@@ -123,7 +125,7 @@ def test_damaged_logits_are_computed_again(contents, images, capsys, damage):
     assert capsys.readouterr().err == ""
 
 
-def test_a_place_that_cannot_be_written_is_only_noted(contents, images, capsys, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_only_a_warning(contents, images, capsys, monkeypatch):
     expected = member_logits(contents, images, CPU, cached=False)
 
     def refuse(*arguments, **options):

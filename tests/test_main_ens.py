@@ -70,7 +70,7 @@ def test_members_and_ensemble_equal_numpy(folder, tested):
         assert (row["loss"], row["accuracy"]) == (pytest.approx(last["test_loss"], abs=1e-6), last["test_accuracy"])
 
 
-def test_logits_averaged_on_fewer_images_equal_numpy(folder):
+def test_averaged_logits_on_fewer_images_equal_numpy(folder):
     done, result = analysed(folder, "--average", "logits", "--test-size", "50", "--batch-size", "7")
     test = digits(test_size=50)
     assert (result["average"], result["num_images"]) == ("logits", 50)
@@ -101,14 +101,14 @@ def test_what_is_stored_and_printed(folder, tested):
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_in_bfloat16_it_is_another_computation_and_nearly_the_same_result(folder, tested):
+def test_bfloat16_gives_nearly_the_same_result(folder, tested):
     done, result = analysed(folder, "--precision", "bfloat16")
     assert "on 100 test images of digits, in bfloat16" in done.stdout
     assert (result["precision"], tested[1]["precision"]) == ("bfloat16", "float32")
     assert 0 < abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) < 0.05
 
 
-def test_flipped_images_equal_doing_it_by_hand(folder, tested):
+def test_tta_flip_equals_numpy(folder, tested):
     done, result = analysed(folder, "--tta", "flip")
     assert "with --tta flip" in done.stdout
     assert "ensemble (softmax averaged, --tta flip)" in done.stdout
@@ -122,7 +122,7 @@ def test_flipped_images_equal_doing_it_by_hand(folder, tested):
     assert abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) > 1e-5, "flipped images ought to differ"
 
 
-def test_a_second_analysis_computes_no_logits_and_gives_the_same(folder, tested, monkeypatch):
+def test_a_second_run_uses_the_cached_logits(folder, tested, monkeypatch):
     forbid_building(monkeypatch)
     done, result = analysed(folder)
     assert result == tested[1]
@@ -143,7 +143,7 @@ def held_out(folder):
     return [f"checkpoints/{name}.pt" for name in names]
 
 
-def test_subsets_and_the_cascade_are_those_of_the_module(folder, tested):
+def test_subsets_and_cascade_equal_the_module(folder, tested):
     printed, result = tested
     whole = result["subsets"][-1]
     assert (len(result["subsets"]), whole["members"]) == (7, list(MEMBERS))
@@ -168,7 +168,7 @@ def test_validation_images_choose_the_threshold_of_the_cascade(folder, held_out)
     assert analysed(folder, *held_out, "--temperature", "fit")[1]["cascade"] == []
 
 
-def test_seeds_of_one_network_with_a_temperature_fitted_on_the_validation_images_only(folder, held_out):
+def test_two_seeds_of_one_network_with_a_temperature_fitted_on_validation_images(folder, held_out):
     done, result = analysed(folder, *held_out, "--temperature", "fit")
     temperature = result["temperature"]
     assert temperature["fitted_on"] == 100
@@ -204,7 +204,7 @@ def test_a_temperature_can_be_given(folder, tested):
     assert "T = 2" in done.stdout
 
 
-def test_a_fit_without_common_validation_images_is_refused(folder, held_out):
+def test_fitting_without_common_validation_images_is_refused(folder, held_out):
     error = refused(folder, "--temperature", "fit")
     assert "checkpoints/densenet.pt has none" in error
     assert "--val-size" in error
@@ -212,14 +212,14 @@ def test_a_fit_without_common_validation_images_is_refused(folder, held_out):
     assert "--data digits replaces them" in refused(folder, *held_out, "--temperature", "fit", "--data", "digits")
 
 
-def test_data_flag_tests_on_other_images(folder, tmp_path):
+def test_the_data_flag_tests_on_other_images(folder, tmp_path):
     names = [f"{split}/{label}/{n}.png" for split in ("train", "test") for label in range(10) for n in range(4)]
     write_folder(tmp_path, {name: random_png(seed, 16) for seed, name in enumerate(names)})
     _, result = analysed(folder, "--data", tmp_path)
     assert (result["data"], result["num_images"]) == (str(tmp_path), 40), "whatever subset the members had"
 
 
-def test_one_member_unfinished_and_trained_without_flips(folder, tmp_path):
+def test_warnings_about_an_unfinished_member_and_one_trained_without_flips(folder, tmp_path):
     def change(content):
         content["finished"], content["training"]["epoch"], content["recipe"]["flip"] = False, 1, 0.0
 
@@ -253,7 +253,7 @@ def test_missing_checkpoint_names_its_script(folder, tmp_path):
         (lambda data: data["split"].update(test_split=0.5), "--test-split: 0.2 in {}, 0.5 in {}"),
     ],
 )
-def test_members_of_other_data_are_refused(folder, tmp_path, change, words):
+def test_members_with_different_test_data_are_refused(folder, tmp_path, change, words):
     first, second = (folder / "checkpoints" / f"{name}.pt" for name in ("densenet", "resnext"))
     other = changed(second, lambda content: change(content["data"]), tmp_path / "other.pt")
     error = refused(folder, first, other)
@@ -261,7 +261,7 @@ def test_members_of_other_data_are_refused(folder, tmp_path, change, words):
     assert str(other) in error
 
 
-def test_members_of_other_training_images_go_together(folder, tmp_path):
+def test_members_with_different_training_images_are_allowed(folder, tmp_path):
     first, second = (folder / "checkpoints" / f"{name}.pt" for name in ("densenet", "resnext"))
     change = {"val_size": 20, "train_size": 30}
     other = changed(second, lambda content: content["data"]["split"].update(change), tmp_path / "other.pt")
@@ -269,7 +269,7 @@ def test_members_of_other_training_images_go_together(folder, tmp_path):
     assert f"--val-size: 20 in {other}, 0 in {first}" in refused(folder, other, first, "--temperature", "fit")
 
 
-def test_the_checkpoints_of_a_folder_and_those_that_are_there(folder, tmp_path):
+def test_a_folder_of_checkpoints_and_missing_default_checkpoints(folder, tmp_path):
     for name in ("mobilenetv2", "resnext"):
         shutil.copy(folder / "checkpoints" / f"{name}.pt", tmp_path)
     by_folder = run(folder, main_ens, tmp_path, "--plot-dir", tmp_path)
@@ -294,7 +294,7 @@ def test_the_checkpoints_of_a_folder_and_those_that_are_there(folder, tmp_path):
         (lambda content: content["model"]["classifier.weight"].fill_(math.nan), "{}: its predictions are not finite"),
     ],
 )
-def test_a_member_whose_data_changed_or_whose_weights_are_broken_is_refused(folder, tmp_path, change, words):
+def test_changed_data_and_broken_weights_are_errors(folder, tmp_path, change, words):
     path = changed(folder / "checkpoints" / "resnext.pt", change, tmp_path / "changed.pt")
     assert words.format(path) in refused(folder, path)
 

@@ -120,7 +120,7 @@ def rounded_to_bfloat16(model):
 
 
 @by_name
-def test_bfloat16_is_off_by_its_rounding_and_by_no_more(name, arguments):
+def test_the_error_of_bfloat16_is_that_of_rounding(name, arguments):
     # At random weights the networks enlarge rounding errors, MobileNetV2 to 30 % of its logits. So the tolerance is
     # twice what rounding alone does to the network in float64.
     torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_bfloat16_is_off_by_its_rounding_and_by_no_more(name, arguments):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_the_gradients_of_a_depthwise_convolution_in_bfloat16_are_those_of_its_rounded_numbers(stride):
+def test_depthwise_convolutions_have_the_right_gradients_in_bfloat16(stride):
     torch.manual_seed(0)
     convolution = DepthwiseConv2d(8, stride)
     images = torch.randn(4, 8, 7, 7).bfloat16().requires_grad_()

@@ -121,7 +121,7 @@ LINE = "1,0.1,2.5,0.5,2.5,0.5,9.0,5000.0"
 
 
 @pytest.mark.parametrize("val", [False, True])
-def test_csv_gives_back_the_same_numbers(tmp_path, val):
+def test_the_csv_keeps_the_exact_numbers(tmp_path, val):
     history = make_history(7, val=val)
     history[0] |= {"epoch": np.int64(1), "test_accuracy": np.float64(0.1) + 0.2, "test_loss": math.inf, "seconds": 12}
     path = tmp_path / "plots" / "deep" / "run.csv"
@@ -158,7 +158,7 @@ def test_csv_from_a_spreadsheet_reads_the_same(tmp_path):
         (None, ": cannot be read (No such file or directory)"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_named(tmp_path, content, problem):
+def test_an_invalid_csv_is_an_error(tmp_path, content, problem):
     path = tmp_path / "run.csv"
     if content is not None:
         path.write_text(content, "latin-1")
@@ -167,7 +167,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path, content, problem):
     assert str(caught.value).startswith(f"{path}{problem}")
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_path_is_an_error(tmp_path):
     (tmp_path / "plots").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"plots/run\.csv: the history could not be written"):
         write_csv(make_history(1), tmp_path / "plots" / "run.csv")
@@ -180,7 +180,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     ("epochs", "name", "result", "hours"),
     [(1, "densenet", 95.87, 13.5), (200, "mobilenetv2", 94.90, 7.2), (230, "resnext", 95.45, 9.3)],
 )
-def test_training_picture_alone_and_over_the_baselines(tmp_path, epochs, name, result, hours):
+def test_training_plot_alone_and_with_the_baseline(tmp_path, epochs, name, result, hours):
     path = tmp_path / "plots" / "run.png"
     plot_training(path, make_history(epochs, val=True), title="DenseNet")
     width, height = png_size(path)
@@ -209,14 +209,14 @@ def test_training_picture_alone_and_over_the_baselines(tmp_path, epochs, name, r
     ],
 )
 @pytest.mark.parametrize("epochs", [1, 4])
-def test_training_picture_of_odd_numbers(tmp_path, epochs, change):
+def test_training_plot_with_nan_infinite_and_zero(tmp_path, epochs, change):
     history = make_history(epochs)
     history[-1] |= change
     plot_training(tmp_path / "run.png", history, title="5 $ a run, 10 $ a day\nand $\\frac$")
     png_size(tmp_path / "run.png")
 
 
-def test_training_picture_names_what_it_shows():
+def test_labels_of_the_training_plot():
     history = make_history(200, val=True)
     history[-1] |= {"train_loss": 0.0104, "test_loss": 0.1735, "train_accuracy": 0.99714, "test_accuracy": 0.9587}
     history[-1] |= {"val_loss": 0.2, "val_accuracy": 0.95}
@@ -232,7 +232,7 @@ def test_training_picture_names_what_it_shows():
     assert accuracy.lines[2].get_ydata()[-1] == pytest.approx(95.87)
 
 
-def test_training_picture_marks_a_single_epoch_and_keeps_a_narrow_loss_linear():
+def test_training_plot_marks_a_single_epoch_and_has_a_linear_axis_for_a_narrow_loss():
     figure = draw_training(make_history(1), title="run")
     assert figure.get_suptitle() == "run · 1 epoch, 12 s"
     assert {line.get_marker() for line in figure.axes[0].lines} == {"o"}
@@ -241,7 +241,7 @@ def test_training_picture_marks_a_single_epoch_and_keeps_a_narrow_loss_linear():
 
 
 @pytest.mark.parametrize(("members", "classes"), [(1, 2), (3, 10), (9, 100), (13, 10)])
-def test_pictures_of_any_number_of_members_and_classes_of_any_name(tmp_path, caplog, members, classes):
+def test_ensemble_plots_with_any_number_of_members_and_any_class_names(tmp_path, caplog, members, classes):
     names = list(itertools.islice(itertools.cycle(NAMES), classes))
     plot_ensemble(tmp_path / "ensemble.png", **make_ensemble(members, classes), classes=names, title="鸟 $1 & $2")
     plot_reliability(tmp_path / "reliability.png", make_bins(NAMES[: members + 1]), title="Calibration $1\nof $2")
@@ -254,7 +254,7 @@ def test_pictures_of_any_number_of_members_and_classes_of_any_name(tmp_path, cap
     assert not caplog.records
 
 
-def test_pictures_of_one_image_and_of_no_mistake(tmp_path):
+def test_ensemble_plots_of_one_image_and_without_mistakes(tmp_path):
     result = make_ensemble(1, 2, images=1)
     for row in result["rows"]:
         row["intervals"] = {name: [row[name]] * 2 for name in ("loss", "accuracy")}  # without any width
@@ -266,7 +266,7 @@ def test_pictures_of_one_image_and_of_no_mistake(tmp_path):
     assert png_size(tmp_path / "mistakes.png")[1] < 400
 
 
-def test_ensemble_picture_names_what_it_shows():
+def test_labels_of_the_ensemble_plot():
     result = make_ensemble(3, 10)
     figure = draw_ensemble(**result, classes=CIFAR10, title="Ensemble of three")
     accuracy, loss, accuracy_lines, loss_lines, matrix = figure.findobj(Axes)
@@ -290,13 +290,13 @@ def test_ensemble_picture_names_what_it_shows():
     assert percent == pytest.approx(100 * counts / counts.sum(axis=1, keepdims=True))
 
 
-def test_many_members_stay_apart():
+def test_many_members_have_different_line_styles():
     lines = draw_ensemble(**make_ensemble(12, 3), classes="abc", title="twelve").findobj(Axes)[2].lines
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 13
     assert len({tuple(line_style(number).values()) for number in range(24)}) == 24
 
 
-def test_many_classes_name_the_worst_confusion():
+def test_with_many_classes_the_worst_confusion_is_named():
     result = make_ensemble(1, 100)
     result["confusion_matrix"] = 3 * np.eye(100, dtype=int)
     result["confusion_matrix"][7, [7, 60]] = 0, 3
@@ -304,7 +304,7 @@ def test_many_classes_name_the_worst_confusion():
     assert any("kind 7 → kind 60  100.0 %" in text for text in all_texts(figure))
 
 
-def test_reliability_picture_names_what_it_shows():
+def test_labels_of_the_reliability_plot():
     figure = draw_reliability(make_bins(["densenet", "resnext", "ensemble"]), title="Two")
     assert [axes.get_title() for axes in figure.axes] == [
         f"{name}\nECE 12.34 %" for name in ("densenet", "resnext", "ensemble")
@@ -319,7 +319,7 @@ def test_reliability_picture_names_what_it_shows():
 
 
 @pytest.mark.parametrize("members", [3, 9])
-def test_mistakes_picture_names_what_it_shows(members):
+def test_labels_of_the_mistakes_plot(members):
     result = make_mistakes(members, 10)
     figure = draw_mistakes(**result, classes=CIFAR10, title="Mistakes")
     labels, ensemble = result["labels"], result["ensemble"]
@@ -342,7 +342,7 @@ def test_mistakes_picture_names_what_it_shows(members):
         assert name in texts
 
 
-def test_the_epoch_that_is_kept_is_marked_and_its_results_named(tmp_path):
+def test_the_best_epoch_is_marked_with_its_results(tmp_path):
     history = make_history(5)
     for row, val_accuracy in zip(history, (0.5, 0.7, 0.9, 0.9, 0.8), strict=True):
         row |= {"val_loss": 1.0, "val_accuracy": val_accuracy}
@@ -352,7 +352,7 @@ def test_the_epoch_that_is_kept_is_marked_and_its_results_named(tmp_path):
     assert "epoch 3 is kept" in labels
 
 
-def test_runs_are_drawn_again_from_their_csv(tmp_path):
+def test_the_script_plots_runs_from_their_csv(tmp_path):
     for name, epochs in (("short", 3), ("long", 7)):
         write_csv(make_history(epochs), tmp_path / f"{name}.csv")
     assert run(tmp_path, training, "short.csv").stdout == "short.png\n"

@@ -76,7 +76,7 @@ def test_predictions_are_the_average_in_numpy(folder):
     assert err.splitlines()[-1] == "8 images, 0 skipped"
 
 
-def test_flags_between_the_images_choose_members_average_and_temperature(folder):
+def test_flags_between_the_images_select_members_average_and_temperature(folder):
     flags = ["--average", "logits", "--temperature", "2", "--top", "1"]
     checkpoints = ["--checkpoints", "checkpoints/resnext.pt", "checkpoints/densenet.pt"]
     rows, _ = json_of(folder, "photos/1.png", *flags, "photos/0.png", *checkpoints)
@@ -89,7 +89,7 @@ def test_flags_between_the_images_choose_members_average_and_temperature(folder)
         ]
 
 
-def test_the_networks_see_what_they_would_see_in_training(folder, monkeypatch):
+def test_images_are_decoded_as_in_training(folder, monkeypatch):
     """Rotated by EXIF, with alpha, grey, deep, palette, animated, large, not square."""
     made = folder / "made"
     for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
@@ -143,7 +143,7 @@ def test_broken_images_are_reported_and_skipped_in_batches_of_any_size(folder):
     assert done.stderr.endswith("0 images, 1 skipped\n")
 
 
-def test_what_is_no_image_by_its_name_is_passed_over_in_folders_unless_it_is_named(folder):
+def test_folders_are_filtered_by_extension_and_named_files_are_not(folder):
     photos = folder / "photos"
     (photos / ".hidden").mkdir()
     picture(1).save(photos / ".hidden" / "1.png")
@@ -157,7 +157,7 @@ def test_what_is_no_image_by_its_name_is_passed_over_in_folders_unless_it_is_nam
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes any bytes for a file's name")
-def test_names_that_are_no_text_steer_no_terminal(folder):
+def test_file_names_with_control_characters_are_escaped(folder):
     names = ["two\nlines \x1b[31mred.png", os.fsdecode(b"\xff.png")]
     for number, name in enumerate(names):
         picture(number).save(folder / name)
@@ -180,7 +180,7 @@ def test_verbose_shows_each_members_class(folder):
     assert len(run(folder, "photos/0.png").stdout.splitlines()) == 1
 
 
-def test_json_and_csv_hold_the_same(folder):
+def test_json_and_csv_have_the_same_content(folder):
     (folder / "photos" / "3.png").write_bytes(b"just some text")
     done = run(folder, "photos", "--top", 2, "--json", "out/all.json", "--csv", "out/all.csv")
     assert done.returncode == 1
@@ -197,7 +197,7 @@ def test_json_and_csv_hold_the_same(folder):
     assert printed == (folder / "out" / "all.csv").read_text("utf-8")
 
 
-def test_a_run_that_fails_leaves_the_files_as_they_were(folder):
+def test_a_failed_run_leaves_the_old_files(folder):
     (folder / "out.json").write_text("before")
     changed(folder / "checkpoints" / "resnext.pt", overflow)
     assert "resnext.pt: its predictions are not finite" in refused(folder, "photos", "--json", "out.json")
@@ -205,13 +205,13 @@ def test_a_run_that_fails_leaves_the_files_as_they_were(folder):
     assert not list(folder.glob(".out*"))
 
 
-def test_which_sizes_are_far_from_eight():
+def test_unusual_sizes():
     near = [(8, 8), (32, 32), (64, 32), (4, 4), (16, 8)]
     far = [(33, 33), (3, 3), (17, 8), (8, 17), (4000, 3000)]
     assert [predict.is_unusual(size, 8) for size in near + far] == [False] * 5 + [True] * 5
 
 
-def test_sizes_far_from_training_are_noted(folder):
+def test_unusual_sizes_are_noted(folder):
     for number in range(4):
         picture(number, (50 + number, 40)).save(folder / "photos" / f"large{number}.png")
     assert "note" not in run(folder, "photos").stderr, "these networks may have learned from pictures as large"
@@ -227,7 +227,7 @@ def test_sizes_far_from_training_are_noted(folder):
     assert (done.stdout + done.stderr).count("far from") == 1
 
 
-def test_in_bfloat16_the_probabilities_are_nearly_the_same(folder):
+def test_bfloat16_gives_nearly_the_same_probabilities(folder):
     exact, rounded = (
         [vote["prob"] for row in json_of(folder, "photos", "--precision", precision)[0] for vote in row["top"]]
         for precision in ("float32", "bfloat16")
@@ -252,14 +252,14 @@ def test_in_bfloat16_the_probabilities_are_nearly_the_same(folder):
         (["photos", "--json", "empty"], "empty: the predictions could not be written"),
     ],
 )
-def test_mistakes_are_named(folder, flags, words):
+def test_invalid_arguments_are_errors(folder, flags, words):
     (folder / "empty").mkdir()
     (folder / "empty" / ".hidden.png").write_bytes(b"")
     assert words in refused(folder, *flags)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json", "-"], ["--csv", "-"]])
-def test_when_nobody_reads_on_it_ends_quietly(folder, flags):
+def test_a_closed_stdout_ends_the_script_quietly(folder, flags):
     (folder / "other.json").write_text("before")
     extra = flags or ["--json", "other.json"]
     reading, writing = os.pipe()
@@ -270,6 +270,6 @@ def test_when_nobody_reads_on_it_ends_quietly(folder, flags):
     assert (folder / "other.json").read_text() == "before"
 
 
-def test_checkpoints_may_stand_among_the_images(folder):
+def test_checkpoints_may_be_among_the_images(folder):
     rows, _ = json_of(folder, "photos/0.png", "checkpoints/resnext.pt", "photos/1.png")
     assert [list(row["members"]) for row in rows] == [["resnext"]] * 2

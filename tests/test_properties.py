@@ -105,7 +105,7 @@ def picture(kind: str, mode: str, size: tuple[int, int], seed: int = 0) -> bytes
 
 @tries(60)
 @given(data=st.data())
-def test_made_up_class_folders_give_their_classes_and_counts_or_are_refused(data):
+def test_random_class_folders_are_loaded_or_refused(data):
     classes = data.draw(st.sets(NAMES, min_size=1, max_size=4), label="classes")
     contents = st.sets(NAMES, min_size=data.draw(st.integers(0, 1)), max_size=3)
     found = {split: {name: data.draw(contents) for name in sorted(classes)} for split in ("train", "test")}
@@ -155,7 +155,7 @@ MAGIC = [content[:4] for content in WHOLE_IMAGES] + [b"%!PS-Adobe", b"8BPS", b"i
     st.sampled_from([1, 8, 33]),
 )
 @pytest.mark.filterwarnings("ignore")
-def test_any_bytes_as_an_image_are_decoded_or_refused(content, image_size):
+def test_random_bytes_are_decoded_or_refused(content, image_size):
     with mock.patch("subprocess.Popen", side_effect=AssertionError("a program was started")):
         decoded = decode(content, image_size)
     if isinstance(decoded, UserError):
@@ -204,7 +204,7 @@ def parse(script, argv: list[str]) -> tuple[recipe.Recipe | None, str]:
 @pytest.mark.parametrize(("script", "item"), FLAGS, ids=[f"{s.__name__} {i.name}" for s, i in FLAGS])
 @tries(25)
 @given(value=arguments)
-def test_any_value_of_a_flag_is_taken_or_refused_by_its_name(script, item, value):
+def test_any_value_of_a_flag_is_accepted_or_an_error_that_names_the_flag(script, item, value):
     parsed, message = parse(script, [f"{recipe.flag_name(item.name)}={value}"])
     assert parsed or recipe.flag_name(item.name) in message
 
@@ -215,7 +215,7 @@ def test_any_value_of_a_flag_is_taken_or_refused_by_its_name(script, item, value
         st.sampled_from(recipe.flags(mobilenetv2.RECIPE)).map(lambda item: item.name), arguments, max_size=6
     )
 )
-def test_any_values_of_several_flags_are_taken_or_refused_by_name(values):
+def test_any_values_of_several_flags_are_accepted_or_an_error_that_names_one(values):
     parsed, message = parse(mobilenetv2, [f"{recipe.flag_name(name)}={value}" for name, value in values.items()])
     if not parsed:
         assert any(recipe.flag_name(name) in message for name in values)

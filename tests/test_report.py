@@ -27,7 +27,7 @@ def make_logits(*, views=1, images=400, seed=0):
 
 @pytest.mark.parametrize("how", AVERAGES)
 @pytest.mark.parametrize("views", [1, 2])
-def test_members_ensemble_and_the_ensemble_without_each(how, views):
+def test_probabilities_of_members_ensemble_and_leave_one_out(how, views):
     logits, _ = make_logits(views=views)
     probs = report.ensemble_probs(logits.float(), how, 1.5)
     flat = logits.float().double().reshape(3, views, -1, 5)
@@ -42,7 +42,7 @@ def test_members_ensemble_and_the_ensemble_without_each(how, views):
         torch.testing.assert_close(untempered, logits.softmax(-1).mean((0, 1)))
 
 
-def test_a_single_member_has_nothing_to_leave_out():
+def test_a_single_member_has_no_leave_one_out():
     logits, labels = make_logits()
     probs = report.ensemble_probs(logits[:1], "softmax")
     torch.testing.assert_close(probs.ensemble, probs.members[0])
@@ -52,7 +52,7 @@ def test_a_single_member_has_nothing_to_leave_out():
 
 
 @pytest.mark.parametrize("how", AVERAGES)
-def test_the_fit_is_the_least_loss_of_a_fine_grid(how):
+def test_the_fitted_temperature_is_the_best_of_a_fine_grid(how):
     logits, labels = make_logits()
     averaged = report.average_logits(logits.flatten(0, 1), how)
     grid = np.exp(np.linspace(-3, 3, 3001))
@@ -60,7 +60,7 @@ def test_the_fit_is_the_least_loss_of_a_fine_grid(how):
     assert report.fit_temperature(logits, labels, how) == pytest.approx(best, rel=2e-3)
 
 
-def test_the_fit_stays_in_its_range():
+def test_the_fitted_temperature_stays_in_its_range():
     labels = torch.arange(5).repeat(8)
     right = 1000 * F.one_hot(labels, 5).double()[None, None]
     low, high = report.TEMPERATURES
@@ -68,7 +68,7 @@ def test_the_fit_stays_in_its_range():
     assert report.fit_temperature(-right, labels, "softmax") == pytest.approx(high, rel=1e-6)
 
 
-def test_report_against_numpy():
+def test_the_report_equals_numpy():
     logits, labels = make_logits()
     probs = report.ensemble_probs(logits, "softmax")
     result = report.report(probs, labels, MEMBERS, CLASSES)
@@ -98,7 +98,7 @@ def test_report_against_numpy():
     assert first["images"] == ((labels == true) & (probs.ensemble.argmax(1) == predicted)).sum()
 
 
-def test_the_effect_of_a_temperature():
+def test_the_report_of_a_temperature():
     logits, labels = make_logits()
     plain = report.report(report.ensemble_probs(logits, "softmax"), labels, MEMBERS, CLASSES)
     result = report.report(report.ensemble_probs(logits, "softmax", 1.5), labels, MEMBERS, CLASSES, fitted_on=50)
@@ -117,7 +117,7 @@ def test_the_effect_of_a_temperature():
     assert effect["difference"]["intervals"]["loss"] == pytest.approx(metrics.intervals(means)["loss"])
 
 
-def test_mean_and_standard_deviation_of_the_members_of_one_network():
+def test_mean_and_standard_deviation_by_network():
     members = [
         {"name": str(number), "loss": number / 2, "accuracy": number / 10, "brier": 0.1, "calibration_error": 0.2}
         for number in range(5)
@@ -151,7 +151,7 @@ def test_loss_accuracy_and_brier_score_equal_numpy(logits, labels):
     assert metrics.negative_log_likelihood(tensor, targets) == pytest.approx(loss.mean(), abs=1e-12)
 
 
-def test_a_probability_of_zero_is_a_large_loss_not_an_infinite_one():
+def test_a_probability_of_zero_gives_a_large_finite_loss():
     loss = metrics.negative_log_likelihood(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
     assert 80 < loss < math.inf
 
@@ -165,7 +165,7 @@ def test_both_averages_equal_numpy(logits):
         average_probs(tensor, "median")
 
 
-def test_calibration_equals_a_loop_in_numpy(logits, labels):
+def test_reliability_and_calibration_error_equal_a_loop_in_numpy(logits, labels):
     probs = softmax(logits[0])
     confidence, hits = probs.max(1), probs.argmax(1) == labels
     tensor, targets = torch.from_numpy(probs), torch.from_numpy(labels)
@@ -193,7 +193,7 @@ def test_calibration_error_equals_torchmetrics(logits, labels):
         assert metrics.calibration_error(probs, targets) == pytest.approx(reference(probs, targets).item(), abs=1e-6)
 
 
-def test_a_bin_holds_its_upper_edge(monkeypatch):
+def test_a_bin_includes_its_upper_edge(monkeypatch):
     monkeypatch.setattr(metrics, "BINS", 4)
     probs = torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]])
     counts, _, _ = metrics.reliability(probs, torch.zeros(3, dtype=torch.long))
@@ -227,7 +227,7 @@ def test_bootstrap_equals_a_loop(monkeypatch, at_once):
     np.testing.assert_allclose(metrics.bootstrap(values), expected, atol=1e-12)
 
 
-def test_an_interval_is_as_wide_as_the_normal_distribution_has_it():
+def test_an_interval_has_the_width_of_the_normal_approximation():
     values = np.random.default_rng(5).random((400, 1)) < 0.9
     low, high = metrics.intervals(metrics.bootstrap(values.repeat(3, axis=1)))["accuracy"]
     share = values.mean()

@@ -77,21 +77,21 @@ def step(trainer, images=None):
     trainer.step(images, torch.tensor([0, 1, 2, 0]), trainer.model)
 
 
-def test_a_step_writes_nothing_that_its_state_does_not_name(trainer):
+def test_a_step_writes_only_tensors_of_its_state(trainer):
     with Watch() as watch:
         step(trainer)
     known, parameters = storages(trainer.state()), storages(list(trainer.model.parameters()))
     assert parameters <= watch.written <= known  # batch norm writes its statistics without saying so
 
 
-def test_a_step_makes_the_host_wait_for_nothing_and_copies_no_activation(trainer):
+def test_a_step_neither_synchronizes_nor_copies_activations(trainer):
     with Watch() as watch:
         step(trainer)
     assert not SYNCHRONIZING & watch.operators.keys()
     assert watch.operators["clone"] == 0
 
 
-def test_addresses_stay_the_same(trainer):
+def test_tensors_keep_their_addresses(trainer):
     before = [tensor.data_ptr() for tensor in (*trainer.state(), trainer.lr_tensor, trainer.ema.update_rate)]
     for number in range(3):
         trainer.train_step(0, number, torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
@@ -101,7 +101,7 @@ def test_addresses_stay_the_same(trainer):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_step_reads_and_writes_no_more_than_it_did(name):
+def test_the_memory_traffic_of_a_step_equals_the_stored_one(name):
     """After a change that is meant to, run benchmarks/roofline.py again."""
     stored = json.loads((Path(__file__).parents[1] / "benchmarks/results/roofline.json").read_text())["networks"][name]
     counted = roofline.count(name)
@@ -155,7 +155,7 @@ class Streams(TorchDispatchMode):
         return result
 
 
-def test_the_loader_augments_on_a_second_stream_without_a_race(monkeypatch):
+def test_the_loader_has_no_race_between_its_two_streams(monkeypatch):
     def copied(plan, _):
         params = {field.name: getattr(plan.params, field.name).clone() for field in fields(plan.params)}
         tensors = {name: getattr(plan, name).clone() for name in ("index", "sort_order", "inverse_order")}

@@ -16,14 +16,14 @@ from training import checkpoint, loop, messages
 from training.recipe import parse_flags
 
 
-def test_flags_say_what_was_given():
+def test_given_has_the_fields_that_flags_set():
     recipe = parse_flags(mobilenetv2.RECIPE, "", ["--epochs", "3", "--no-nesterov"])
     assert recipe.given == {"epochs", "nesterov"}
     baseline = parse_flags(mobilenetv2.RECIPE, "", ["--recipe", "baseline"])
     assert {"recipe", "weight_decay", "randaugment_ops"} <= baseline.given
 
 
-def test_a_run_resumed_without_its_flags_is_the_run_itself(train, tmp_path):
+def test_resume_takes_the_recipe_from_the_checkpoint(train, tmp_path):
     unusual = {"base_lr": 0.3, "weight_decay": 1e-3, "seed": 4, "label_smoothing": 0.1, "ema_horizon": 0.2}
     places = {"checkpoint_dir": str(tmp_path / "whole"), "plot_dir": str(tmp_path / "whole")}
     whole = train(epochs=3, **unusual, **places)
@@ -40,7 +40,7 @@ def test_a_run_resumed_without_its_flags_is_the_run_itself(train, tmp_path):
     assert "given" not in stored
 
 
-def test_resume_says_that_a_run_is_new_or_longer_and_refuses_a_shorter_one(train, capsys):
+def test_resume_reports_a_new_or_longer_run_and_refuses_a_shorter_one(train, capsys):
     train(resume=True, epochs=2)
     assert "tiny.pt: there is no checkpoint to resume from; starting a new run" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--epochs 1: .* is already in epoch 2"):
@@ -78,7 +78,7 @@ def test_init_starts_from_the_weights_of_a_checkpoint(train, tmp_path, tiny_data
         train(init=str(tmp_path / "nowhere.pt"), name="none")
 
 
-def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(train, tmp_path, capsys):
+def test_a_dry_run_prints_the_cost_of_a_run_and_saves_nothing(train, tmp_path, capsys):
     run = train(dry_run=True, tensorboard=True)
     said = capsys.readouterr().out
     multiply_adds = 64 * (3 * 4 * 9) + 4 * 3  # the convolution on 8×8 pixels, and the classifier
@@ -90,7 +90,7 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(train, tmp_path, cap
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(4, 6), (7, 3), (21, 1), (500, 1)])
-def test_no_batch_is_too_small_or_larger_than_the_images(train, batch_size, steps, capsys):
+def test_batches_are_neither_too_small_nor_larger_than_the_data_set(train, batch_size, steps, capsys):
     run = train(batch_size=batch_size, epochs=2)  # 22 images: of batches of 7 and 21, one would be left
     assert run.optimizer.state[next(run.model.parameters())]["momentum_buffer"].isfinite().all()
     said, real_size = capsys.readouterr().out, min(batch_size, 22)
@@ -102,7 +102,7 @@ def test_no_batch_is_too_small_or_larger_than_the_images(train, batch_size, step
     assert 0 < run.history[-1]["train_accuracy"] <= 1
 
 
-def test_another_image_is_left_out_in_every_epoch(tiny_recipe, tiny_data):
+def test_each_epoch_drops_a_different_image(tiny_recipe, tiny_data):
     loader = loop.train_loader(tiny_recipe(batch_size=7), tiny_data().train)
     seen = [len(torch.cat([labels for _, labels in loader.epoch(epoch)])) for epoch in range(3)]
     assert seen == [21, 21, 21]
@@ -110,7 +110,7 @@ def test_another_image_is_left_out_in_every_epoch(tiny_recipe, tiny_data):
     assert len({tuple(order) for order in orders}) > 1
 
 
-def test_a_growing_loss_is_warned_of_once(tiny_recipe, capsys):
+def test_a_growing_loss_gives_one_warning(tiny_recipe, capsys):
     def warnings(*losses, num_classes=10):
         report = messages.EpochReport(tiny_recipe(), num_classes, lambda row: None, lambda *_: None)
         for number in range(len(losses)):
@@ -127,7 +127,7 @@ def test_a_growing_loss_is_warned_of_once(tiny_recipe, capsys):
     assert warnings(*[limit - 0.01] * 3, num_classes=3) == ""
 
 
-def test_pictures_are_drawn_at_the_end_and_in_between_as_far_as_they_cost_little(tiny_recipe, monkeypatch):
+def test_plots_between_epochs_take_at_most_5_percent_of_the_time(tiny_recipe, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
     drawn = []
@@ -145,7 +145,7 @@ def test_pictures_are_drawn_at_the_end_and_in_between_as_far_as_they_cost_little
     assert drawn == [2, 5, 8]  # the first is taken to cost a second, the others cost 2 of every 40 seconds
 
 
-def test_the_time_to_go_is_said_after_a_minute(monkeypatch, capsys):
+def test_the_remaining_time_is_printed_after_a_minute(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
     remaining_time = messages.RemainingTime(10, 1000)  # resumed at step 10
@@ -176,7 +176,7 @@ def test_a_dry_run_resumes_with_the_checkpoints_recipe(train, tmp_path, capsys):
         train(dry_run=True, reference="nowhere.csv", name="other")
 
 
-def test_fit_replaces_no_checkpoint_unasked(train, tiny, tiny_data, tiny_recipe):
+def test_fit_does_not_replace_a_checkpoint_without_overwrite(train, tiny, tiny_data, tiny_recipe):
     train(epochs=1)
     with pytest.raises(UserError, match=r"tiny\.pt already exists; --resume continues"):
         loop.fit(tiny(), tiny_data(), tiny_recipe(epochs=1))

@@ -133,7 +133,7 @@ def test_randaugment_colours_equal_torchvision(name, size):
 
 @pytest.mark.parametrize("size", [16, 32, 33])
 @pytest.mark.parametrize("name", GEOMETRIC_OPS)
-def test_moved_pixels_equal_torchvision(name, size):
+def test_geometric_operators_equal_torchvision(name, size):
     images = torch.cat((photos(2, size), odd_images(size)[:2]))
     row = 2 * GEOMETRIC_OPS.index(name)
     for magnitude in range(MAGNITUDE_BINS):
@@ -146,7 +146,7 @@ def test_moved_pixels_equal_torchvision(name, size):
 
 @pytest.mark.parametrize("size", [16, 32, 48])
 @pytest.mark.parametrize("name", SPACE)
-def test_magnitudes_are_torchvisions(name, size):
+def test_magnitudes_equal_torchvision(name, size):
     found = torch.stack([operators.op_magnitude(name, magnitude, size).float() for magnitude in range(MAGNITUDE_BINS)])
     assert torch.equal(found, magnitudes_of(name, size))
 
@@ -219,7 +219,7 @@ def assert_share(hits, probability):
 
 
 @pytest.mark.parametrize("reach", [(0.2, 0.2, 0.2, 0.2), (0.5, 1.0, 1.7, 0.5), (0.9, 0.1, 0.4, 0.05)])
-def test_jitter_is_uniform_over_torchvisions_range(reach):
+def test_jitter_is_uniform_in_torchvisions_range(reach):
     settings = Augmentation(**dict(zip(transforms.JITTER, reach, strict=True)))
     changes = transforms.sample_params(NUM_DRAWS, 32, settings, torch.Generator().manual_seed(7)).jitter_change
     expected = v2.ColorJitter(*reach)
@@ -240,7 +240,7 @@ def test_flip_has_its_probability(probability):
     assert_share(flip, probability)
 
 
-def test_strengths_are_torchvisions_with_even_signs():
+def test_strengths_equal_torchvision_and_signs_are_even():
     settings = Augmentation(randaugment_magnitude=14)
     params = transforms.sample_params(NUM_DRAWS, 20, settings, torch.Generator().manual_seed(10))
     for ops, magnitudes in zip(params.randaugment_op.T, params.randaugment_magnitude.T, strict=True):
@@ -253,7 +253,7 @@ def test_strengths_are_torchvisions_with_even_signs():
                 assert not of_op.signbit().any(), name
 
 
-def test_all_draws_are_uniform_and_independent():
+def test_all_random_parameters_are_uniform_and_independent():
     params = transforms.sample_params(NUM_DRAWS, 32, Augmentation(cutout=9), torch.Generator().manual_seed(6))
     assert_uniform(params.cutout, 32 * 32)
     assert torch.equal(params.jitter_op.sort(1).values, torch.arange(4, dtype=torch.int32).expand(NUM_DRAWS, 4))
@@ -301,7 +301,7 @@ def usual(split):
     ("batch_size", "chunk_size", "start"),
     [(64, 128, 0), (64, 1, 0), (50, None, 0), (7, 30, 0), (1000, 10, 0), (64, 64, 2), (10, 30, 4), (1, 1, 149)],
 )
-def test_neither_batch_nor_chunk_nor_start_changes_an_image(split, usual, batch_size, chunk_size, start):
+def test_batch_size_chunk_size_and_start_do_not_change_the_images(split, usual, batch_size, chunk_size, start):
     loader = TrainLoader(split, batch_size, Augmentation(), seed=3, chunk_size=chunk_size)
     images, labels = epoch_of(loader, epoch=2, start=start)
     assert torch.equal(labels, usual[1][start * batch_size :])
@@ -309,7 +309,7 @@ def test_neither_batch_nor_chunk_nor_start_changes_an_image(split, usual, batch_
     assert list(loader.epoch(2, len(loader))) == []
 
 
-def test_every_image_comes_once_an_epoch_with_its_label(split):
+def test_every_image_occurs_once_per_epoch_with_its_label(split):
     loader = TrainLoader(split, 64, NOTHING, chunk_size=64)
     for epoch in range(3):
         batches = list(loader.epoch(epoch))
@@ -331,13 +331,13 @@ def test_every_image_comes_once_an_epoch_with_its_label(split):
         (3, 100, 1, 1, 1),
     ],
 )
-def test_a_last_batch_is_dropped_that_is_too_small(monkeypatch, num_images, batch_size, processes, on_cpu, on_cuda):
+def test_a_last_batch_that_is_too_small_is_dropped(monkeypatch, num_images, batch_size, processes, on_cpu, on_cuda):
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
     found = [steps_per_epoch(num_images, batch_size, torch.device(device)) for device in ("cpu", "cuda")]
     assert found == [on_cpu, on_cuda]
 
 
-def test_at_the_end_only_crop_and_flip_remain(split):
+def test_in_the_last_epochs_there_is_only_crop_and_flip(split):
     settings = Augmentation(cutout=4)
     loader = TrainLoader(split, 64, settings, seed=3, crop_and_flip_from=2)
     whole = TrainLoader(split, 64, settings, seed=3)
@@ -348,14 +348,14 @@ def test_at_the_end_only_crop_and_flip_remain(split):
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(3, 3), (4, 2), (2, 3), (0, 2), (3, 0)])
-def test_another_epoch_or_seed_is_another_draw(split, usual, seed, epoch):
+def test_another_epoch_or_seed_gives_other_random_parameters(split, usual, seed, epoch):
     images, labels = epoch_of(TrainLoader(split, 64, Augmentation(), seed=seed), epoch=epoch)
     assert (labels == usual[1]).sum() < 10
     same = (images[labels.argsort()] == usual[0][usual[1].argsort()]).flatten(1).all(1)
     assert same.sum() < 10
 
 
-def test_epochs_repeat_whatever_else_uses_random_numbers(split, usual):
+def test_epochs_do_not_depend_on_the_global_random_state(split, usual):
     loader = TrainLoader(split, 64, Augmentation(), seed=3)
     torch.manual_seed(99)
     before = torch.get_rng_state()
@@ -365,7 +365,7 @@ def test_epochs_repeat_whatever_else_uses_random_numbers(split, usual):
     assert torch.equal(loader.images, torch.from_numpy(split.images))
 
 
-def test_batches_are_the_chain_normalised(split, usual):
+def test_batches_are_augmented_and_normalised(split, usual):
     settings, images = Augmentation(), torch.from_numpy(split.images)
     params = transforms.sample_params(COUNT, 16, settings, epoch_generator(3, 2))
     expected = torch.stack([chain_of_torchvision(images[row], params[row], settings) for row in usual[1]])
@@ -375,7 +375,7 @@ def test_batches_are_the_chain_normalised(split, usual):
     assert_same(found.round().to(torch.uint8), expected, chain=True)
 
 
-def test_a_loader_that_works_ahead_gives_the_same_batches(split):
+def test_prefetching_gives_the_same_batches(split):
     plain, prefetch = (
         TrainLoader(split, 30, Augmentation(), seed=3, chunk_size=60, prefetch=prefetch) for prefetch in (False, True)
     )
