@@ -1,4 +1,4 @@
-"""The measuring scripts run, at a size that measures nothing, and write what they promise."""
+"""The benchmarks run, too small to measure anything, and write their results."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def run(folder, script, *flags):
 
 
 def measured_by(folder, script, *flags):
-    """What a script writes, with where and how it was measured, and what it prints."""
+    """The JSON file and the output of a benchmark."""
     done = run(folder, script, "--output", "out.json", *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "out.json").read_text())
@@ -80,7 +80,7 @@ def test_train(tmp_path):
     assert network["ours"]["num_images"] == network["ours"]["batch_size"] == 24
     assert network["ours_graph"]["compile"] == "none", "on the CPU there are no graphs"
     assert "ratio" not in network["ours"]
-    # The baseline's batches of 64 are of 32, which is all there is.
+    # The baseline's batches of 64 are batches of 32, since there are only 32 images.
     for kind, batch_size in (("ours_float32", 24), ("ours_graph", 24), ("baseline", 32), ("tuned_bfloat16", 16)):
         figures = network[kind]
         assert figures["batch_size"] == batch_size
@@ -147,7 +147,7 @@ def test_race(tmp_path):
         assert f"{100 * last['test_accuracy']:.2f} % after" in printed
         assert [point["seconds"] for point in result[name]] == sorted(point["seconds"] for point in result[name])
     assert result["ours"][-1]["epochs"] == 1
-    # The baseline stops with the first step behind the other's time; the test of its network comes on top.
+    # The baseline stops at the first step after the time of ours, and then tests its network.
     assert result["baseline"][-1]["seconds"] > result["ours"][-1]["seconds"]
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
@@ -169,7 +169,7 @@ def test_a_training_step_has_about_three_times_the_operations_of_a_forward_pass(
         with FlopCounterMode(display=False) as counter:
             model(images)
         operations = roofline.count(name)["flops"]
-        # Less the gradient of the images, which nobody asks for.
+        # Slightly less than 3, since the gradient of the images is not computed.
         assert 2.9 < operations / counter.get_total_flops() <= 3
         assert operations == stored[name]["flops"]
 
@@ -239,7 +239,7 @@ def test_plain_loops_use_libgomps_default_spin_count(monkeypatch):
 
 
 def test_libgomps_default_spin_count_is_measured(monkeypatch):
-    """Without the variable common/__init__.py would set its own."""
+    """The variable must be set explicitly, or common/__init__.py would set its own value."""
     monkeypatch.setattr(harness, "in_subprocess", lambda *_, environment: environment)
     assert busy.measure("default", "nothing", 1.0) == {"GOMP_SPINCOUNT": "300000"}
     assert busy.measure("16000", "nothing", 1.0) == {"GOMP_SPINCOUNT": "16000"}
@@ -266,7 +266,7 @@ SHORT += ["--base-lr", 0.1, "--device", "cpu"]
 
 
 def send_sigterm_once(sleep):
-    """`sleep`, which sends this process SIGTERM the first time, twice as timeout and make do."""
+    """Wrap `sleep`: its first call also sends SIGTERM to this process twice, as timeout and make do."""
     sent = []
 
     def sleep_and_send(seconds):
@@ -284,7 +284,7 @@ def files_in(folder):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A folder with a run's output in `out`, after attempts that a time limit and a signal ended at once."""
+    """A folder with the output of a run in `out`. The run was first stopped by a time limit, then by a signal."""
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -340,7 +340,7 @@ def test_the_stored_logits_have_the_scores_of_the_ensemble(measured):
         probs = np.mean([softmax(arrays[name].astype(float)) for name in MEMBERS], axis=0)
     assert labels.dtype == np.int16
     assert len(labels) == result["num_images"]["test"] == 100
-    # Half precision can turn a tie.
+    # Half precision can change the prediction of a near tie.
     assert np.mean(probs.argmax(1) == labels) == pytest.approx(result["ensemble"]["accuracy"], abs=0.011)
     loss = -np.log(probs[np.arange(100), labels]).mean()
     assert loss == pytest.approx(result["ensemble"]["loss"], abs=0.002)

@@ -1,4 +1,4 @@
-"""checkpoint.py: a file is written whole or not at all, and nothing but what was written is read back."""
+"""checkpoint.py: files are written atomically, and only undamaged checkpoints are read."""
 
 import copy
 import hashlib
@@ -30,7 +30,7 @@ CONTENT = {
 
 
 class RunsCode:
-    """Unpickled, it would make a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -55,7 +55,7 @@ def refusal(path) -> str:
 
 
 def with_digest(archive: bytes) -> bytes:
-    """An archive of whatever content with the comment that belongs to it."""
+    """Any archive, with its SHA-256 as comment."""
     body = archive[:-2] + checkpoint.COMMENT_LENGTH.to_bytes(2, "little")
     return body + checkpoint.DIGEST_PREFIX + hashlib.sha256(body).hexdigest().encode()
 
@@ -86,7 +86,7 @@ def test_a_file_truncated_anywhere_is_detected(path):
     for length in range(4, len(raw)):
         path.write_bytes(raw[:length])
         assert "truncated" in refusal(path), f"{length} bytes of {len(raw)}"
-    for length in range(4):  # too few bytes to tell what it was
+    for length in range(4):  # too short to recognize a zip archive
         path.write_bytes(raw[:length])
         assert ("empty" if length == 0 else "not a checkpoint") in refusal(path)
 
@@ -98,7 +98,7 @@ def test_added_bytes_are_detected(path, more):
 
 
 def foreign_files(folder, content):
-    """Files of others, by name."""
+    """Files that are no checkpoints of this project; their names say what they are."""
     torch.save(content, folder / "torch.save")
     torch.save(content, folder / "legacy torch.save", _use_new_zipfile_serialization=False)
     (folder / "pickle").write_bytes(pickle.dumps(content))
@@ -120,7 +120,7 @@ def test_other_files_are_refused_and_code_in_them_does_not_run(tmp_path):
     folder.mkdir()
     content = {**CONTENT, "network": RunsCode(made)}
     pickle.loads(pickle.dumps(content))["network"].close()
-    assert made.exists(), "unpickling it ought to run its code"
+    assert made.exists(), "unpickling it should run its code"
     made.unlink()
     for path in foreign_files(folder, content):
         assert "not a checkpoint" in refusal(path), path.name
@@ -160,7 +160,7 @@ def test_an_error_while_writing_leaves_the_old_file(path, monkeypatch, call, err
 
 
 def test_a_full_disk_leaves_the_old_file(path):
-    """The system itself refuses, in mid-file."""
+    """The operating system raises the error, in the middle of the file."""
     before = path.read_bytes()
     resource = pytest.importorskip("resource", reason="Windows has no limits on files")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

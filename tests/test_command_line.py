@@ -1,4 +1,4 @@
-"""All scripts: imports, a misspelt flag, a signal, and a broken pipe or full disk on standard output."""
+"""All scripts: imports, misspelt flags, signals, and a closed or full standard output."""
 
 import os
 import signal
@@ -98,7 +98,7 @@ def test_a_closed_stdout_does_not_stop_a_run(monkeypatch):
 
 
 SCRIPTS = ("dense", "mobilenetv2", "resnext", "main_ens", "predict", "export")
-# The search for torch ends the process, which prints the environment at that moment.
+# The import of torch ends the process, which prints the variable at that moment.
 UNTIL_TORCH = """
 import os, sys
 class Finder:
@@ -128,7 +128,7 @@ def test_the_spin_count_is_set_before_torch_is_loaded(script, settings, expected
         ("utils", ("training", "evaluation", "plotting")),
         ("training.loop", ("evaluation", "plotting", "matplotlib")),
         ("predict", ("plotting", "matplotlib")),
-        ("dense", ("evaluation", "plotting", "matplotlib")),  # only the main process draws, and imports it then
+        ("dense", ("evaluation", "plotting", "matplotlib")),  # matplotlib is imported when the main process plots
     ],
 )
 def test_a_package_does_not_import_what_is_above_it(module, absent):

@@ -1,4 +1,4 @@
-"""dataset/: every source gives its images and labels, errors name what is wrong, and no file is trusted."""
+"""dataset/: every source returns the right images and labels, errors say what is wrong, unknown files do no harm."""
 
 import errno
 import hashlib
@@ -51,7 +51,7 @@ def random_png(seed: int, size: int = 8) -> bytes:
 
 
 def write_folder(folder, files: dict[str, bytes]):
-    """Files by path."""
+    """Write `files` (content by path) into `folder`; return it."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -59,7 +59,7 @@ def write_folder(folder, files: dict[str, bytes]):
 
 
 def pictures(per_class: int = 3, splits: tuple[str, ...] = ("train", "test")) -> dict[str, bytes]:
-    """A small data set of cats and dogs; all images differ."""
+    """A small data set of cats and dogs; all images are different."""
     names = [f"{split}/{c}/{i}.png" for split in splits for c in ("cat", "dog") for i in range(per_class)]
     return {name.removeprefix("/"): random_png(seed) for seed, name in enumerate(names)}
 
@@ -89,7 +89,7 @@ def names_in(folder) -> list[str]:
 
 @pytest.fixture
 def files(monkeypatch):
-    """Files like the official ones, with fewer images, whose md5 torchvision accepts as official."""
+    """Files like the official ones, but with fewer images. torchvision is patched to accept their md5."""
     rng, kind = np.random.default_rng(0), torchvision.datasets.CIFAR10
     files = {"batches.meta": pickle.dumps({"label_names": CLASSES}, 2)}
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
@@ -104,7 +104,7 @@ def files(monkeypatch):
 
 @pytest.fixture
 def archive(files, tmp_path, monkeypatch):
-    """The archive of these files."""
+    """The content of an archive of these files; torchvision is patched to accept its md5."""
     path = tmp_path / "official.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         tar.add(write_folder(tmp_path / "official", files), FOLDER)
@@ -145,7 +145,7 @@ def test_cifar100_is_another_archive_and_class(load, tmp_path):
     assert cifar10.class_of("cifar100") is torchvision.datasets.CIFAR100
 
 
-# Failures of a host, and words of the error.
+# Failures of a host, and a part of each error message.
 BAD_HOSTS = {
     "missing": "404", "broken": "500", "loop": "infinite loop", "wrong": "corrupted", "short": "",
     "silent": "timed out", "stalls": "timed out", "hangs-up": "closed connection", "no-http": "220 smtp",
@@ -154,7 +154,7 @@ BAD_HOSTS = {
 
 @pytest.fixture
 def host(archive, monkeypatch):
-    """A web server on this machine: one page gives the archive, each other one fails in another way."""
+    """A local web server: the page "right" serves the archive, every other page fails in another way."""
     monkeypatch.setattr(cifar10, "READ_TIMEOUT", 0.3)
     monkeypatch.setenv("no_proxy", "*")
     requests, released = [], threading.Event()
@@ -180,7 +180,7 @@ def host(archive, monkeypatch):
                     released.wait(10)
 
         def handle(self):
-            with suppress(ConnectionError):  # the client has gone
+            with suppress(ConnectionError):  # the client has closed the connection
                 super().handle()
 
         def log_message(self, *_):
@@ -368,7 +368,7 @@ def test_an_unreadable_folder_is_an_error(load, tmp_path, monkeypatch):
 
 
 def decode(tmp_path, content: bytes, image_size: int, name: str = "x.png"):
-    """The pixels of a file, or the error."""
+    """Decode a file with this content; return its pixels or the error."""
     (tmp_path / name).write_bytes(content)
     found = image_folder.decode(tmp_path / name, image_size)
     return found if isinstance(found, UserError) else found[0]
@@ -380,7 +380,7 @@ def test_other_sizes_are_cropped_and_resized_and_the_right_size_is_unchanged(tmp
     for turned in (pixels, pixels.transpose(1, 0, 2)):
         decoded = decode(tmp_path, encode(turned), 10)
         assert decoded.shape == (3, 10, 10)
-        assert (decoded[:, 1:-1, 1:-1] == [[[0]], [[255]], [[0]]]).all()  # the neighbours blend in at its edge
+        assert (decoded[:, 1:-1, 1:-1] == [[[0]], [[255]], [[0]]]).all()  # at the border, the other squares blend in
     noise = np.random.default_rng(0).integers(0, 256, (30, 23, 3), np.uint8)
     wanted = ImageOps.fit(Image.fromarray(noise), (8, 8), Image.Resampling.BILINEAR)
     assert np.array_equal(decode(tmp_path, encode(noise), 8), np.asarray(wanted).transpose(2, 0, 1))
@@ -404,7 +404,7 @@ def test_grey_alpha_palette_and_16_bit_images_become_rgb(tmp_path):
 
 @pytest.mark.parametrize("side", [20_000, 1 << 31 - 1])
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, side):
-    content = bytearray(random_png(0))  # of 64 pixels; its header says otherwise
+    content = bytearray(random_png(0))  # it has 64 pixels, but its header claims many more
     content[16:24] = struct.pack(">II", side, side)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     tracemalloc.start()
@@ -429,7 +429,7 @@ def test_images_that_do_not_fit_in_memory_are_refused(load, tmp_path, files):
 def test_exif_orientation_is_applied(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: turn by 90° clockwise to see it right
+    exif[0x0112] = 6  # to be rotated by 90° clockwise
     wanted = np.rot90(pixels, -1).transpose(2, 0, 1)
     assert np.array_equal(decode(tmp_path, encode(pixels, exif=exif), 8), wanted)
     (tmp_path / "turned.png").write_bytes(encode(np.zeros((20, 30, 3), np.uint8), exif=exif))
@@ -529,7 +529,7 @@ def test_digits_without_scikit_learn_are_an_error(load, monkeypatch):
 
 @pytest.fixture
 def numbered(load, tmp_path):
-    """A source of different images, with 12, 9 and 7 of the three classes; in test, 5 of each."""
+    """A folder of different images: 12, 9 and 7 training images of three classes, and 5 test images of each."""
     sizes = {"train": (12, 9, 7), "test": (5, 5, 5)}
     names = [
         f"{s}/{'abc'[c]}/{i:02}.png" for s, counts in sizes.items() for c, n in enumerate(counts) for i in range(n)
@@ -561,7 +561,7 @@ def test_random_choices_depend_on_split_seed(numbered):
         assert numbers(getattr(one, split)) == numbers(getattr(again, split))
         assert numbers(getattr(one, split)) != numbers(getattr(other, split))
     assert numbers(numbered(test_size=6).test) == numbers(one.test)
-    # each choice has its own stream: the same size from the same images gives another set
+    # Each choice has its own random stream: the same size gives different images.
     assert numbers(numbered(val_size=9).val) != numbers(numbered(train_size=9).train)
 
 
@@ -571,7 +571,7 @@ def test_the_digest_depends_on_the_whole_source(load, tmp_path, numbered):
     files = pictures()
     renamed = {name.replace("cat", "cow"): content for name, content in files.items()}
     relabelled = {name.replace("cat", "x").replace("dog", "cat").replace("x", "dog"): c for name, c in files.items()}
-    # the last cat becomes the first dog, so the images keep their order
+    # The last cat becomes the first dog, so the order of the images is the same.
     moved = {name.replace("train/cat/2", "train/dog/+2"): content for name, content in files.items()}
     repainted = files | {"train/cat/0.png": random_png(99)}
     for number, other in enumerate((files, renamed, relabelled, moved, repainted)):
@@ -582,11 +582,11 @@ def test_the_digest_depends_on_the_whole_source(load, tmp_path, numbered):
 @pytest.mark.parametrize(
     ("sizes", "flag", "least", "largest"),
     [
-        ({"train_size": 24}, "--train-size 24", 3, 23),  # seven each and one more of the two larger classes
+        ({"train_size": 24}, "--train-size 24", 3, 23),  # 7 images of each class, and 8 of the two larger ones
         ({"train_size": 2}, "--train-size 2", 3, 23),  # a class would have none
         ({"train_size": 21, "val_size": 3}, "--train-size 21", 3, 20),
         ({"test_size": 16}, "--test-size 16", 1, 15),
-        ({"val_size": 21}, "--val-size 21", 1, 20),  # one image of the smallest class is left to train on
+        ({"val_size": 21}, "--val-size 21", 1, 20),  # one image of each class must remain for training
     ],
 )
 def test_an_impossible_size_is_an_error_with_the_possible_range(numbered, sizes, flag, least, largest):

@@ -1,4 +1,4 @@
-"""Several processes: N of them train as one does that takes their shares in turn."""
+"""Several processes: the same training as in one process, errors, signals and restarts."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def free_port():
 
 
 def environment(rank, world_size, port):
-    """What torchrun tells a process."""
+    """The environment variables that torchrun sets for a process."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUTF8": "1",
@@ -47,7 +47,7 @@ def forks():
 
 @pytest.fixture
 def run(forks, tmp_path):
-    """Train in so many processes: their exit statuses, and what each printed. tests/tiny_run.py explains the rest."""
+    """Run tests/tiny_run.py in `world_size` processes; return their exit statuses and what each printed."""
 
     def run_processes(world_size, changes=None, *fault):
         argv = [str(tmp_path), json.dumps(changes or {}), *fault]
@@ -128,8 +128,8 @@ def test_several_processes_equal_a_plain_loop_over_their_parts_of_a_batch(
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world_size)]
     for one in found:
         assert without_times(one["history"]) == without_times(found[0]["history"])
-        for name, value in tested.items():  # the norms' statistics are the first process's, in all of them
-            if "num_batches" in name:  # which a moving average does not have
+        for name, value in tested.items():  # with the batch-norm statistics of the first process
+            if "num_batches" in name:  # not averaged by the EMA
                 continue
             torch.testing.assert_close(one["model"][name], value, rtol=1e-9, atol=1e-9)
     for row, expected in zip(found[0]["history"], history, strict=True):
@@ -141,7 +141,7 @@ def test_several_processes_equal_a_plain_loop_over_their_parts_of_a_batch(
     assert len(read_csv(tmp_path / "plots" / "tiny.csv")) == 3
     assert f"in {world_size} processes" in logs[0]
     assert f"batches of {batch_size} images over all processes" in logs[0]
-    assert logs[1:] == (world_size - 1) * [""], "one process alone prints"
+    assert logs[1:] == (world_size - 1) * [""], "only rank 0 prints"
 
 
 @pytest.mark.slow
@@ -210,7 +210,7 @@ def test_torchrun_names_a_dead_process_and_restarts_from_the_checkpoint(run, tmp
 
 @pytest.mark.parametrize(("world_size", "said"), [("2", "done\n"), ("1", "done\ntaken down\n")])
 def test_one_of_several_processes_exits_without_pythons_shutdown(world_size, said):
-    """Or else a thread of Gloo's, late with the last exchange, aborts about every fourth that ends right behind it."""
+    """With Python's shutdown, a Gloo thread aborted about one in four processes that exited after a collective."""
     code = "import atexit; atexit.register(print, 'taken down')"
     code += "; from common import errors; errors.run(lambda: print('done') or 3)"
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "WORLD_SIZE": world_size}
@@ -244,7 +244,7 @@ def test_a_signal_to_torchrun_saves_the_step(tmp_path, number):
     process = torchrun(2, tmp_path, [str(tmp_path), json.dumps({"batch_size": 6, "epochs": 30_000})])
     while "epoch     2/" not in (line := process.stdout.readline()):
         assert line, process.communicate()
-    os.killpg(process.pid, number)  # as a terminal does; torchrun then sends its own
+    os.killpg(process.pid, number)  # as a terminal does; torchrun then sends the signal again
     out, err, status = finish(process)
     assert status != 0
     assert "saved to" in out, err
@@ -253,7 +253,7 @@ def test_a_signal_to_torchrun_saves_the_step(tmp_path, number):
 
 
 def test_missing_data_ends_two_processes_without_a_traceback(tmp_path):
-    """Without torchrun, which might end the second before it can say anything."""
+    """Without torchrun, which might kill the second process before it prints anything."""
     port = free_port()
     processes = [
         subprocess.Popen(

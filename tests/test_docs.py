@@ -1,4 +1,4 @@
-"""What README.md and docs/python.md say, done: the code runs, and photos become a tested, exported ensemble."""
+"""README.md and docs/python.md: their code runs, and their commands train, test and export an ensemble."""
 
 import json
 import re
@@ -37,7 +37,7 @@ raise SystemExit(0)
 
 
 def blocks():
-    """The code blocks, each with the file that it is for, or ""."""
+    """The code blocks, each with the file to which it belongs, or ""."""
     return [(title, textwrap.dedent(code)) for _, title, code in BLOCK.findall(TEXT)]
 
 
@@ -49,7 +49,7 @@ def python(folder, *arguments):
 
 @pytest.fixture
 def copied(tmp_path):
-    """A copy of the project, without what is not its own."""
+    """A copy of the project's Python files."""
     names = ["models", "common", "dataset", "training", "evaluation", "plotting", *(p.name for p in ROOT.glob("*.py"))]
     for name in names:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -62,7 +62,7 @@ def test_the_code_runs(copied):
     printed = python(copied, "-c", code).splitlines()
     accuracy = next(line for line in printed if re.fullmatch(r"[01]\.\d+", line))
     assert float(accuracy) == checkpoint.read(copied / "checkpoints" / "mobilenetv2.pt")["history"][3]["test_accuracy"]
-    assert float(accuracy) > 0.5, "the example ought to learn"
+    assert float(accuracy) > 0.5, "the example should learn"
     assert printed[-1].startswith("['")
     assert checkpoint.read(copied / "checkpoints" / "mobilenetv2.pt")["finished"]
     assert (copied / "plots" / "mobilenetv2.png").read_bytes().startswith(b"\x89PNG")
@@ -97,13 +97,13 @@ def test_another_optimizer_needs_one_line(copied):
     assert_same(half["model"], whole["model"])
 
 
-# Images of each class in train and test: unbalanced, with names in several alphabets.
+# Number of training and test images by class: unbalanced, with names in several scripts.
 CLASSES = {"café crème": (24, 6), "Äpfel": (15, 5), "猫": (9, 4)}
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Pictures of about 48×48 pixels; each class has a tint."""
+    """Images of about 48×48 pixels; each class has its own tint."""
     rng = np.random.default_rng(0)
     for number, (name, sizes) in enumerate(CLASSES.items()):
         for split, count in zip(("train", "test"), sizes, strict=True):
@@ -117,7 +117,7 @@ def photos(tmp_path):
 
 
 def commands():
-    """The commands of the README's section."""
+    """The commands in the README's section about your own images."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own images")[1]
     block = re.search(r"```\n(.*?)```", section, re.DOTALL)[1]
     return [shlex.split(line) for line in block.splitlines()]

@@ -1,4 +1,4 @@
-"""models/ensemble.py and what its members cost: from checkpoints to probabilities, all at once or as a cascade."""
+"""models/ensemble.py and evaluation/cost.py: averages, cascades, and accuracy against cost."""
 
 import json
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ def test_an_ensemble_averages_its_members(paths, images, average):
     probs = ensemble(images)
     assert (probs.dtype, probs.shape) == (torch.float32, (11, 3))
     torch.testing.assert_close(probs, average_probs(torch.stack(logits), average), rtol=1e-5, atol=1e-6)
-    assert probs.std(0).min() > 1e-4, "the output ought to depend on the image"
+    assert probs.std(0).min() > 1e-4, "the output should depend on the image"
 
 
 @pytest.mark.parametrize("average", models.ensemble.AVERAGES)
@@ -70,9 +70,9 @@ def test_images_of_another_dtype_or_shape_are_refused(paths, images):
 
 
 COSTS = [
-    {"name": "dear", "milliseconds": 30.0, "multiply_adds": 300},
+    {"name": "expensive", "milliseconds": 30.0, "multiply_adds": 300},
     {"name": "cheap", "milliseconds": 2.0, "multiply_adds": 10},
-    {"name": "middling", "milliseconds": 9.0, "multiply_adds": 90},
+    {"name": "medium", "milliseconds": 9.0, "multiply_adds": 90},
 ]
 ORDER = [1, 2, 0]  # of COSTS, the cheapest first
 
@@ -87,7 +87,7 @@ def made_up():
 
 
 def plain_cascade(probs, threshold):
-    """One image after the other: probabilities, and how many members saw each."""
+    """The cascade image by image: probabilities, and how many members ran on each image."""
     results, counts = [], []
     for image in range(probs.shape[1]):
         for count in range(1, len(probs) + 1):
@@ -105,7 +105,7 @@ def test_cascade_rows_have_the_cost_of_the_members_that_ran(made_up):
     for row in rows:
         expected, counts = plain_cascade(made_up.probs[ORDER], row["threshold"])
         shares = [np.mean([count > place for count in counts]) for place in range(3)]
-        assert list(row["seen"]) == ["cheap", "middling", "dear"]
+        assert list(row["seen"]) == ["cheap", "medium", "expensive"]
         assert list(row["seen"].values()) == pytest.approx(shares)
         assert row["milliseconds"] == pytest.approx(2 * shares[0] + 9 * shares[1] + 30 * shares[2])
         assert row["multiply_adds"] == pytest.approx(10 * shares[0] + 90 * shares[1] + 300 * shares[2])
@@ -123,12 +123,12 @@ def test_the_number_of_subsets(count, expected):
 
 def test_subset_rows_have_the_average_and_the_cost_of_the_subset(made_up):
     rows = cost.subset_rows(made_up.logits, made_up.labels, COSTS, "softmax", 1.0)
-    assert [row["members"] for row in rows[:4]] == [["dear"], ["cheap"], ["middling"], ["dear", "cheap"]]
+    assert [row["members"] for row in rows[:4]] == [["expensive"], ["cheap"], ["medium"], ["expensive", "cheap"]]
     mean = made_up.probs[[0, 2]].mean(0)
-    assert rows[4]["members"] == ["dear", "middling"]
+    assert rows[4]["members"] == ["expensive", "medium"]
     assert rows[4]["loss"] == pytest.approx(metrics.negative_log_likelihood(mean, made_up.labels))
     assert (rows[4]["milliseconds"], rows[4]["multiply_adds"]) == (39, 390)
-    # The whole has the ensemble's temperature, a single member has none.
+    # The temperature applies to averages, not to single members.
     warm = cost.subset_rows(made_up.logits, made_up.labels, COSTS, "softmax", 2.0)
     assert [one["loss"] == two["loss"] for one, two in zip(rows, warm, strict=True)] == [True] * 3 + [False] * 4
 
@@ -152,7 +152,7 @@ def test_the_legend_of_the_cost_plot_fits_in_the_figure(made_up, tmp_path):
     box = legend.get_window_extent()
     assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
     assert len(legend.get_texts()) == 5
-    assert legend.get_title().get_text() == "A dear   B cheap   C middling"
+    assert legend.get_title().get_text() == "A expensive   B cheap   C medium"
 
 
 def test_doubtful_labels_are_the_least_probable_labels(made_up):
@@ -172,7 +172,7 @@ def test_doubtful_labels_are_the_least_probable_labels(made_up):
 
 @pytest.fixture
 def folder(tmp_path, train):
-    """Three checkpoints whose costs differ, and 30 pictures."""
+    """Three checkpoints with different costs, and 30 images."""
     for seed, (name, channels) in enumerate(zip(MEMBERS, (9, 3, 6), strict=True)):
         train(name=name, channels=channels, epochs=2, seed=seed)
     (tmp_path / "photos").mkdir()
@@ -191,7 +191,7 @@ CHEAPEST_FIRST = ["mobilenetv2", "resnext", "densenet"]
 
 
 def middle_threshold(folder):
-    """One at which some images stop at each member."""
+    """A threshold at which some images stop at each member."""
     probs = softmax(command_line.numpy_logits(folder, made_up_images(), CHEAPEST_FIRST))
     return float(np.median(probs[0].max(1)))
 

@@ -1,4 +1,4 @@
-"""export.py: one file that gives PyTorch's probabilities and says what they mean."""
+"""export.py: the exported file has PyTorch's probabilities and the right metadata."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ CLASSES = ["red", "grün", "blue"]
 
 @pytest.fixture
 def paths(train, tiny_data, tmp_path):
-    """Checkpoints of two members that are confident, and differ."""
+    """Checkpoints of two different members with confident predictions."""
 
     def change(content):
         content["model"]["classifier.weight"] *= 20
@@ -33,13 +33,13 @@ def paths(train, tiny_data, tmp_path):
 
 
 def some_images(count, size=8):
-    """Noise, of another tint in each image."""
+    """Noise with a different tint in each image."""
     rng = np.random.default_rng(count)
     return (rng.integers(0, 256, (count, 3, size, size)) * rng.random((count, 3, 1, 1))).astype(np.uint8)
 
 
 def opened(path):
-    """What a file gives for images and says of itself, in the ways that export.py's first lines tell."""
+    """The prediction function and the metadata of a file, read as the docstring of export.py shows it."""
     if path.suffix == ".onnx":
         session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
         return lambda images: session.run(None, {"images": images})[0], session.get_modelmeta().custom_metadata_map
@@ -71,7 +71,7 @@ def test_an_exported_file_has_the_ensembles_probabilities_and_metadata(paths, tm
         expected = ensemble(torch.from_numpy(some_images(count))).numpy()
         assert (probs.dtype, probs.shape) == (np.float32, (count, 3))
         np.testing.assert_allclose(probs, expected, rtol=0, atol=1e-6)
-    assert probs.std(0).max() > 0.05, "the output ought to depend on the image"
+    assert probs.std(0).max() > 0.05, "the output should depend on the image"
 
     assert json.loads(metadata["classes"]) == CLASSES
     assert json.loads(metadata["members"]) == ["tiny0", "tiny1"]
@@ -86,7 +86,7 @@ def test_an_exported_file_has_the_ensembles_probabilities_and_metadata(paths, tm
 @torch.no_grad()
 @pytest.mark.parametrize("file_format", export.FORMATS)
 def test_a_real_network(file_format):
-    """A small MobileNetV2, untrained, but with norms that know their inputs and with clear answers."""
+    """A small, untrained MobileNetV2, but with batch-norm statistics and confident predictions."""
     skip_without_packages(file_format)
     torch.manual_seed(0)
     network = mobilenetv2(10, width=0.25)
@@ -101,7 +101,7 @@ def test_a_real_network(file_format):
     predict = export.FORMATS[file_format].read(export.FORMATS[file_format].write(ensemble, {}))
     for count in (1, 2, 7):
         torch.testing.assert_close(predict(images[:count]), ensemble(images[:count]), rtol=0, atol=1e-5)
-    assert ensemble(images).std(0).max() > 0.05, "the output ought to depend on the image"
+    assert ensemble(images).std(0).max() > 0.05, "the output should depend on the image"
 
 
 def test_default_checkpoints_and_a_single_network(paths, tmp_path):

@@ -1,4 +1,4 @@
-"""Logits as the network computes them, and as they come back from the cache next to the checkpoint."""
+"""evaluation/logits.py: the logits of checkpoints, and their cache."""
 
 import io
 import shutil
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def contents(train, tmp_path):
-    """Two checkpoints, each with its path."""
+    """Two checkpoints: paths and contents."""
     for seed in range(2):
         train(name=f"tiny{seed}", epochs=1, seed=seed)
     return [(path, checkpoint.read(path)) for path in sorted((tmp_path / "checkpoints").glob("*.pt"))]

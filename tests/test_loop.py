@@ -1,4 +1,4 @@
-"""The training loop against a naive one, what it writes, what it refuses, a run in pieces against a whole one."""
+"""The training loop: compared with a naive loop, checkpoints and CSV, errors, signals, resumed runs."""
 
 import itertools
 import math
@@ -48,7 +48,7 @@ def csv_path(tmp_path):
 
 
 def at_call(number, action, *, training=True):
-    """An `on_forward` that calls `action(logits)` at forward pass `number`, from 0, of training or of evaluation."""
+    """An `on_forward` that calls `action(logits)` at forward pass `number` (from 0) of training or of evaluation."""
     calls = Counter()
 
     def on_forward(model, logits):
@@ -70,7 +70,7 @@ def send(*numbers):
 
 
 def assert_same_end(path, expected_path):
-    """Two checkpoints of one recipe tell of the same run; only how long it took and how it was started may differ."""
+    """Two checkpoints are of identical runs: everything but the times and the recipe (paths, --resume) is equal."""
     contents = [checkpoint.read(path), checkpoint.read(expected_path)]
     for content in contents:
         content["history"] = without_times(content["history"])
@@ -90,10 +90,10 @@ def test_weights_and_history_equal_a_naive_loop(
     assert [row.keys() - TIMES for row in run.history] == [row.keys() for row in expected]
     for found, row in zip(run.history, expected, strict=True):
         assert {name: found[name] for name in row} == pytest.approx(row, rel=1e-5, abs=1e-6)
-    assert expected[-1]["train_loss"] < 0.95 * expected[0]["train_loss"], "the network ought to have learned"
+    assert expected[-1]["train_loss"] < 0.95 * expected[0]["train_loss"], "the network should learn"
     for name, value in model.state_dict().items():
         torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
-        if name != "norm.num_batches_tracked":  # which the average does not need
+        if name != "norm.num_batches_tracked":  # not averaged by the EMA
             torch.testing.assert_close(run.eval_model.state_dict()[name], tested[name], rtol=1e-5, atol=1e-6)
     assert all(row["seconds"] > 0 and row["images_per_second"] > 0 for row in run.history)
     assert read_csv(csv_path) == checkpoint.read(path)["history"] == run.history
@@ -113,7 +113,7 @@ def test_the_learning_rate_rises_and_then_falls_smoothly(each, warmup):
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert rates[0] == pytest.approx(0.08 / (warmup * changes) if warmup else 0.08)
     assert 0.0008 < rates[-1] < 0.005
-    assert len(set(rates)) in (changes, changes - 1)  # the climb's end and the cosine's start may be the same
+    assert len(set(rates)) in (changes, changes - 1)  # the last warm-up rate may equal the first cosine rate
     assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < (0.05 if each == "epoch" else 0.01)
 
 
@@ -139,7 +139,7 @@ def test_predict_uses_smaller_batches_for_larger_images(monkeypatch):
 
     def network(batch):
         sizes.append(len(batch))
-        assert not torch.backends.cudnn.benchmark, "each size would be searched for the fastest algorithm"
+        assert not torch.backends.cudnn.benchmark, "cuDNN would search for algorithms for each batch size"
         return torch.zeros(len(batch), 3)
 
     predict(network, torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"))
@@ -171,7 +171,7 @@ def test_with_validation_the_checkpoint_has_the_best_and_the_last_weights(train,
     monkeypatch.setattr(checkpoint, "write", write_and_read)
     train(val=True, epochs=4, on_forward=at_call(2 * STEPS + 1, send(signal.SIGINT)))
     run = train(val=True, epochs=4, resume=True)
-    # The third is that of the signal; of two equal epochs the first one is kept.
+    # The third checkpoint was written after the signal. Of two equally good epochs, the first one is kept.
     assert [content["chosen"]["epoch"] for content in contents] == [1, 2, 2, 2, 2]
     assert {content["chosen"]["by"] for content in contents} == {"val_accuracy"}
     best, last = contents[1], contents[-1]
@@ -226,7 +226,7 @@ def test_another_seed_trains_another_network(train):
 
 @pytest.fixture
 def in_background(monkeypatch):
-    """Save as on a GPU."""
+    """Save in the background, as on a GPU."""
     saver = checkpoint.Saver
     monkeypatch.setattr(checkpoint, "Saver", lambda recipe, **_: saver(recipe, in_background=True))
 
@@ -263,10 +263,10 @@ def test_an_error_while_saving_in_the_background_ends_the_run(train, monkeypatch
 
     monkeypatch.setattr(checkpoint, "write", write)
     with pytest.raises(UserError, match=r"tiny\.pt: full"):
-        train(epochs=1)  # the last epoch's error is not lost either
+        train(epochs=1)  # also an error in the last epoch is raised
     with pytest.raises(UserError, match=r"tiny\.pt: full"):
         train()
-    assert written == [1, 1], "no epoch is written behind a lost one"
+    assert written == [1, 1], "after a failed write, no later epoch is written"
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def stop_and_spoil(logits):
     ("spoil", "number", "where"),
     [
         (times_nan, STEPS, "the loss is not finite at epoch 2, step 1"),
-        # A fourth class, without images, takes all the probability.
+        # A fourth class, without images, gets all the probability.
         (lambda logits: F.pad(logits - math.inf, (0, 1)), STEPS + 3, "the loss is not finite at epoch 2, step 4"),
         (times_nan, 2 * STEPS - 1, "the loss is not finite at epoch 2, step 6"),
         (stop_and_spoil, STEPS + 2, "the loss is not finite at epoch 2, step 3"),
@@ -371,8 +371,8 @@ def test_a_signal_stops_the_run_after_the_step_and_says_how_to_resume(train, pat
     assert f"resuming from {path}: epoch 2, step 5" in capsys.readouterr().out
 
 
-# Where each piece is signalled: in forward pass so-and-so of training or of evaluation, counted from the piece's start.
-# An evaluation is 3 batches of the test split, then 2 of the validation's if there is one.
+# When each part of a run gets a signal: at this forward pass of training or evaluation, counted from its start. An
+# evaluation has 3 batches of test images, then 2 of validation images, if there are any.
 PIECES = {
     "first step": [("train", 0)],
     "mid-epoch": [("train", 8)],
@@ -488,7 +488,7 @@ def test_a_second_signal_exits_at_once_and_keeps_the_last_checkpoint(train, path
 def test_a_finished_run_has_nothing_left_to_train(train, path, csv_path, capsys):
     weights = dict(train().model.state_dict())
     whole, curves = path.read_bytes(), csv_path.read_bytes()
-    csv_path.unlink()  # as after a kill between writing the checkpoint and writing the CSV
+    csv_path.unlink()  # as if the run was killed after writing the checkpoint and before writing the CSV
     run = train(resume=True, on_forward=lambda *_: pytest.fail("trained"))
     assert "is finished: all 3 epochs are done" in capsys.readouterr().out
     assert run.exit_status == 0
@@ -569,7 +569,7 @@ def test_an_unwritable_folder_is_an_error_before_training(train, tmp_path, folde
 
 
 def script(folder, *flags):
-    """Call mobilenetv2.py's main in a folder: exit status, stdout, stderr."""
+    """Run mobilenetv2.py in `folder`: exit status, stdout, stderr."""
     small = "--data digits --image-size 16 --train-size 40 --test-size 20 --width 0.25 --epochs 1 --device cpu"
     done = run_script(folder, mobilenetv2, *small.split(), *flags)
     return done.returncode, done.stdout, done.stderr

@@ -1,4 +1,4 @@
-"""The ensemble as a user runs it: three small networks trained by their scripts, then main_ens.py on their files."""
+"""main_ens.py as a user runs it, on the checkpoints of three small networks that their scripts have trained."""
 
 import json
 import math
@@ -38,14 +38,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tested(folder):
-    """What the command line prints, and what it stores."""
+    """The output of main_ens.py, and the content of ensemble.json."""
     done = command_line.in_subprocess(folder, ROOT / "main_ens.py")
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((folder / "plots" / "ensemble.json").read_text())
 
 
 def analysed(folder, *flags):
-    """What main_ens.py prints and stores, with flags, in a folder of its own."""
+    """Run main_ens.py with flags and its own --plot-dir: the result of the run, and ensemble.json."""
     done = succeeded(folder, main_ens, *flags, "--plot-dir", "analysed")
     return done, json.loads((folder / "analysed" / "ensemble.json").read_text())
 
@@ -119,7 +119,7 @@ def test_tta_flip_equals_numpy(folder, tested):
     probs = np.mean(views, 0)
     for row, expected in zip([*result["members"], result["ensemble"]], [*probs, probs.mean(0)], strict=True):
         assert row["loss"] == loss(expected, test.labels)
-    assert abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) > 1e-5, "flipped images ought to differ"
+    assert abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) > 1e-5, "flipping should change the result"
 
 
 def test_a_second_run_uses_the_cached_logits(folder, tested, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_second_run_uses_the_cached_logits(folder, tested, monkeypatch):
 
 @pytest.fixture(scope="module")
 def held_out(folder):
-    """Two checkpoints of one network, with validation images, trained for long enough to have a temperature."""
+    """Two checkpoints of one network with validation images, trained long enough for a useful temperature."""
     easy = ["--recipe", "baseline", "--flip", "0", "--crop-padding", "1", "--randaugment-ops", "0"]
     easy += [word for name in ("brightness", "contrast", "saturation", "hue") for word in (f"--{name}", "0")]
     easy += ["--epochs", "12", "--batch-size", "16", "--base-lr", "0.05", "--val-size", "100"]
@@ -216,7 +216,7 @@ def test_the_data_flag_tests_on_other_images(folder, tmp_path):
     names = [f"{split}/{label}/{n}.png" for split in ("train", "test") for label in range(10) for n in range(4)]
     write_folder(tmp_path, {name: random_png(seed, 16) for seed, name in enumerate(names)})
     _, result = analysed(folder, "--data", tmp_path)
-    assert (result["data"], result["num_images"]) == (str(tmp_path), 40), "whatever subset the members had"
+    assert (result["data"], result["num_images"]) == (str(tmp_path), 40), "without the --test-size of the members"
 
 
 def test_warnings_about_an_unfinished_member_and_one_trained_without_flips(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""The pictures and the CSV files behind them: numbers that survive, mistakes that are named, legends and titles."""
+"""The CSV files and the plots: exact numbers, errors, legends and titles."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from plotting.style import GREEN, line_style
 from plotting.training import plot_training
 from training.history import read_csv, write_csv
 
-# The figures without the file.
+# The functions that return the figure without saving it.
 draw_training, draw_ensemble = plot_training.__wrapped__, plot_ensemble.__wrapped__
 draw_reliability, draw_mistakes = plot_reliability.__wrapped__, plot_mistakes.__wrapped__
 BASELINE = Path(__file__).parent.parent / "docs" / "baseline"
@@ -30,12 +30,12 @@ NAMES = [
     *(f"number {index}, with a name longer than anyone would write" for index in range(4)),
 ]  # fmt: skip
 
-# Whatever matplotlib has to say about a picture, a user should not have to read it.
+# No plot may cause a warning of matplotlib.
 pytestmark = pytest.mark.filterwarnings("error")
 
 
 def make_history(epochs: int, *, val: bool = False) -> list[dict]:
-    """A run that learns; its figures have all the digits a float can have."""
+    """The history of a run that learns, with numbers that use the full precision of a float."""
     history = []
     for epoch in range(1, epochs + 1):
         left = math.exp(-4 * epoch / epochs)
@@ -56,7 +56,7 @@ def make_history(epochs: int, *, val: bool = False) -> list[dict]:
 
 
 def make_probs(members: int, classes: int, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (M, N, C) of members that are right more often than not, and the labels."""
+    """Probabilities (M, N, C) of members that are usually right, and the labels."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, images)
     logits = rng.normal(size=(members, images, classes))
@@ -65,7 +65,7 @@ def make_probs(members: int, classes: int, images: int) -> tuple[np.ndarray, np.
 
 
 def make_ensemble(members: int, classes: int, images: int = 300) -> dict:
-    """What a picture of an ensemble needs of its members and of the mean of their probabilities."""
+    """The arguments of plot_ensemble, except for `classes` and `title`."""
     probs, labels = make_probs(members, classes, images)
 
     def row(name: str, probs: np.ndarray) -> dict:
@@ -82,14 +82,14 @@ def make_ensemble(members: int, classes: int, images: int = 300) -> dict:
 
 
 def make_bins(names: list[str]) -> list[dict]:
-    """A row of a reliability picture for each name; the first bin holds nothing, the second few images."""
+    """The rows of plot_reliability, one per name; the first bin is empty, the second has few images."""
     counts = np.array([0, 9, 30, 61])
     confidence, accuracy = np.array([0, 0.4, 0.6, 0.9]), np.array([0, 0.5, 0.5, 1.0])
     return [{"name": name, "calibration_error": 0.1234, "bins": (counts, confidence, accuracy)} for name in names]
 
 
 def make_mistakes(members: int, classes: int, images: int = 300) -> dict:
-    """At least some of the images have labels that no member predicts."""
+    """The arguments of plot_mistakes, except for `classes` and `title`. Every ninth label is changed."""
     probs, labels = make_probs(members, classes, images)
     labels[::9] = (labels[::9] + 1) % classes
     return {
@@ -102,7 +102,7 @@ def make_mistakes(members: int, classes: int, images: int = 300) -> dict:
 
 
 def png_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the header."""
+    """Width and height of a PNG in pixels, from its header."""
     head = path.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     return struct.unpack(">II", head[16:24])
@@ -135,7 +135,7 @@ def test_the_csv_keeps_the_exact_numbers(tmp_path, val):
 
 
 def test_csv_from_a_spreadsheet_reads_the_same(tmp_path):
-    """With a byte order mark, other line ends, and a column of the user's."""
+    """With a byte order mark, other line ends, and a column added by the user."""
     path = tmp_path / "run.csv"
     write_csv(make_history(2), path)
     lines = zip(path.read_text().splitlines(), (",note", ",warm-up", ","), strict=True)
@@ -147,7 +147,7 @@ def test_csv_from_a_spreadsheet_reads_the_same(tmp_path):
     ("content", "problem"),
     [
         (f"{COLUMNS}\n{LINE}\n2,0.1,fast,{LINE[10:]}", ", line 3: could not convert string to float: 'fast'"),
-        # As an interrupted copy leaves it:
+        # An incomplete copy:
         (f"{COLUMNS}\n{LINE[:-7]}", ", line 2: the number of cells differs from the first line"),
         (COLUMNS, ": has no epochs"),
         (

@@ -1,4 +1,4 @@
-"""predict.py as a user runs it, on pictures made here and three networks so small that they load in a moment."""
+"""predict.py as a user runs it, on random images, with three tiny networks."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ CLASSES = ["red", "green", "blue"]
 
 @pytest.fixture
 def folder(tmp_path, train):
-    """A folder with checkpoints under the three scripts' names and eight pictures, one of them further down."""
+    """A folder with the default checkpoints and eight images, one of them in a subfolder."""
     for seed, name in enumerate(MEMBERS):
         train(name=name, epochs=1, seed=seed)
     (tmp_path / "photos" / "more").mkdir(parents=True)
@@ -42,7 +42,7 @@ def run(folder, *flags, **options):
 
 
 def json_of(folder, *flags, status=0):
-    """The objects of --json, and the text on stderr."""
+    """The content of --json, and stderr."""
     done = run(folder, *flags, "--json", "-", "--device", "cpu")
     assert done.returncode == status, done.stderr
     return json.loads(done.stdout), done.stderr
@@ -68,11 +68,11 @@ def test_predictions_are_the_average_in_numpy(folder):
     probs = numpy_probs(folder, pixels())
     for number, row in enumerate(rows):
         mean = probs[:, number].mean(0)
-        assert [vote["class"] for vote in row["top"]] == [CLASSES[label] for label in np.argsort(-mean)]
-        assert [vote["prob"] for vote in row["top"]] == pytest.approx(np.sort(mean)[::-1], abs=1e-6)
+        assert [entry["class"] for entry in row["top"]] == [CLASSES[label] for label in np.argsort(-mean)]
+        assert [entry["prob"] for entry in row["top"]] == pytest.approx(np.sort(mean)[::-1], abs=1e-6)
         assert list(row["members"]) == list(MEMBERS)
-        for expected, vote in zip(probs[:, number], row["members"].values(), strict=True):
-            assert vote == {"class": CLASSES[expected.argmax()], "prob": pytest.approx(expected.max(), abs=1e-6)}
+        for expected, entry in zip(probs[:, number], row["members"].values(), strict=True):
+            assert entry == {"class": CLASSES[expected.argmax()], "prob": pytest.approx(expected.max(), abs=1e-6)}
     assert err.splitlines()[-1] == "8 images, 0 skipped"
 
 
@@ -90,7 +90,7 @@ def test_flags_between_the_images_select_members_average_and_temperature(folder)
 
 
 def test_images_are_decoded_as_in_training(folder, monkeypatch):
-    """Rotated by EXIF, with alpha, grey, deep, palette, animated, large, not square."""
+    """Images rotated by EXIF, with alpha, grey, 16 bits, palette, animated, large, not square."""
     made = folder / "made"
     for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
         (made / split / name).mkdir(parents=True)
@@ -128,14 +128,14 @@ def test_broken_images_are_reported_and_skipped_in_batches_of_any_size(folder):
         assert f"skipped: {error}\n" in err
     assert all(set(row) == {"image", "error"} for row in rows if "error" in row)
     assert err.splitlines()[-1] == "6 images, 3 skipped"
-    # The others are none the worse for it.
+    # The predictions for the other images do not change.
     for name in broken:
         (photos / name).unlink()
     whole, _ = json_of(folder, "photos")
     for row, other in zip(whole, (row for row in rows if "top" in row), strict=True):
         assert row["image"] == other["image"]
-        for vote, same in zip(row["top"], other["top"], strict=True):
-            assert vote == {"class": same["class"], "prob": pytest.approx(same["prob"], abs=1e-6)}
+        for entry, same in zip(row["top"], other["top"], strict=True):
+            assert entry == {"class": same["class"], "prob": pytest.approx(same["prob"], abs=1e-6)}
 
     (folder / "text.jpg").write_bytes(b"just some text")
     done = run(folder, "text.jpg")
@@ -156,7 +156,7 @@ def test_folders_are_filtered_by_extension_and_named_files_are_not(folder):
     assert "out.csv: not an image" in run(folder, "photos/out.csv").stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes any bytes for a file's name")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux allows any bytes in a file name")
 def test_file_names_with_control_characters_are_escaped(folder):
     names = ["two\nlines \x1b[31mred.png", os.fsdecode(b"\xff.png")]
     for number, name in enumerate(names):
@@ -174,8 +174,8 @@ def test_verbose_shows_each_members_class(folder):
     done = run(folder, "photos/0.png", "--verbose", "--top", 1)
     lines = done.stdout.splitlines()
     assert len(lines) == 4
-    for line, (name, vote) in zip(lines[1:], rows[0]["members"].items(), strict=True):
-        assert line.split() == [name, vote["class"], f"{vote['prob'] * 100:.1f}", "%"]
+    for line, (name, entry) in zip(lines[1:], rows[0]["members"].items(), strict=True):
+        assert line.split() == [name, entry["class"], f"{entry['prob'] * 100:.1f}", "%"]
     assert len(set(map(len, lines))) == 1
     assert len(run(folder, "photos/0.png").stdout.splitlines()) == 1
 
@@ -190,8 +190,8 @@ def test_json_and_csv_have_the_same_content(folder):
     assert header == ["image", "class1", "prob1", "class2", "prob2", "error"]
     assert len(rows) == len(table) == 8
     for row, cells in zip(rows, table, strict=True):
-        votes = [str(vote[key]) for vote in row.get("top", []) for key in ("class", "prob")]
-        assert cells == [row["image"], *(votes or [""] * 4), row.get("error", "")]
+        entries = [str(entry[key]) for entry in row.get("top", []) for key in ("class", "prob")]
+        assert cells == [row["image"], *(entries or [""] * 4), row.get("error", "")]
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["all.csv", "all.json"]
     printed = run(folder, "photos", "--top", 2, "--csv", "-").stdout
     assert printed == (folder / "out" / "all.csv").read_text("utf-8")
@@ -214,7 +214,7 @@ def test_unusual_sizes():
 def test_unusual_sizes_are_noted(folder):
     for number in range(4):
         picture(number, (50 + number, 40)).save(folder / "photos" / f"large{number}.png")
-    assert "note" not in run(folder, "photos").stderr, "these networks may have learned from pictures as large"
+    assert "note" not in run(folder, "photos").stderr, "networks trained on a folder may know such sizes"
     changed(folder / "checkpoints" / "densenet.pt", lambda content: content["data"].update(source="digits"))
     assert "note" not in run(folder, "photos/0.png").stderr
     done = run(folder, "photos", "--verbose")
@@ -229,7 +229,7 @@ def test_unusual_sizes_are_noted(folder):
 
 def test_bfloat16_gives_nearly_the_same_probabilities(folder):
     exact, rounded = (
-        [vote["prob"] for row in json_of(folder, "photos", "--precision", precision)[0] for vote in row["top"]]
+        [entry["prob"] for row in json_of(folder, "photos", "--precision", precision)[0] for entry in row["top"]]
         for precision in ("float32", "bfloat16")
     )
     assert exact != rounded

@@ -1,4 +1,4 @@
-"""The recipe: every hyperparameter is a flag, and whatever cannot be trained is refused in words."""
+"""The recipe: every hyperparameter is a flag, and invalid values are errors."""
 
 from dataclasses import replace
 
@@ -14,12 +14,12 @@ from training import recipe
 SCRIPTS = [dense, mobilenetv2, resnext]
 by_script = pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for script in SCRIPTS])
 
-# All flags that may differ from the checkpoint's when a run is resumed: none of them changes what is trained.
+# The flags that may differ from the checkpoint's when a run is resumed, because they do not change the training.
 FREE = {
     "device", "deterministic", "compile", "data", "data_url", "name", "checkpoint_dir", "plot_dir", "reference",
     "resume", "overwrite", "dry_run", "tensorboard", "epochs", "dense",
 }  # fmt: skip
-# Values of flags for which "twice as much and one" would be refused.
+# Other values of the flags for which `another` cannot compute one.
 ANOTHER = {
     "depth": 37, "recipe": "baseline", "base_min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
     "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_horizon": 0.5, "device": "cpu",
@@ -35,7 +35,7 @@ def parse(*argv: str, script=mobilenetv2):
 
 
 def another(item, value):
-    """A value for a field that it does not have yet."""
+    """A valid value of a field that differs from `value`."""
     if item.name in ANOTHER:
         return ANOTHER[item.name]
     if isinstance(value, int | float):
@@ -78,7 +78,7 @@ def test_recipe_baseline_has_the_baselines_values_and_other_flags_override_it(sc
     baseline = parse("--recipe", "baseline", script=script)
     assert {name: getattr(baseline, name) for name in recipe.BASELINE} == recipe.BASELINE
     assert (baseline.epochs, baseline.batch_size, baseline.base_lr, baseline.base_min_lr) == (200, 64, 0.01, 0.0001)
-    # All that decides the training of a network stands there; the rest says which images, which network, which files.
+    # The baseline sets everything that determines the training; all other flags select images, network and files.
     which_images = {"image_size", "train_size", "test_size", "val_size", "split_seed", "test_split"}
     free = FREE - {"epochs"} | which_images | {"recipe", "init", "seed", "precision", "sync_bn"}
     assert recipe.BASELINE.keys() == {item.name for item in recipe.flags(recipe.Recipe)} - free

@@ -1,4 +1,4 @@
-"""The report and its metrics: on made-up members, against NumPy, some against torchmetrics too."""
+"""The report and its metrics, on random members, compared with NumPy and torchmetrics."""
 
 import math
 
@@ -17,7 +17,7 @@ CLASSES = tuple("pqrst")
 
 
 def make_logits(*, views=1, images=400, seed=0):
-    """Members that are right more often than not, (3, views, images, 5), and the labels."""
+    """Logits of members that are usually right, (3, views, images, 5), and the labels."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 5, images)
     logits = rng.normal(0, 1.5, (3, views, images, 5)) + rng.normal(0, 1, (images, 5))
@@ -125,7 +125,7 @@ def test_mean_and_standard_deviation_by_network():
     small, large = {"name": "resnext", "arguments": {"depth": 29}}, {"name": "resnext", "arguments": {"depth": 38}}
     dense = {"name": "densenet", "arguments": {"depth": 121}}
     groups = report.by_network(members, [small, dense, small, large, small])
-    assert len(groups) == 1, "one of a kind has no spread"
+    assert len(groups) == 1, "a single member has no standard deviation"
     assert (groups[0]["network"], groups[0]["members"]) == ("resnext", ["0", "2", "4"])
     assert groups[0]["loss"] == {"mean": 1.0, "std": pytest.approx(np.std([0, 1, 2], ddof=1))}
     assert groups[0]["accuracy"]["std"] == pytest.approx(0.2)
@@ -160,7 +160,7 @@ def test_both_averages_equal_numpy(logits):
     tensor, mean = torch.from_numpy(logits), softmax(logits).mean(0)
     np.testing.assert_allclose(average_probs(tensor), mean, atol=1e-12)
     np.testing.assert_allclose(average_probs(tensor, "logits"), softmax(logits.mean(0)), atol=1e-12)
-    assert not np.allclose(softmax(logits.mean(0)), mean, atol=1e-2), "the two averages ought to differ"
+    assert not np.allclose(softmax(logits.mean(0)), mean, atol=1e-2), "the two averages should differ"
     with pytest.raises(ValueError, match="'median'"):
         average_probs(tensor, "median")
 

@@ -1,4 +1,4 @@
-"""--resume alone and with more epochs, --init, --dry-run; batches that do not fit the images; a loss that grows."""
+"""--resume with and without more epochs, --init, --dry-run, unusual batch sizes, warnings, plots and remaining time."""
 
 import math
 import threading
@@ -28,7 +28,7 @@ def test_resume_takes_the_recipe_from_the_checkpoint(train, tmp_path):
     places = {"checkpoint_dir": str(tmp_path / "whole"), "plot_dir": str(tmp_path / "whole")}
     whole = train(epochs=3, **unusual, **places)
     train(epochs=2, **unusual)
-    # Given the third epoch, it goes on by the schedule of three: the end differs from the whole run's.
+    # With a third epoch, it continues with the schedule of three epochs; the weights differ from the whole run's.
     longer = train(resume=True, epochs=3, given=frozenset({"resume", "epochs"}))
     assert [row["epoch"] for row in longer.history] == [1, 2, 3]
     assert longer.history[2]["learning_rate"] == whole.history[2]["learning_rate"]
@@ -55,7 +55,7 @@ def test_init_starts_from_the_weights_of_a_checkpoint(train, tmp_path, tiny_data
     theirs = checkpoint.read(first)["model"]
 
     def start(data, **changes):
-        """The weights that a run starts from: what is left of them after a step of almost no length."""
+        """The initial weights of a run: its weights after an epoch with a learning rate of almost zero."""
         run = train(data, init=str(first), epochs=1, base_lr=1e-30, base_min_lr=0.0, **changes)
         return {name: value for name, value in run.model.state_dict().items() if "running" not in name}
 
@@ -91,11 +91,11 @@ def test_a_dry_run_prints_the_cost_of_a_run_and_saves_nothing(train, tmp_path, c
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(4, 6), (7, 3), (21, 1), (500, 1)])
 def test_batches_are_neither_too_small_nor_larger_than_the_data_set(train, batch_size, steps, capsys):
-    run = train(batch_size=batch_size, epochs=2)  # 22 images: of batches of 7 and 21, one would be left
+    run = train(batch_size=batch_size, epochs=2)  # of 22 images, batches of 7 and 21 would leave a batch of one
     assert run.optimizer.state[next(run.model.parameters())]["momentum_buffer"].isfinite().all()
     said, real_size = capsys.readouterr().out, min(batch_size, 22)
     assert f"2 epochs of {pluralize(steps, 'step')}\n" in said
-    # Both rates are for the batch that there is.
+    # The learning rates are scaled with the real batch size.
     rates = [row["learning_rate"] for row in run.history]
     assert rates == pytest.approx([0.8 * real_size / 64, 0.408 * real_size / 64])
     assert f"peak learning rate {0.8 * real_size / 64:g} = 0.8 × {real_size}/64" in said
@@ -118,9 +118,9 @@ def test_a_growing_loss_gives_one_warning(tiny_recipe, capsys):
         return capsys.readouterr().err
 
     assert warnings(2.4, 2.5, 2.0, 1.0, 1.1) == ""
-    assert warnings(1.0, 2.5, 0.9, 0.8) == "", "a single epoch may be an accident"
+    assert warnings(1.0, 2.5, 0.9, 0.8) == "", "a single bad epoch is no reason to warn"
     assert warnings(2.0, 1.0, 2.5, 2.6, 2.7, 1.0, 3.0, 3.0).count("warning") == 1
-    once = warnings(9.0, 9.5, 9.6)  # from the start worse than guessing, which has log(10) = 2.3
+    once = warnings(9.0, 9.5, 9.6)  # worse than uniform guessing, log(10) = 2.3, from the start
     assert once.count("warning") == once.count("grown to 9.500") == 1
     assert "--base-lr below 0.8; the peak learning rate is 0.05" in once
     limit = 1.2 * 1.5 * math.log(3)
@@ -130,19 +130,19 @@ def test_a_growing_loss_gives_one_warning(tiny_recipe, capsys):
 def test_plots_between_epochs_take_at_most_5_percent_of_the_time(tiny_recipe, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
-    drawn = []
+    plotted = []
 
-    def draw(history, recipe):
-        drawn.append(len(history))
+    def plot(history, recipe):
+        plotted.append(len(history))
         now[0] += 2
 
-    report = messages.EpochReport(tiny_recipe(), 10, lambda row: None, draw)
+    report = messages.EpochReport(tiny_recipe(), 10, lambda row: None, plot)
     row = {"epoch": 1, "learning_rate": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "test_loss": 1.0}
     row |= {"test_accuracy": 0.5, "seconds": 15.0, "images_per_second": 10.0}
     for number in range(1, 9):
         now[0] += 15
         report.epoch([row] * number)
-    assert drawn == [2, 5, 8]  # the first is taken to cost a second, the others cost 2 of every 40 seconds
+    assert plotted == [2, 5, 8]  # the first plot is expected to take 1 s; the others take 2 s, at most every 40 s
 
 
 def test_the_remaining_time_is_printed_after_a_minute(monkeypatch, capsys):

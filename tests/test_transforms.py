@@ -1,4 +1,4 @@
-"""Every operator, the random parameters and the whole chain, compared with torchvision on the same images."""
+"""Every operator, the random parameters and the whole augmentation, compared with torchvision on the same images."""
 
 import platform
 from dataclasses import replace
@@ -24,15 +24,15 @@ NOTHING = Augmentation(
     crop_padding=0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, flip=0.0, randaugment_ops=0
 )
 
-# Operators that blend two images round once if the processor has a fused multiply-add, and twice otherwise. Our addcmul
-# may differ from torchvision's add in this; a value that should be an integer may then be truncated to the next lower.
-# On x86-64 they agree, in plain, AVX2 and AVX-512 kernels. All other operators must be equal on any processor.
+# Operators that blend two images round once with a fused multiply-add, and twice without. Our addcmul may differ from
+# torchvision's add in this, and a value just below an integer is truncated to the next lower one. On x86-64 they agree,
+# in default, AVX2 and AVX-512 kernels. All other operators must be equal on any processor.
 ROUNDS_ALIKE = platform.machine().lower() in ("x86_64", "amd64")
 BLENDING = ("contrast", "saturation", "Color", "Contrast", "Sharpness")
 
 
 def photos(count, size, seed=0):
-    """Soft coloured shapes with a little texture; brightness and contrast differ between images."""
+    """Smooth coloured shapes with some texture; brightness and contrast differ between images."""
     generator = torch.Generator().manual_seed(seed)
     shapes = torch.rand(count, 3, 4, 4, generator=generator)
     shapes = interpolate(shapes, size=(size, size), mode="bicubic", align_corners=False)
@@ -86,14 +86,14 @@ JITTER = {
 
 
 def by_torchvision(image, name, magnitude):
-    """One operator of RandAugment, on one image or on several with the same magnitude."""
+    """torchvision's RandAugment operator, on one image or on several with the same magnitude."""
     return RANDAUGMENT._apply_image_or_video_transform(
         image, name, magnitude, interpolation=RANDAUGMENT.interpolation, fill=RANDAUGMENT._fill
     )
 
 
 def mixed(operator, images, values):
-    """Apply `operator` to each image with each value, all in one batch and out of order: (values, images, 3, H, W)."""
+    """Apply `operator` to each image with each value, in one shuffled batch: (values, images, 3, H, W)."""
     pairs = torch.randperm(len(values) * len(images), generator=torch.Generator().manual_seed(3))
     result = operator(images[pairs % len(images)], values[pairs // len(images)])
     return result[pairs.argsort()].view(len(values), *images.shape)
@@ -152,7 +152,7 @@ def test_magnitudes_equal_torchvision(name, size):
 
 
 def chain_of_torchvision(image, params, settings):
-    """All augmentations on one image, uint8 (3, H, W), with its random parameters, one row of `params`."""
+    """All augmentations by torchvision on one image, uint8 (3, H, W), with `params`, its random parameters."""
     size, padding, side = image.shape[-1], settings.crop_padding, settings.cutout
     top, left = divmod(int(params.crop), 2 * padding + 1)
     image = TF.crop(TF.pad(image, [padding]), top, left, size, size)
@@ -195,16 +195,16 @@ def test_chain_equals_torchvision(chain):
     assert_same(found, expected, chain=True)
 
 
-# Each frequency lies within four standard errors of its value by torchvision's definition, or within six in the large
-# tables of pairs. With the seed fixed the result is always the same; with another seed, one of 16,000 frequencies would
-# exceed four standard errors by chance. The chi-square of a table must also lie within four of its standard deviations,
-# which shows many small errors together.
+# Each frequency must be within four standard errors of torchvision's probability, or within six in the large tables of
+# pairs. The seed is fixed, so the result is always the same; with another seed, one of 16,000 frequencies would exceed
+# four standard errors by chance. The chi-square of a table must also be within four standard deviations, which detects
+# many small errors.
 NUM_DRAWS = 200_000
 SIGMAS, MANY_SIGMAS = 4.0, 6.0
 
 
 def assert_uniform(cells, num_cells, sigmas=SIGMAS):
-    """`cells`, integers (N,), take each of `num_cells` values equally often."""
+    """Check that `cells`, integers (N,), have each of `num_cells` values equally often."""
     counts = torch.bincount(cells.long(), minlength=num_cells).double()
     assert len(counts) == num_cells
     expected = len(cells) / num_cells
@@ -263,7 +263,7 @@ def test_all_random_parameters_are_uniform_and_independent():
     columns = [(params.crop, 81), (order, 24), (params.flip, 2)]
     columns += [(column, 4) for column in fourths.T]
     table = columns + [(column, 14) for column in op.T]
-    # Signs among the images that drew two of them.
+    # The signs, for the images with two signed operators.
     rows = ((op >= 1) & (op <= 9)).all(1)
     signed = [(column[rows], count) for column, count in columns]
     signed += [(column[rows] - 1, 9) for column in op.T] + [(column[rows].int(), 2) for column in sign.T]
@@ -279,12 +279,12 @@ COUNT = 150
 
 @pytest.fixture(scope="module")
 def split():
-    """Images labelled with their row, so that a loader's output can be identified."""
+    """Images whose labels are their row numbers, so that the output of a loader can be identified."""
     return Split(photos(COUNT, 16).numpy(), np.arange(COUNT))
 
 
 def epoch_of(loader, epoch=0, start=0):
-    """All images and labels of an epoch, in their order; every batch except the last is full."""
+    """All images and labels of an epoch, in order; checks the sizes of the batches."""
     batches = list(loader.epoch(epoch, start))
     assert len(batches) == len(loader) - start
     assert {len(labels) for _, labels in batches[:-1]} <= {loader.batch_size}
@@ -342,7 +342,7 @@ def test_in_the_last_epochs_there_is_only_crop_and_flip(split):
     loader = TrainLoader(split, 64, settings, seed=3, crop_and_flip_from=2)
     whole = TrainLoader(split, 64, settings, seed=3)
     mild = TrainLoader(split, 64, replace(NOTHING, crop_padding=4, flip=0.5), seed=3)
-    for epoch in (0, 1, 2, 1):  # and back: a resumed run may begin anywhere
+    for epoch in (0, 1, 2, 1):  # also backwards: a resumed run may start anywhere
         expected = whole if epoch < 2 else mild
         assert all(map(torch.equal, epoch_of(loader, epoch), epoch_of(expected, epoch))), epoch
 
