@@ -45,9 +45,8 @@ def reliability(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     two are fractions, 0 for an empty bin. (Guo et al. 2017, arXiv:1706.04599, section 2)
     """
     confidence, predicted = probs.double().max(1)
-    bin_of = ((confidence * BINS).ceil().long() - 1).clamp(
-        0, BINS - 1
-    )  # a bin includes its upper edge, as in the paper
+    # A bin includes its upper edge, as in the paper.
+    bin_of = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
     counts = torch.bincount(bin_of, minlength=BINS)
     mean_confidence = torch.bincount(bin_of, confidence, BINS) / counts.clamp(min=1)
     accuracies = torch.bincount(bin_of, (predicted == labels).double(), BINS) / counts.clamp(min=1)
