@@ -61,7 +61,7 @@ class Recipe:
     network: ClassVar[str] = ""  # key of models.NETWORKS
 
     recipe: str = flag("ours or the original project's; other flags override it", "ours", choices=("ours", "baseline"))
-    epochs: int = flag("passes over the training images; --resume can add some", at_least=1, at_most=10**6, fixed=False)
+    epochs: int = flag("passes over the training images; --resume can add more", at_least=1, at_most=10**6, fixed=False)
     batch_size: int = flag("images per step, over all processes", at_least=2, at_most=10**6)
     base_lr: float = flag(f"peak learning rate for batch size {REFERENCE_BATCH}; scaled with it", above=0, at_most=1e30)
     base_min_lr: float = flag(f"final learning rate for batch size {REFERENCE_BATCH}; scaled with it", at_least=0)
@@ -98,7 +98,9 @@ class Recipe:
     train_size: int | None = data_flag("number of training images, balanced over the classes", None, at_least=1)
     test_size: int | None = data_flag("number of test images, balanced over the classes", None, at_least=1)
     val_size: int = data_flag("number of training images held out to choose the best epoch", 0, at_least=0)
-    test_split: float = data_flag("fraction of each class to test on, without a test set", 0.2, above=0, at_most=0.9)
+    test_split: float = data_flag(
+        "without a test set: the fraction of each class to test on", 0.2, above=0, at_most=0.9
+    )
     split_seed: int = data_flag("seed of the random subsets and splits above", 0, at_least=0, at_most=MAX_SEED)
 
     name: str = files_flag("file name of the checkpoint, the plot and the CSV, without extension")
