@@ -98,9 +98,7 @@ class Recipe:
     train_size: int | None = data_flag("number of training images, balanced over the classes", None, at_least=1)
     test_size: int | None = data_flag("number of test images, balanced over the classes", None, at_least=1)
     val_size: int = data_flag("number of training images held out to choose the best epoch", 0, at_least=0)
-    test_split: float = data_flag(
-        "without a test set: the fraction of each class to test on", 0.2, above=0, at_most=0.9
-    )
+    test_split: float = data_flag("fraction of each class to test on, if no test set", 0.2, above=0, at_most=0.9)
     split_seed: int = data_flag("seed of the random subsets and splits above", 0, at_least=0, at_most=MAX_SEED)
 
     name: str = files_flag("file name of the checkpoint, the plot and the CSV, without extension")
