@@ -1,17 +1,17 @@
 # make demo: train three small networks on handwritten digits and test their ensemble, in a few minutes on two cores.
-# make test: ruff and pytest. make test-slow: what takes minutes. make test-faults: 200 kills and 100 other signals.
-# All make .venv first; PYTHON=python3.12 chooses the interpreter.
+# make test: ruff and pytest. make test-slow: tests that take minutes. make test-faults: 200 kills and 100 other signals.
+# All of them create .venv first; PYTHON=python3.12 selects the interpreter.
 
 PYTHON ?= python3
 VENV := .venv/bin/python
 PIP := $(VENV) -m pip install --disable-pip-version-check -c constraints.txt
 
-# Mirrored digits are other signs, so no flips; half the image size, half the crop's padding; few epochs, higher rates.
+# No flips, since a mirrored digit is no digit; half the image size, so half the padding; few epochs, so a higher rate.
 DEMO := --data digits --image-size 16 --flip 0 --crop-padding 2 --recipe baseline --base-lr 0.02 --overwrite
 DIRS := --checkpoint-dir checkpoints/demo --plot-dir plots/demo
 
-# make gpu: all that is to be measured on a GPU, into $(GPU); stopped at any time, it goes on with what is missing there.
-# With a Python that has all packages already: make gpu VENV=python3 -o .venv/dev. LAYERS, TRAIN, ENSEMBLE: more flags.
+# make gpu: all measurements on a GPU, into $(GPU). If it is stopped, the next make gpu continues with what is missing.
+# With a Python that has all packages: make gpu VENV=python3 -o .venv/dev. LAYERS, TRAIN, ENSEMBLE: additional flags.
 GPU := benchmarks/results/gpu
 NETWORKS := densenet mobilenetv2 resnext29
 MEASURED := layers.json tests.txt $(NETWORKS:%=compile-%.json) headline/result.json $(NETWORKS:%=plain-%.json) \
@@ -46,7 +46,7 @@ gpu-files: $(MEASURED:%=$(GPU)/%)
 $(GPU)/layers.json:
 	$(VENV) benchmarks/layers.py $(LAYERS) --output $@
 
-$(GPU)/tests.txt:  # each in a process of its own: an error on a GPU breaks all that follows in the same one
+$(GPU)/tests.txt:  # one process per test: after a CUDA error, no other test works in the same process
 	mkdir -p $(@D)
 	for test in $$($(VENV) -m pytest --collect-only tests/test_cuda_graph.py -k on_a_gpu | grep ::); do \
 		timeout 500 $(VENV) -m pytest -vv "$$test" | tail -n 30; done > $@.part

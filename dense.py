@@ -21,37 +21,37 @@ from training.recipe import Recipe, flag, load_data, parse_flags
 class DenseNetRecipe(Recipe):
     network: ClassVar[str] = "densenet"
     depth: int = flag("layers: 121, 169, 201, 264 as in the paper, or 37", group="network", choices=tuple(BLOCKS))
-    growth_rate: int = flag("channels that each layer adds, k in the paper", group="network", at_least=1, at_most=1024)
+    growth_rate: int = flag("channels that each layer adds (k in the paper)", group="network", at_least=1, at_most=1024)
 
 
-# Batch size, EMA and augmentation are from MobileNetV2's search; learning rate and weight decay were also tried on a
-# small DenseNet (benchmarks/README.md).
+# Batch size, EMA and augmentation were tuned on MobileNetV2, learning rate and weight decay also on a small DenseNet
+# (benchmarks/README.md).
 RECIPE = DenseNetRecipe(
     name="densenet",  # checkpoints/densenet.pt, plots/densenet.png and .csv
     depth=121,
-    growth_rate=32,  # the paper's for ImageNet: 6.96 M parameters
-    epochs=50,  # the baseline has 200; 50 is not tried yet
+    growth_rate=32,  # as in the paper on ImageNet: 6.96 M parameters
+    epochs=50,  # the baseline has 200; not tested yet
     batch_size=128,  # small batches need fewer epochs and are as fast on a CPU
     base_lr=0.05,  # for a batch of 64; 0.025 and 0.1 were worse
     base_min_lr=0.0,  # the cosine ends at 0
-    warmup=0.15,  # a fraction of the run: the peak learning rate needs a warm-up
-    schedule_step="batch",  # once an epoch is too coarse for few epochs
+    warmup=0.15,  # as a fraction of the run; the peak learning rate needs a warm-up
+    schedule_step="batch",  # one update per epoch is too coarse for a short run
     momentum=0.9,  # as in the paper
     nesterov=True,  # as in the paper
     weight_decay=5e-4,  # usual for CIFAR; 1e-3 was as good; the paper has 1e-4
-    decay_norms=False,  # norms and biases need no regularization (He et al. 2019, arXiv:1812.01187)
+    decay_norms=False,  # no weight decay on norms and biases (He et al. 2019, arXiv:1812.01187)
     label_smoothing=0.0,  # 0.1 was worse in the search
     ema_horizon=0.025,  # EMA over the last 2.5 % of the run; 0.1 was worse
     crop_padding=4,  # as in the paper
-    brightness=0.1,  # weaker than the baseline's, which lost 2 to 3 points in short runs
+    brightness=0.1,  # the baseline's stronger augmentation lost 2 to 3 points in short runs
     contrast=0.1,
     saturation=0.1,
     hue=0.05,
     flip=0.5,
     randaugment_ops=1,
     randaugment_magnitude=5,
-    cutout=0,  # off: RandAugment is enough
-    augment_until=0.85,  # then crop and flip only (He et al. 2019, arXiv:1909.09148): +4 points in short runs
+    cutout=0,  # off; not tested yet
+    augment_until=0.85,  # then only crop and flip (He et al. 2019, arXiv:1909.09148); 0.75 gave +4 points in short runs
 )
 
 

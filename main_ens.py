@@ -1,8 +1,8 @@
-"""Test an ensemble of trained networks: average their softmax outputs, and compare it with its members.
+"""Test an ensemble of trained networks: average their softmax outputs, and compare the ensemble with its members.
 
-Without arguments it takes the checkpoints that dense.py, mobilenetv2.py and resnext.py have written; otherwise any
-number of checkpoints of any kind, or a folder of them. They also say which data to test on. The logits for the test
-images are cached next to the checkpoints, so that a second run is fast.
+Without arguments it uses the checkpoints of dense.py, mobilenetv2.py and resnext.py; otherwise the given checkpoints,
+any number and of any network, or all in a folder. The test images come from the data set that the checkpoints name. The
+logits of the test images are cached next to the checkpoints, so that a second run is fast.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from common import errors, files
 from common.command_line import Parser
 from common.device import pick_precision, set_up_device
 from common.errors import UserError
-from common.text import counted
+from common.text import pluralize
 
 import torch
 
@@ -27,7 +27,7 @@ from evaluation.logits import member_logits
 from evaluation.members import FIT
 from evaluation.metrics import PER_IMAGE
 from plotting.ensemble import plot_cost, plot_ensemble, plot_mistakes, plot_reliability
-from training.recipe import spelled
+from training.recipe import flag_name
 
 MAX_IMAGES = 10**6  # in a batch or a subset
 PLOTS = ("ensemble.png", "reliability.png", "mistakes.png", "cost.png")
@@ -50,21 +50,21 @@ def main() -> int:
     )  # fmt: skip
     logits, milliseconds = compute_logits(torch.from_numpy(data.test.images))
     labels = torch.from_numpy(data.test.labels)
-    temperature, fitted = options.temperature, options.temperature == FIT
-    cascaded = len(contents) > 1 and options.average == "softmax" and temperature == 1.0
-    # Validation images for the cascade's threshold: only if all members share them.
+    temperature, is_fitted = options.temperature, options.temperature == FIT
+    has_cascade = len(contents) > 1 and options.average == "softmax" and temperature == 1.0
+    # The cascade's threshold is chosen on validation images only if they are the same for all members.
     splits = [content["data"]["split"] for _, content in contents]
-    shared = len({(split.get("val_size"), split.get("split_seed")) for split in splits}) == 1
+    same_split = len({(split.get("val_size"), split.get("split_seed")) for split in splits}) == 1
     val_logits = val_labels = None
-    if fitted or (cascaded and data.val is not None and shared):
+    if is_fitted or (has_cascade and data.val is not None and same_split):
         val_logits, _ = compute_logits(torch.from_numpy(data.val.images))
         val_labels = torch.from_numpy(data.val.labels)
-    if fitted:
+    if is_fitted:
         temperature = report.fit_temperature(val_logits, val_labels, options.average)
-    probs = report.average(logits, options.average, temperature)
+    probs = report.ensemble_probs(logits, options.average, temperature)
 
     costs = cost.member_costs(contents, milliseconds, views=logits.shape[1])
-    result = report.report(probs, labels, costs, data.classes, len(val_labels) if fitted else None)
+    result = report.report(probs, labels, costs, data.classes, len(val_labels) if is_fitted else None)
     result |= {
         "by_network": report.by_network(result["members"], [content["network"] for _, content in contents]),
         "average": options.average,
@@ -73,13 +73,13 @@ def main() -> int:
         "data": data.source,
         "num_images": len(data.test),
         "subsets": cost.subset_rows(logits, labels, costs, options.average, temperature),
-        "cascade": cost.cascade_rows(probs.members, labels, costs) if cascaded else [],
-        "cascade_threshold": cost.pick_threshold(val_logits, val_labels, costs) if cascaded else None,
+        "cascade": cost.cascade_rows(probs.members, labels, costs) if has_cascade else [],
+        "cascade_threshold": cost.pick_threshold(val_logits, val_labels, costs) if has_cascade else None,
         "doubtful_labels": report.doubtful_labels(probs.ensemble, labels, data.classes),
     }
 
     folder = Path(options.plot_dir)
-    with files.replacing(folder / "ensemble.json", "the results") as file:
+    with files.atomic_write(folder / "ensemble.json", "the results") as file:
         file.write((json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
     plot(folder, result, probs, data, device)
     print(text.table(result))
@@ -94,33 +94,33 @@ def parse_flags() -> argparse.Namespace:
     members.add_flags(parser, fit=True)
     parser.add_argument("--tta", choices=("flip",), help="also average over the horizontal flip")
     parser.add_argument("--data", help="test on this data set instead of the members' own")
-    parser.add_argument("--data-url", help="where to look first for the CIFAR archive")
+    parser.add_argument("--data-url", help="URL to try first for the CIFAR archive")
     parser.add_argument("--test-size", type=int, help="number of test images, balanced over the classes")
     parser.add_argument("--batch-size", type=int, help="images per batch (default: 512 of 32×32, more on a GPU)")
     parser.add_argument("--no-cache", action="store_true", help="compute the logits again, and delete cached ones")
-    parser.add_argument("--plot-dir", default="plots", help="for the pictures and ensemble.json (default: plots)")
+    parser.add_argument("--plot-dir", default="plots", help="folder of the plots and ensemble.json (default: plots)")
     options = parser.parse_args()
     members.check_range("--batch-size", options.batch_size, 1, MAX_IMAGES)
     members.check_range("--test-size", options.test_size, 1, MAX_IMAGES)
     if options.temperature == FIT and options.data is not None:
         raise UserError(
-            f"--temperature {FIT} needs the validation images of the members' own data, and --data {options.data} "
-            "replaces them; leave one of the two out, or give the temperature as a number"
+            f"--temperature {FIT} needs the validation images of the members' own data, but --data {options.data} "
+            "replaces them; remove one of the two flags, or give the temperature as a number"
         )
     return options
 
 
 def load_data(contents: members.Contents, options: argparse.Namespace) -> Dataset:
-    """The data that the members were trained with, or what the flags name instead.
+    """Load the data set of the members, or the one of --data.
 
-    Raises UserError if the members were trained on other images or have other test images than the first, and if
-    --temperature fit lacks validation images.
+    Raises UserError if the members have different data sets or test images, and if --temperature fit has no validation
+    images.
     """
     if options.data is not None:
-        return load_first(contents[0], options.data, options.data_url, options.test_size)
+        return load_data_of(contents[0], options.data, options.data_url, options.test_size)
     members.check_same(contents, lambda data: {"images of the data set (digest)": data["digest"]})
-    data = load_first(contents[0], None, options.data_url, options.test_size)
-    # Only flags that affect the images used here must match.
+    data = load_data_of(contents[0], None, options.data_url, options.test_size)
+    # Only the flags that affect the images used here must be the same for all members.
     flags = [] if options.test_size is not None else ["test_size"]
     if data.test_split is not None:
         flags.append("test_split")
@@ -128,20 +128,20 @@ def load_data(contents: members.Contents, options: argparse.Namespace) -> Datase
         flags.append("val_size")
     if any(content["data"]["split"].get(name) for _, content in contents for name in flags):
         flags.append("split_seed")
-    members.check_same(contents, lambda data: {spelled(name): data["split"].get(name) for name in flags})
+    members.check_same(contents, lambda data: {flag_name(name): data["split"].get(name) for name in flags})
     if options.temperature == FIT and data.val is None:
         raise UserError(
-            f"--temperature {FIT} needs validation images, and {contents[0][0]} was trained without; train all members "
-            "with the same --val-size, or give the temperature as a number. The test images are not for fitting"
+            f"--temperature {FIT} needs validation images, but {contents[0][0]} has none; train all members "
+            "with the same --val-size, or give the temperature as a number. Test images are never used for fitting"
         )
     return data
 
 
-def load_first(
-    first: tuple[Path, dict], data: str | None = None, data_url: str | None = None, test_size: int | None = None
+def load_data_of(
+    member: tuple[Path, dict], data: str | None = None, data_url: str | None = None, test_size: int | None = None
 ) -> Dataset:
-    """The data that a member was trained with, or `data`, of which nothing was held out for it."""
-    path, trained = first[0], first[1]["data"]
+    """Load the data set of one member, with its splits; or the whole data set `data` instead."""
+    path, trained = member[0], member[1]["data"]
     split = dict(trained["split"]) if data is None else {"split_seed": trained["split"]["split_seed"]}
     if test_size is not None:
         split["test_size"] = test_size
@@ -152,33 +152,33 @@ def load_first(
         if data is not None or source.lower() in dataset.NAMES or Path(source).exists():
             raise
         raise UserError(
-            f"{error}\n{path} was trained on this path, relative to the working folder of that run; give the new path "
+            f"{error}\n{path} was trained on this path, relative to the current folder of that run; give the new path "
             "as --data"
         ) from None
     if list(loaded.classes) != trained["classes"]:
         raise UserError(
-            f"--data {source} has the classes {', '.join(loaded.classes)}; {path} was trained on "
+            f"--data {source} has the classes {', '.join(loaded.classes)}, but {path} was trained on "
             f"{', '.join(trained['classes'])}"
         )
     if data is None and loaded.digest != trained["digest"]:
         raise UserError(
             f"{source} no longer holds the images that {path} was trained with; restore them, or give --data to test "
-            "on others"
+            "on other images"
         )
     return loaded
 
 
 def plot(folder: Path, result: dict[str, Any], probs: report.Probs, data: Dataset, device: torch.device) -> None:
-    """Draw the pictures into `folder`."""
+    """Save all plots in `folder`."""
     labels = torch.from_numpy(data.test.labels)
-    networks, images = counted(len(probs.members), "network"), counted(len(labels), "test image")
-    title = f"{networks}, {text.method(result)}, on {images} of {Path(data.source).name}"
+    networks, images = pluralize(len(probs.members), "network"), pluralize(len(labels), "test image")
+    title = f"{networks}, {text.averaging_method(result)}, on {images} of {Path(data.source).name}"
 
-    # Folders list images class by class: shuffle for the running metrics.
+    # The images of folders are sorted by class: shuffle them for the running metrics.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     rows = []
-    figures = [*result["members"], {"name": "ensemble"} | result["ensemble"]]
-    for row, row_probs in zip(figures, [*probs.members, probs.ensemble], strict=True):
+    scores = [*result["members"], {"name": "ensemble"} | result["ensemble"]]
+    for row, row_probs in zip(scores, [*probs.members, probs.ensemble], strict=True):
         per_image = dict(zip(PER_IMAGE, metrics.per_image(row_probs, labels)[order].T.numpy(), strict=True))
         bins = [part.numpy() for part in metrics.reliability(row_probs, labels)]
         rows.append(row | {"per_image": per_image, "bins": bins})

@@ -1,8 +1,8 @@
 """Classify images with an ensemble of trained networks: python predict.py cat.jpg photos/
 
-Without --checkpoints it takes those that dense.py, mobilenetv2.py and resnext.py have written. Folders are
-searched recursively. Images of any size are resized as the training images were. An image that cannot be decoded is
-reported and skipped, and the exit status is then 1.
+Without --checkpoints it uses those of dense.py, mobilenetv2.py and resnext.py. Folders are searched recursively. Images
+of any size are resized like the training images. An image that cannot be decoded is reported and skipped; the exit
+status is then 1.
 """
 
 import argparse
@@ -20,24 +20,24 @@ from common import errors, files
 from common.command_line import Parser
 from common.device import autocast, explain_out_of_memory, pick_precision, set_up_device
 from common.errors import UserError
-from common.text import counted
+from common.text import pluralize
 
 import numpy as np
 import torch
 
 import dataset
-from dataset.image_folder import decode_all, pictures_in
+from dataset.image_folder import decode_all, image_files_in
 from evaluation import members
 from evaluation.cost import DEFAULT_THRESHOLD
 from models.ensemble import Ensemble
 
-TOP = 3
-# Pixels per batch, on the CPU 32 images of 32×32: more would not be faster, and the first line would come later.
+DEFAULT_TOP = 3
+# Pixels per batch. On the CPU, 32 images of 32×32: larger batches are not faster and delay the first output.
 BATCH_PIXELS = {"cpu": 2**15, "cuda": 2**19, "mps": 2**18}
-MAX_COLUMN = 60  # a longer file name shifts the rest of its line
-MAX_LISTED = 3  # of the images far from the training size
+MAX_NAME_WIDTH = 60  # the column's width; longer file names shift the rest of their line
+MAX_LISTED = 3  # unusual images named in the note
 
-Prediction = dict[str, Any]  # of an image, as --json has it: "image", and "top" and "members", or "error"
+Prediction = dict[str, Any]  # for one image, as in --json: "image", and either "top" and "members" or "error"
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
     contents = members.read_all(members.paths_of(options), threshold)
     ensemble = members.build(contents, average=options.average, temperature=options.temperature, cascade=threshold)
     num_classes = len(ensemble.classes)
-    top = min(TOP, num_classes) if options.top is None else options.top
+    top = min(DEFAULT_TOP, num_classes) if options.top is None else options.top
     if top > num_classes:
         raise UserError(f"--top is {top}; the networks have {num_classes} classes, so it must be 1 to {num_classes}")
     device = set_up_device(options.device)
@@ -56,11 +56,11 @@ def main() -> int:
     batch_size = options.batch_size or max(1, BATCH_PIXELS[device.type] // ensemble.image_size**2)
 
     checkpoints = [path for path, _ in contents]
-    seen = dict.fromkeys(members.names(checkpoints), 0)  # images, by member
-    leads = [*paths, *(f"  {name}" for name in seen if options.verbose)]
-    widths = min(max(map(len, leads)), MAX_COLUMN), max(map(len, ensemble.classes))
-    skipped, unusual, objects = 0, [], []
-    with opened(options.json) as json_file, opened(options.csv) as csv_file:
+    seen = dict.fromkeys(members.names(checkpoints), 0)  # number of images, by member
+    first_cells = [*paths, *(f"  {name}" for name in seen if options.verbose)]
+    widths = min(max(map(len, first_cells)), MAX_NAME_WIDTH), max(map(len, ensemble.classes))
+    skipped, unusual, json_rows = 0, [], []
+    with open_output(options.json) as json_file, open_output(options.csv) as csv_file:
         if csv_file:
             columns = ["image", *(f"{key}{rank}" for rank in range(1, top + 1) for key in ("class", "prob")), "error"]
             table = csv.DictWriter(csv_file, columns, extrasaction="ignore", lineterminator="\n")
@@ -77,18 +77,18 @@ def main() -> int:
                 if "-" not in (options.json, options.csv):
                     print_prediction(prediction, *widths, options.verbose)
             if json_file:
-                objects.append(json.dumps(prediction, ensure_ascii=False))
+                json_rows.append(json.dumps(prediction, ensure_ascii=False))
             if csv_file:
-                votes = enumerate(prediction.get("top", ()), 1)
-                table.writerow(prediction | {f"{key}{rank}": vote[key] for rank, vote in votes for key in vote})
+                entries = enumerate(prediction.get("top", ()), 1)
+                table.writerow(prediction | {f"{key}{rank}": entry[key] for rank, entry in entries for key in entry})
             sys.stdout.flush()
         if json_file:
-            json_file.write("[\n" + ",\n".join(objects) + "\n]\n")
-        sys.stdout.flush()  # a closed pipe ends the script here, before its summary
-    # Networks trained on folders had their images resized the same way.
+            json_file.write("[\n" + ",\n".join(json_rows) + "\n]\n")
+        sys.stdout.flush()  # if stdout is closed, the script ends here, before the summary
+    # Members trained on a folder were trained on resized images; the built-in data sets have small images.
     if unusual and str(contents[0][1]["data"]["source"]).lower() in dataset.NAMES:
         print(unusual_note(unusual, ensemble.image_size), file=sys.stderr)
-    print(f"{counted(len(paths) - skipped, 'image')}, {skipped:,} skipped", file=sys.stderr)
+    print(f"{pluralize(len(paths) - skipped, 'image')}, {skipped:,} skipped", file=sys.stderr)
     if options.cascade:
         print(f"seen by {', '.join(f'{name} {number:,}' for name, number in seen.items())}", file=sys.stderr)
     return 1 if skipped else 0
@@ -98,12 +98,12 @@ def parse_flags() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, and folders of them")
     members.add_flags(parser, checkpoints="--checkpoints")
-    parser.add_argument("--cascade", action="store_true", help="cheapest network first, the others on low confidence")
+    parser.add_argument("--cascade", action="store_true", help="cheapest network first, others only on low confidence")
     parser.add_argument(
         "--threshold", type=float, default=DEFAULT_THRESHOLD, metavar="P",
         help="--cascade: stop at this top probability (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--top", type=int, metavar="K", help=f"number of classes per image (default: {TOP})")
+    parser.add_argument("--top", type=int, metavar="K", help=f"number of classes per image (default: {DEFAULT_TOP})")
     parser.add_argument("--json", metavar="FILE", help="write the predictions there as JSON; - is standard output")
     parser.add_argument("--csv", metavar="FILE", help="write the predictions there as CSV; - is standard output")
     parser.add_argument("--verbose", action="store_true", help="also print each member's most likely class")
@@ -111,7 +111,7 @@ def parse_flags() -> argparse.Namespace:
     options = parser.parse_intermixed_args()
     members.check_range("--batch-size", options.batch_size, 1)
     members.check_range("--top", options.top, 1)
-    # Images may follow --checkpoints, and checkpoints stand among the images.
+    # Sort the arguments: images may follow --checkpoints, and checkpoints may be among the images.
     given = [*options.images, *map(str, options.checkpoints)]
     options.images = [path for path in given if not is_checkpoint(Path(path))]
     options.checkpoints = [Path(path) for path in given if is_checkpoint(Path(path))]
@@ -121,7 +121,7 @@ def parse_flags() -> argparse.Namespace:
     if not options.images:
         raise UserError("no images are given; name image files, or folders of them")
     if options.cascade and (options.average != "softmax" or options.temperature != 1.0):
-        raise UserError("--cascade averages softmax outputs as they are; leave out --average logits and --temperature")
+        raise UserError("--cascade averages unscaled softmax outputs; remove --average logits and --temperature")
     if options.json and options.json == options.csv:
         raise UserError(f"--json and --csv both name {options.json}; give each its own file")
     return options
@@ -132,17 +132,17 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """The given files and, of folders, all images in or below them.
+    """The given files, and all images in the given folders and their subfolders.
 
-    Raises UserError if a path does not exist, and if a folder is unreadable or has no images.
+    Raises UserError if a path does not exist, or if a folder is unreadable or has no images.
     """
     found = []
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: there is no such file or folder; expected images, or folders of images")
-        images = [str(image) for image in pictures_in(Path(path))] if os.path.isdir(path) else [path]
+        images = [str(image) for image in image_files_in(Path(path))] if os.path.isdir(path) else [path]
         if not images:
-            raise UserError(f"{path}: there are no images in this folder; expected one or more, in it or below it")
+            raise UserError(f"{path}: there are no images in this folder or its subfolders; expected at least one")
         found += images
     return found
 
@@ -150,10 +150,10 @@ def find_images(paths: Sequence[str]) -> list[str]:
 def predict(
     paths: Sequence[str], ensemble: Ensemble, checkpoints: Sequence[Path], top: int, batch_size: int, precision: str
 ) -> Iterator[tuple[Prediction, tuple[int, int] | None]]:
-    """Predictions in the order of `paths`, each with the width and height in the file, which a broken file lacks.
+    """Predictions in the order of `paths`, each with the original width and height (None for a broken file).
 
-    `checkpoints` are those of the members. One batch of images is in memory at a time. Raises UserError if memory runs
-    out, and if a member's predictions are not finite.
+    `checkpoints` are the paths of the members. Only one batch of images is in memory at a time. Raises UserError if
+    memory runs out, and if the predictions of a member are not finite.
     """
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
@@ -172,13 +172,13 @@ def predict(
 def classify(
     pixels: np.ndarray, ensemble: Ensemble, checkpoints: Sequence[Path], top: int, precision: str
 ) -> list[Prediction]:
-    """The most likely classes of each image, uint8 (B, 3, S, S), and the most likely one of each member that saw it."""
+    """The most likely classes of each image, uint8 (B, 3, S, S), and the most likely class of each member that ran."""
     device = next(ensemble.parameters()).device
     with autocast(device, precision):
         images = torch.from_numpy(pixels).to(device, memory_format=torch.channels_last)
         logits, seen = (tensor.cpu() for tensor in ensemble.logits_and_seen(images))
-    for checkpoint, of_member in zip(checkpoints, logits, strict=True):
-        members.check_finite(checkpoint, of_member)
+    for checkpoint, member_logits in zip(checkpoints, logits, strict=True):
+        members.check_finite(checkpoint, member_logits)
     logits = logits.double()
     best = most_likely(ensemble.average_seen(logits, seen), ensemble.classes, top)
     best_of = [most_likely(probs, ensemble.classes, 1) for probs in logits.softmax(2)]
@@ -199,7 +199,7 @@ def most_likely(probs: torch.Tensor, classes: Sequence[str], top: int) -> list[l
 
 
 def is_unusual(size: tuple[int, int], image_size: int) -> bool:
-    """Whether an image is much larger or smaller than the networks' input, or so long that half of it is cropped."""
+    """Whether an image is much larger or smaller than the networks' input, or more than half of it is cropped away."""
     shorter, longer = sorted(size)
     return shorter > 4 * image_size or 2 * longer < image_size or longer > 2 * shorter
 
@@ -207,38 +207,38 @@ def is_unusual(size: tuple[int, int], image_size: int) -> bool:
 def unusual_note(unusual: Sequence[str], image_size: int) -> str:
     listed, more = ", ".join(unusual[:MAX_LISTED]), len(unusual) - MAX_LISTED
     return (
-        f"note: {counted(len(unusual), 'image')} far from {image_size}×{image_size}, the networks' input, in size or "
+        f"note: {pluralize(len(unusual), 'image')} far from {image_size}×{image_size}, the networks' input, in size or "
         f"shape: {printable(listed)}{f' and {more:,} more' if more > 0 else ''}; these predictions are less reliable"
     )
 
 
 @contextlib.contextmanager
-def opened(path: str | None) -> Iterator[TextIO | None]:
-    """A file, which is replaced whole or not at all; standard output for "-"; None without a path."""
+def open_output(path: str | None) -> Iterator[TextIO | None]:
+    """Open a file to be replaced atomically; "-" is standard output; without a path, None."""
     if not path or path == "-":
         yield sys.stdout if path else None
         return
-    with files.replacing(path, "the predictions") as file:
-        # A file's name need not be Unicode: bytes that are not become escapes.
+    with files.atomic_write(path, "the predictions") as file:
+        # File names need not be valid Unicode: invalid bytes are escaped.
         text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
         yield text
         text.flush()
-        text.detach()  # `replacing` closes the file
+        text.detach()  # `atomic_write` closes the file
 
 
 def print_prediction(prediction: Prediction, width: int, class_width: int, verbose: bool) -> None:
-    """One line and, with `verbose`, each member's most likely class below."""
+    """Print one line and, with `verbose`, one more line per member with its most likely class."""
     lines = [(prediction["image"], prediction["top"])]
     if verbose:
-        lines += [(f"  {name}", [vote]) for name, vote in prediction["members"].items()]
-    for lead, votes in lines:
-        cells = [f"{vote['class']:{class_width}} {100 * vote['prob']:5.1f} %" for vote in votes]
-        print(printable("  ".join([f"{lead:{width}}", *cells])))
+        lines += [(f"  {name}", [entry]) for name, entry in prediction["members"].items()]
+    for first_cell, entries in lines:
+        cells = [f"{entry['class']:{class_width}} {100 * entry['prob']:5.1f} %" for entry in entries]
+        print(printable("  ".join([f"{first_cell:{width}}", *cells])))
 
 
 def printable(text: str) -> str:
-    """The text with escapes instead of characters that would control a terminal or cannot be encoded."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    """Escape characters that would control the terminal or cannot be encoded."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 if __name__ == "__main__":

@@ -20,42 +20,42 @@ from training.recipe import Recipe, flag, load_data, parse_flags
 @dataclass(frozen=True, kw_only=True)
 class ResNeXtRecipe(Recipe):
     network: ClassVar[str] = "resnext29"
-    cardinality: int = flag("groups of each 3×3 convolution, C in the paper", group="network", at_least=1, at_most=1024)
+    cardinality: int = flag("groups per 3×3 convolution (C in the paper)", group="network", at_least=1, at_most=1024)
     base_width: int = flag(
-        "channels of each group in the first stage, d in the paper", group="network", at_least=1, at_most=1024
+        "channels per group in the first stage (d in the paper)", group="network", at_least=1, at_most=1024
     )
-    dense: bool = flag("compute grouped convolutions as dense ones, which some GPUs do faster", fixed=False)
+    dense: bool = flag("compute grouped convolutions as dense ones; faster on some GPUs", fixed=False)
 
 
-# Batch size, EMA and augmentation are from MobileNetV2's search; the learning rate was also tried on a small ResNeXt
+# Batch size, EMA and augmentation were tuned on MobileNetV2, the learning rate also on a small ResNeXt
 # (benchmarks/README.md).
 RECIPE = ResNeXtRecipe(
     name="resnext",  # checkpoints/resnext.pt, plots/resnext.png and .csv
     cardinality=2,  # 2×64d as in the baseline, 9.13 M parameters; the paper has 8×64d and 16×64d
     base_width=64,
-    dense=False,  # groups are faster on a CPU; not measured on a GPU yet (benchmarks/layers.py)
-    epochs=50,  # the baseline has 200; 50 is not tried yet
+    dense=False,  # grouped is faster on a CPU; not measured on a GPU yet (benchmarks/layers.py)
+    epochs=50,  # the baseline has 200; not tested yet
     batch_size=128,  # small batches need fewer epochs and are as fast on a CPU
-    base_lr=0.05,  # for a batch of 64, as in the paper; 0.025 was worse, 0.1 equal within noise
+    base_lr=0.05,  # for a batch of 64; as in the paper; 0.025 was worse, 0.1 equal within noise
     base_min_lr=0.0,  # the cosine ends at 0
-    warmup=0.15,  # a fraction of the run: the peak learning rate needs a warm-up
-    schedule_step="batch",  # once an epoch is too coarse for few epochs
+    warmup=0.15,  # as a fraction of the run; the peak learning rate needs a warm-up
+    schedule_step="batch",  # one update per epoch is too coarse for a short run
     momentum=0.9,  # as in the paper
     nesterov=True,  # as in the authors' code (fb.resnet.torch)
     weight_decay=5e-4,  # as in the paper
-    decay_norms=False,  # norms and biases need no regularization (He et al. 2019, arXiv:1812.01187)
+    decay_norms=False,  # no weight decay on norms and biases (He et al. 2019, arXiv:1812.01187)
     label_smoothing=0.0,  # 0.1 was worse in the search
     ema_horizon=0.025,  # EMA over the last 2.5 % of the run; 0.1 was worse
     crop_padding=4,  # as in the paper
-    brightness=0.1,  # weaker than the baseline's, which lost 2 to 3 points in short runs
+    brightness=0.1,  # the baseline's stronger augmentation lost 2 to 3 points in short runs
     contrast=0.1,
     saturation=0.1,
     hue=0.05,
     flip=0.5,
     randaugment_ops=1,
     randaugment_magnitude=5,
-    cutout=0,  # off: RandAugment is enough
-    augment_until=0.85,  # then crop and flip only (He et al. 2019, arXiv:1909.09148): +4 points in short runs
+    cutout=0,  # off; not tested yet
+    augment_until=0.85,  # then only crop and flip (He et al. 2019, arXiv:1909.09148); 0.75 gave +4 points in short runs
 )
 
 

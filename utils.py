@@ -1,7 +1,7 @@
-"""What the scripts share: images on the device, augmented batches of them, a network's logits, the cosine schedule.
+"""What the scripts share: the loader of augmented batches, normalisation, prediction, and the cosine schedule.
 
-Path of a batch: `dataset.load` gives uint8 arrays; `TrainLoader` keeps them on the device as one tensor, augments
-thousands of images at a time (dataset/transforms.py), cuts the result into batches and normalises each.
+The path of a batch: `dataset.load` returns uint8 arrays. `TrainLoader` keeps them on the device as one tensor, augments
+a chunk of them at a time (dataset/transforms.py), splits the chunk into batches and normalises each batch.
 """
 
 import copy
@@ -23,39 +23,39 @@ from tqdm import tqdm
 
 from dataset import Split, transforms
 
-# Of the training images of CIFAR-10, by channel, for values of 0 to 1.
+# Of CIFAR-10's training images, per channel, for values from 0 to 1.
 MEAN = (0.4914, 0.4824, 0.4467)
 STD = (0.2471, 0.2436, 0.2616)
 
-# Pixels per augmentation chunk: fits the CPU's caches; on a GPU, large enough to hide kernel launches. 1,024 and 16,384
-# images of 32×32.
+# Pixels per augmentation chunk. On the CPU it fits into the caches (1,024 images of 32×32); on a GPU it is large enough
+# to hide kernel launches (16,384 images).
 CHUNK_PIXELS = {"cpu": 2**20, "cuda": 16 * 2**20, "mps": 4 * 2**20}
 # Pixels per evaluation batch: 512 images of 32×32 on the CPU.
 EVAL_PIXELS = {"cpu": 2**19, "cuda": 2**21, "mps": 2**20}
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
-    """uint8 (B, 3, H, W) to float32 of the same shape in channels-last order: (image / 255 − mean) / std."""
-    shift, scale = _in_grey_levels(mean, images.device), _in_grey_levels(std, images.device)
+    """(image / 255 − mean) / std, from uint8 (B, 3, H, W) to float32 of the same shape, channels-last."""
+    shift, scale = _scale_to_255(mean, images.device), _scale_to_255(std, images.device)
     return images.to(torch.float32, memory_format=torch.channels_last).sub_(shift).div_(scale)
 
 
-@functools.cache  # copying them for every batch would synchronise
-def _in_grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+@functools.cache  # copying them to the device for each batch would synchronize host and device
+def _scale_to_255(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).mul_(255).view(1, 3, 1, 1)
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """A CPU generator for one epoch (from 0) of a run; every pair of seed and epoch gives another stream."""
+    """A CPU generator for one epoch, counted from 0. Every pair (seed, epoch) has its own random stream."""
     state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 def steps_per_epoch(num_images: int, batch_size: int, device: torch.device) -> int:
-    """How many batches an epoch has.
+    """The number of batches in an epoch.
 
-    A smaller last one is dropped if it has fewer than the two images for each process that batch norm needs; on CUDA,
-    where it needs a graph and a search for algorithms of its own, also if it has less than 1 % of the images.
+    A smaller last batch is dropped if it has fewer than two images per process, which batch norm needs. On CUDA a batch
+    of another size needs its own graph and cuDNN search: it is also dropped if it has less than 1 % of the images.
     """
     whole, rest = divmod(num_images, batch_size)
     at_least = max(2 * distributed.world_size(), num_images / 100 if device.type == "cuda" else 0)
@@ -63,14 +63,14 @@ def steps_per_epoch(num_images: int, batch_size: int, device: torch.device) -> i
 
 
 class TrainLoader:
-    """Augmented and normalised batches of a split, made on the device.
+    """Shuffled, augmented and normalised batches of a split, made on the device.
 
-    The order of the images and their random augmentation depend on (seed, epoch) only, not on the batch or chunk size.
-    The last batch may be smaller (see `steps_per_epoch`). With several processes, each gets its share of every batch.
+    The order of the images and their random augmentation depend only on (seed, epoch), not on the batch or chunk size.
+    The last batch may be smaller (see `steps_per_epoch`). With several processes, each gets its part of every batch.
     From epoch `crop_and_flip_from` on, only crop and flip are applied.
 
-    `ahead` (by default on CUDA) keeps the work off the critical path: a thread draws for the next epoch while this one
-    is trained, and the device augments the next chunk in parallel with the training steps on this one.
+    `prefetch` (default: only on CUDA): during an epoch, a thread samples the random parameters of the next epoch, and a
+    second CUDA stream augments the next chunk in parallel with the training steps on the current one.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         crop_and_flip_from: float = math.inf,
         chunk_size: int | None = None,
-        ahead: bool | None = None,
+        prefetch: bool | None = None,
     ):
         self.images = torch.from_numpy(split.images).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
@@ -94,28 +94,28 @@ class TrainLoader:
             settings: transforms.Augmenter(self.size, settings, device)
             for settings in (augmentation, augmentation.crop_and_flip())
         }
-        self.local_batch_size = len(range(batch_size)[distributed.share(batch_size)])
+        self.local_batch_size = len(range(batch_size)[distributed.local_slice(batch_size)])
         chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.size**2
         self.chunk_size = max(1, chunk_size // self.local_batch_size) * self.local_batch_size
-        ahead = self.device.type == "cuda" if ahead is None else ahead
-        self.thread = ThreadPoolExecutor(1, "plan") if ahead else None
+        prefetch = self.device.type == "cuda" if prefetch is None else prefetch
+        self.thread = ThreadPoolExecutor(1, "plan") if prefetch else None
         self.planned: dict[int, Future] = {}  # by epoch
-        self.stream = torch.cuda.Stream(self.device) if ahead and self.device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(self.device) if prefetch and self.device.type == "cuda" else None
 
     def __len__(self) -> int:
         return steps_per_epoch(len(self.images), self.batch_size, self.device)
 
     @property
     def num_images(self) -> int:
-        """How many images an epoch has."""
+        """The number of images in an epoch."""
         return min(len(self.images), len(self) * self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches `start` and after of an epoch (both from 0): images, float32 (B, 3, H, W), and labels, int64 (B,)."""
+        """The batches of an epoch, from batch `start` on: images, float32 (B, 3, H, W), and labels, int64 (B,)."""
         if start >= len(self):
             return
-        waiting = self.planned.pop(epoch, None) if start == 0 else None
-        plan = waiting.result() if waiting else self.plan(epoch, start)
+        planned = self.planned.pop(epoch, None) if start == 0 else None
+        plan = planned.result() if planned else self.plan(epoch, start)
         if self.thread:
             self.planned = {epoch + 1: self.thread.submit(self.plan, epoch + 1)}
         size = self.local_batch_size
@@ -127,16 +127,16 @@ class TrainLoader:
         return self.augmentation if epoch < self.crop_and_flip_from else self.augmentation.crop_and_flip()
 
     def global_batch_size(self, step: int) -> int:
-        """Images of a step's batch, over all processes."""
+        """The number of images in a step, over all processes."""
         return min(self.batch_size, self.num_images - step * self.batch_size)
 
     def plan(self, epoch: int, start: int = 0) -> transforms.Plan:
         generator = epoch_generator(self.seed, epoch)
         settings = self.settings(epoch)
-        draws = transforms.draw(len(self.images), self.size, settings, generator)
+        params = transforms.sample_params(len(self.images), self.size, settings, generator)
         order = torch.randperm(len(self.images), generator=generator)[start * self.batch_size : self.num_images]
-        order = torch.cat([batch[distributed.share(len(batch))] for batch in order.split(self.batch_size)])
-        return transforms.plan(order, draws, self.chunk_size)
+        order = torch.cat([batch[distributed.local_slice(len(batch))] for batch in order.split(self.batch_size)])
+        return transforms.make_plan(order, params, self.chunk_size)
 
     def chunks(self, plan: transforms.Plan, augmenter: transforms.Augmenter) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented images, uint8 (chunk, 3, H, W), and their labels."""
@@ -146,8 +146,8 @@ class TrainLoader:
         training = torch.cuda.current_stream(self.device)
 
         def augment_in_parallel(number: int) -> tuple[Tensor, Tensor]:
-            # Wait for the work queued on the training stream so far: the plan's copy, and the last use of the previous
-            # chunk, whose memory the next one may reuse.
+            # Wait for the work queued on the training stream so far: the copy of the plan, and the steps on the
+            # previous chunk, whose memory may be reused.
             self.stream.wait_stream(training)
             with torch.cuda.stream(self.stream):
                 return self.chunk(plan, number, augmenter)
@@ -161,7 +161,7 @@ class TrainLoader:
                     ready = augment_in_parallel(number + 1)
                 yield chunk
         finally:
-            training.wait_stream(self.stream)  # it may still read the plan if the epoch ends early
+            training.wait_stream(self.stream)  # after an early end of the epoch, it may still read the plan
 
     def chunk(self, plan: transforms.Plan, number: int, augmenter: transforms.Augmenter) -> tuple[Tensor, Tensor]:
         index = plan.index[number * plan.chunk : (number + 1) * plan.chunk]
@@ -179,12 +179,12 @@ def predict(
     stop: Callable[[], object] = lambda: False,
     label: str | None = None,
 ) -> Tensor | None:
-    """Logits of `network`, which takes uint8 (B, 3, H, W), for `images` of that kind: float32 (N, classes) on the CPU.
+    """Logits of `network` for `images`, uint8 (N, 3, H, W): float32 (N, classes) on the CPU.
 
-    None if `stop()` returned true. `label`: of a progress bar; None for no bar.
+    `network` takes uint8 batches. Returns None as soon as `stop()` is true. `label`: text of the progress bar, if any.
     """
     batches, logits = images.split(batch_size or eval_batch_size(images, device)), []
-    # A search for algorithms, for each size of batch, costs more than evaluation would gain.
+    # cuDNN would search for the fastest algorithms for each batch size, which takes longer than it saves here.
     searched, cudnn.benchmark = cudnn.benchmark, False
     try:
         for batch in tqdm(batches, desc=label, unit=" batches", leave=False, disable=None if label else True):
@@ -202,12 +202,12 @@ def eval_batch_size(images: Tensor, device: torch.device) -> int:
 
 
 def multiply_adds(model: nn.Module, image_size: int) -> int:
-    """Multiply-adds of one image's forward pass (convolutions and matrix products)."""
-    # Imported here: where CUDA's PyTorch comes without Triton, as on Windows, it warns of that.
+    """Multiply-adds of the forward pass for one image (convolutions and matrix products)."""
+    # The import warns if PyTorch with CUDA has no Triton, as on Windows.
     logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
     from torch.utils.flop_counter import FlopCounterMode
 
-    images = torch.empty(1, 3, image_size, image_size, device="meta")  # shapes suffice to count
+    images = torch.empty(1, 3, image_size, image_size, device="meta")  # counting needs only shapes
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(model).to("meta").eval()(images)
     return counter.get_total_flops() // 2
@@ -215,10 +215,10 @@ def multiply_adds(model: nn.Module, image_size: int) -> int:
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """The learning rate of every step: a linear warm-up, then cosine annealing.
+    """The learning rate of every step: linear warm-up, then cosine annealing.
 
-    Warm-up over the first part of the run, `warmup` (Goyal et al. 2017, arXiv:1706.02677), then from `lr` to `min_lr`
-    without restarts (Loshchilov and Hutter 2017, arXiv:1608.03983). `each`: the rate changes every "epoch" or "batch".
+    The rate rises to `lr` over the fraction `warmup` of the run (Goyal et al. 2017, arXiv:1706.02677), then falls to
+    `min_lr` (Loshchilov and Hutter 2017, arXiv:1608.03983). `schedule_step`: it is updated every "epoch" or "batch".
     """
 
     lr: float
@@ -226,12 +226,12 @@ class CosineSchedule:
     epochs: int
     steps_per_epoch: int
     warmup: float = 0.0
-    each: str = "epoch"
+    schedule_step: str = "epoch"
 
     def __call__(self, epoch: int, step: int) -> float:
         """The learning rate of step `step` of epoch `epoch`, both from 0."""
         step, stride = epoch * self.steps_per_epoch + step, 1
-        if self.each == "epoch":
+        if self.schedule_step == "epoch":
             step, stride = epoch * self.steps_per_epoch, self.steps_per_epoch
         total_steps = self.epochs * self.steps_per_epoch
         warmup_steps = self.warmup * total_steps

@@ -1,12 +1,12 @@
-"""Measure how fast augmented batches come: this project's loader and the usual one.
+"""Measure how fast augmented batches are made: by this project's loader and by the usual one.
 
 ours         utils.TrainLoader: all images of a chunk at once, on the device, in this process
-torchvision  the way it is usually written: transforms on one PIL image at a time, in a DataLoader with two processes
+torchvision  the usual code: transforms on one PIL image at a time, in a DataLoader with two worker processes
 
-Both take images of one set through RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and normalisation with
-the recipes' settings, and end in float32 batches of 64. They take turns, round by round; the first round warms up and
-is not counted. A round of ours is a whole epoch of its images, the draws of the epoch included. The DataLoader's
-processes start in the warm-up and stay: what they cost to start is not counted.
+Both apply RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and normalisation with the default settings, and
+return float32 batches of 64. They take turns, round by round; the first round is a warm-up and does not count. A round
+of ours is a whole epoch, with the sampling of its random parameters. The start of the DataLoader's workers does not
+count: they start in the warm-up and keep running.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors
 from common.device import set_up_device
@@ -31,7 +31,7 @@ from utils import TrainLoader
 
 BATCH_SIZE = 64
 WORKERS = 2
-TORCHVISION_PART = 0.4  # of the images, for torchvision's rounds to take about as long
+TORCHVISION_PART = 0.4  # of the images, so that its rounds take about as long as ours
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def images_per_second(batches: Iterable[tuple[Tensor, Tensor]], count: int, device: torch.device) -> float:
-    """How fast `count` images come in batches, when each is on the device and nothing else is done with it."""
+    """Speed of `batches` with `count` images, when each batch is moved to the device and not used."""
 
     def fetch() -> None:
         for images, _ in batches:

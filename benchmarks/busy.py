@@ -1,9 +1,9 @@
-"""Measure what training loses where another program keeps a core busy, by how long OpenMP's threads spin.
+"""Measure how much training slows down when another program keeps a core busy, for several spin counts of OpenMP.
 
-A MobileNetV2 of half the width trains in a process of its own, on quiet cores and beside another one that trains on one
-core, at the lowest priority: started from the same session, where the priority counts, and from another, as from
-another terminal, where Linux (sched_autogroup) gives each session its share whatever the priority. All settings take
-turns, round by round; a figure is the median of the rounds.
+A MobileNetV2 of half the width trains in its own process, alone or next to another process that trains on one core with
+the lowest priority. That one runs in the same session, where the priority counts, or in another session (like another
+terminal), where Linux gives each session its share whatever the priority (sched_autogroup). All settings take turns,
+round by round; a result is the median of the rounds.
 
     python benchmarks/busy.py --spins default 0 1000 4000 16000
 """
@@ -40,7 +40,7 @@ def main() -> int:
             print(plain.rate_on_one_batch("mobilenetv2", float(seconds), options.batch_size, width=0.5), flush=True)
         return 0
     if not shutil.which("taskset"):
-        raise UserError("this benchmark ties a process to a core with taskset, of util-linux, which is not there")
+        raise UserError("this benchmark pins a process to a core with taskset, which is missing; install util-linux")
     settings = {f"{spins} spins, beside {beside}": (spins, beside) for beside in BESIDE for spins in options.spins}
     ways = {name: partial(measure, *setting, options.seconds) for name, setting in settings.items()}
     figures, table = [], defaultdict(dict)
@@ -53,11 +53,11 @@ def main() -> int:
 
 
 def measure(spins: str, beside: str, seconds: float) -> float:
-    """Images a second of one setting."""
+    """Images per second of one setting."""
     count = plain.LIBGOMP_SPINS if spins == "default" else spins
     if beside == "nothing":
-        return harness.in_a_process(seconds, environment={"GOMP_SPINCOUNT": count})
-    # Something else that trains, for ever, tied to the last core. It prints a rate as soon as it does.
+        return harness.in_subprocess(seconds, environment={"GOMP_SPINCOUNT": count})
+    # The other process trains forever, pinned to the last core. It prints a first rate when it has started to train.
     core = str(max(os.sched_getaffinity(0)))
     with subprocess.Popen(
         ["taskset", "-c", core, "nice", "-n", "19", sys.executable, *sys.argv, "--measure", "0.1", "1e6"],
@@ -67,8 +67,8 @@ def measure(spins: str, beside: str, seconds: float) -> float:
     ) as other:
         try:
             if not other.stdout.readline():
-                raise UserError("", silent=True)  # it has said why
-            return harness.in_a_process(seconds, environment={"GOMP_SPINCOUNT": count})
+                raise UserError("", silent=True)  # it has printed its error
+            return harness.in_subprocess(seconds, environment={"GOMP_SPINCOUNT": count})
         finally:
             other.kill()
 

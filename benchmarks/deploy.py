@@ -1,14 +1,14 @@
 """Measure how fast an ensemble runs: the files that export.py writes, and the PyTorch module.
 
-torch   models.ensemble.Ensemble, as members.load gives it
-onnx    the ONNX file in onnxruntime, with as many threads as PyTorch takes
+torch   models.ensemble.Ensemble, as members.load returns it
+onnx    the ONNX file in onnxruntime, with as many threads as PyTorch
 pt2     the file of torch.export, loaded and run by PyTorch
 
-All take uint8 images and give probabilities, for each network alone and for the ensemble of the three. The networks are
-of full size and untrained: the weights change nothing about the speed. Latency is the time for one image, throughput
-that of a batch of 64. The three take turns, round by round; the first call of a turn is not counted.
+All take uint8 images and return probabilities, for each network alone and for the ensemble of the three. The networks
+have full size and random weights, which do not change the speed. Latency is the time for one image, throughput the
+speed with a batch of 64. The three runners take turns, round by round; the first call of each turn does not count.
 
-With --cascade, accuracy and time of trained networks on test images instead: the whole ensemble, and its cascade.
+With --cascade, it measures accuracy and time of trained networks on test images: the whole ensemble and the cascade.
 
     python benchmarks/deploy.py --cascade checkpoints/*.pt --output benchmarks/results/cascade.json
 """
@@ -44,7 +44,7 @@ from utils import MEAN, STD
 ENSEMBLE = "ensemble"
 IMAGE_SIZE = 32
 BATCH_SIZE = 64
-CALLS = {1: 20, BATCH_SIZE: 1}  # counted in a turn, by batch
+CALLS = {1: 20, BATCH_SIZE: 1}  # calls per turn that count, by batch size
 
 
 def main() -> int:
@@ -52,7 +52,7 @@ def main() -> int:
     known = [ENSEMBLE, *NETWORKS]
     parser.add_argument("--networks", nargs="+", choices=known, default=known, help="(default: all)")
     parser.add_argument("--cascade", nargs="+", type=Path, default=[], metavar="CHECKPOINT", help="measure the cascade")
-    of_cascade = {"help": "of --cascade (default: %(default)s)"}
+    of_cascade = {"help": "for --cascade (default: %(default)s)"}
     parser.add_argument("--threshold", type=float, default=DEFAULT_THRESHOLD, **of_cascade)
     parser.add_argument("--images", type=harness.positive, default=2000, **of_cascade)
     parser.add_argument("--batch-size", type=harness.positive, default=512, **of_cascade)
@@ -68,9 +68,9 @@ def main() -> int:
             "MB": f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else "",
             "latency, ms": f"{row['latency_ms']:.2f}",
             "95 % within, ms": f"{row['latency_ms_95']:.2f}",
-            "ratio": f"{row['latency_ratio']:.2f}",
+            "ratio of latency": f"{row['latency_ratio']:.2f}",
             "images/s": f"{row['images_per_second']:,.1f}",
-            "ratio of these": f"{row['throughput_ratio']:.2f}",
+            "ratio of images/s": f"{row['throughput_ratio']:.2f}",
         }
         for name, runners in networks.items()
         for runner, row in runners.items()
@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def untrained(name: str) -> Ensemble:
-    """The ensemble of one network, or of all."""
+    """An ensemble of one network, or of all three, with random weights."""
     parts = [Member(NETWORKS[part](10), MEAN, STD) for part in (NETWORKS if name == ENSEMBLE else [name])]
     ensemble = Ensemble(parts, [str(number) for number in range(10)], IMAGE_SIZE)
     return ensemble.to(memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -90,7 +90,7 @@ def untrained(name: str) -> Ensemble:
 
 @torch.inference_mode()
 def measure(ensemble: Ensemble, rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Size, latency and throughput by runner, with their ratios to PyTorch's: above 1 is faster."""
+    """Size, latency and throughput of each runner, with ratios to PyTorch; a ratio above 1 means faster."""
     files = {name: file_format.write(ensemble, {}) for name, file_format in export.FORMATS.items()}
     runners = {"torch": ensemble} | {name: export.FORMATS[name].read(content) for name, content in files.items()}
     shape = (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -120,7 +120,7 @@ def measure(ensemble: Ensemble, rounds: int, device: torch.device) -> dict[str, 
 
 def measure_cascade(options: argparse.Namespace, device: torch.device) -> int:
     paths, precision = options.cascade, pick_precision("auto", device)
-    data = main_ens.load_first(members.read_all(paths)[0])
+    data = main_ens.load_data_of(members.read_all(paths)[0])
     chosen = np.random.default_rng(0).permutation(len(data.test))[: options.images]
     images, labels = torch.from_numpy(data.test.images[chosen]), torch.from_numpy(data.test.labels[chosen])
     ensembles = {"whole": members.load(paths), "cascade": members.load(paths, cascade=options.threshold)}
@@ -136,9 +136,9 @@ def measure_cascade(options: argparse.Namespace, device: torch.device) -> int:
         accuracy = metrics.accuracy(probs(ensembles[name]), labels)
         milliseconds = [1000 * turn / len(images) for turn in seconds]
         figures[name] = {"accuracy": accuracy, "milliseconds": statistics.median(milliseconds), "turns": milliseconds}
-        rows[name] = {"test accuracy": f"{accuracy:.2%}", "ms an image": f"{figures[name]['milliseconds']:.2f}"}
+        rows[name] = {"test accuracy": f"{accuracy:.2%}", "ms per image": f"{figures[name]['milliseconds']:.2f}"}
     ratio = figures["cascade"]["milliseconds"] / figures["whole"]["milliseconds"]
-    rows["cascade / whole"] = {"ms an image": f"{ratio:.2f}"}
+    rows["cascade / whole"] = {"ms per image": f"{ratio:.2f}"}
     about = {"data": data.source, "num_images": len(images), "precision": precision, "members": members.names(paths)}
     options.cascade = list(map(str, paths))
     return harness.report(options, device, rows, **about, figures=figures, ratio=ratio)

@@ -1,19 +1,18 @@
-"""Measure the whole: the four commands from nothing, timed, with the accuracies.
+"""Measure everything: the time and the accuracies of the four commands, from scratch.
 
-dense.py, mobilenetv2.py, resnext.py and main_ens.py run one after the other, each timed from the start of its process
-to its end, in a folder where nothing is decoded and nothing compiled yet. A download is not timed: CIFAR-10 is there
-before the first command starts. A run that was stopped, by Ctrl-C, SIGTERM or --time-limit, goes on with the same
-command; delete --work to measure again.
+dense.py, mobilenetv2.py, resnext.py and main_ens.py run one after the other in a new folder, without caches of decoded
+images or compiled kernels. Each is timed from the start of its process to its end. CIFAR-10 is downloaded before the
+first command and is not timed. After Ctrl-C, SIGTERM or --time-limit, the same command continues the run. Delete --work
+to measure again.
 
---output gets what it takes to judge the run and to compare another with it: result.json, the figures; logits.npz, the
-members' logits for the test images; and the histories and pictures that the commands left. --against runs nothing: it
-compares two such folders.
+--output is a folder. It gets result.json (the numbers), logits.npz (the members' logits for the test images), and the
+histories and plots of the commands. --against runs nothing: it compares two such folders.
 
     python benchmarks/ensemble.py --data cifar10 --output benchmarks/results/headline
     python benchmarks/ensemble.py --work FOLDER --time-limit 3000 -- --recipe baseline    # again, until it is done
     python benchmarks/ensemble.py --output benchmarks/results/headline --against benchmarks/results/baseline
 
-Windows has neither the signals that stop a run nor the account of CPU time.
+It does not run on Windows, which has no such signals and no module resource.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors, files
 from common.device import pick_precision, set_up_device
@@ -54,19 +53,19 @@ from evaluation.logits import member_logits
 from evaluation.members import names, read_all
 from models.ensemble import average_probs
 from training.history import read_csv
-from training.recipe import Recipe, parse_flags, spelled
+from training.recipe import Recipe, flag_name, parse_flags
 from training.signals import StopSignals
 
 TRAINING = {"dense.py": dense, "mobilenetv2.py": mobilenetv2, "resnext.py": resnext}
 TESTING = "main_ens.py"
 OF_ENSEMBLE = ("ensemble.json", "ensemble.png", "cost.png")
-OWN_FLAGS = ("data", "name", "checkpoint_dir", "plot_dir", "resume", "overwrite")  # decide where the files lie
+OWN_FLAGS = ("data", "name", "checkpoint_dir", "plot_dir", "resume", "overwrite")  # set by this benchmark
 COMPILE_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 PROGRESS = "progress.json"
 
 TIME_IS_UP = 3  # exit status
 POLL_SECONDS = 0.02
-WRITE_SECONDS = 5  # what a kill can take from the account of the time
+WRITE_SECONDS = 5  # how often the progress is written; a kill can lose this much of the measured time
 
 
 def main() -> int:
@@ -87,7 +86,7 @@ def main() -> int:
             run_together({name: commands[name] for name in together}, work, progress, stop)
         run_together({TESTING: commands[TESTING]}, work, progress, stop)
     if left := [name for name in commands if name not in progress.finished]:
-        print(f"stopped after {progress.elapsed:.1f} s, still to do: {', '.join(left)}; the same command goes on")
+        print(f"stopped after {progress.elapsed:.1f} s, still to do: {', '.join(left)}; the same command continues")
         return TIME_IS_UP if stop.number is None else 128 + stop.number
     report(write_output(output, work, recipes, progress))
     return 0
@@ -98,13 +97,13 @@ def main() -> int:
 
 @dataclass
 class Progress:
-    """How far a run is and what it has used; kept in the work folder."""
+    """The progress of a run and the time it has used; stored in the work folder."""
 
-    setting: dict[str, Any]  # what result.json says about how the run came to be
+    setting: dict[str, Any]  # provenance and flags, for result.json
     seconds: dict[str, float] = field(default_factory=dict)  # by command
-    starts: dict[str, int] = field(default_factory=dict)  # by command; each after the first finds its caches filled
-    elapsed: float = 0.0  # seconds; with --parallel fewer than the commands' together
-    cpu_seconds: float = 0.0  # of all cores; other programs on them make a run longer, but not this
+    starts: dict[str, int] = field(default_factory=dict)  # by command; after the first start, the caches are filled
+    elapsed: float = 0.0  # seconds; with --parallel less than the sum over the commands
+    cpu_seconds: float = 0.0  # of all cores; unlike `elapsed`, not increased by other programs
     finished: list[str] = field(default_factory=list)  # commands
 
     def write(self, work: Path) -> None:
@@ -112,7 +111,7 @@ class Progress:
 
 
 class Stop(StopSignals):
-    """A signal, or the end of `seconds`. A second signal changes nothing: timeout and make may both send one."""
+    """True after a signal or after `seconds`. A second signal is ignored: timeout and make may both send one."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -121,14 +120,14 @@ class Stop(StopSignals):
     def __bool__(self) -> bool:
         return super().__bool__() or time.monotonic() >= self.deadline
 
-    def note(self, number: int, _: object) -> None:
+    def _handle(self, number: int, _: object) -> None:
         self.number = number
 
 
 def open_work(work: Path, options: argparse.Namespace, recipes: dict[str, Recipe]) -> Progress:
-    """The progress of the run in `work`, a fresh one where the folder is empty or missing.
+    """The progress of the run in `work`; a new one if the folder is empty or missing.
 
-    Raises UserError for a folder that holds anything else, or a run of another setting.
+    Raises UserError if the folder holds anything else, or a run with another setting.
     """
     flags = {name: shlex.join(flags_of(options, name)) for name in TRAINING}
     setting = harness.provenance(set_up_device(recipes["dense.py"].device))
@@ -136,28 +135,28 @@ def open_work(work: Path, options: argparse.Namespace, recipes: dict[str, Recipe
     path = work / PROGRESS
     if not path.exists():
         if work.exists() and any(work.iterdir()):
-            raise UserError(f"--work {work} is not empty and holds no run of this benchmark; name a new folder")
+            raise UserError(f"--work {work} is not empty and holds no run of this benchmark; use a new folder")
         return Progress(setting)
     try:
         progress = Progress(**json.loads(path.read_bytes()))
         before, now = fixed(progress.setting), fixed(setting)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not what this benchmark writes ({error}); name a new folder as --work") from None
+        raise UserError(f"{path}: not a file of this benchmark ({error}); use a new folder as --work") from None
     if changed := [
         f"{name}: {before.get(name)} there, {now[name]} now" for name in now if before.get(name) != now[name]
     ]:
-        raise UserError(f"--work {work} holds a run of another setting; name a new folder:\n  " + "\n  ".join(changed))
+        raise UserError(f"--work {work} holds a run with another setting; use a new folder:\n  " + "\n  ".join(changed))
     return progress
 
 
 def fixed(setting: dict[str, Any]) -> dict[str, Any]:
-    """What must stay the same when a run goes on. The work folder itself may be what makes the commit "-dirty"."""
+    """What must be the same when a run continues. "-dirty" does not count: the work folder itself may cause it."""
     commit = (setting["commit"] or "").removesuffix("-dirty")
     return {name: value for name, value in setting.items() if name != "command"} | {"commit": commit}
 
 
 def link_data(data: str, data_url: str | None, work: Path) -> str:
-    """Link the folder that --data names, CIFAR-10 downloaded where it is missing, into `work`; its --data there."""
+    """Link the folder of --data into `work` (CIFAR-10 is downloaded if missing). Returns the value of --data there."""
     if data == "digits":
         return data
     is_cifar = data in cifar10.HOSTS
@@ -170,16 +169,16 @@ def link_data(data: str, data_url: str | None, work: Path) -> str:
 
 
 def run_together(commands: dict[str, list[str]], work: Path, progress: Progress, stop: Stop) -> None:
-    """Run those commands that are not finished, at the same time, until `stop` says so: then they save and end.
+    """Run the unfinished commands at the same time. When `stop` becomes true, they save and end.
 
-    Raises UserError if one fails; the others then save and end.
+    Raises UserError if one fails; then the others also save and end.
     """
     environment = os.environ | {name: str(work / "compiled" / name.lower()) for name in COMPILE_CACHES}
     running: dict[str, subprocess.Popen] = {}
     last = written = time.monotonic()
 
-    def account() -> None:
-        """Add the time since the last call to what the running commands have used."""
+    def update_progress() -> None:
+        """Add the time since the last call to the running commands."""
         nonlocal last, written
         passed, last = time.monotonic() - last, time.monotonic()
         progress.elapsed += passed
@@ -192,30 +191,30 @@ def run_together(commands: dict[str, list[str]], work: Path, progress: Progress,
     try:
         for name in [name for name in commands if name not in progress.finished and not stop]:
             command = [sys.executable, str(harness.ROOT / name), *commands[name]]
-            # In a session of its own: the terminal's Ctrl-C comes to this process only.
+            # In its own session, so that the terminal's Ctrl-C reaches only this process.
             running[name] = subprocess.Popen(command, cwd=work, env=environment, start_new_session=True)
             progress.starts[name] = progress.starts.get(name, 0) + 1
         while running and not stop:
             time.sleep(POLL_SECONDS)
-            account()
+            update_progress()
             for name, status in [(name, process.poll()) for name, process in running.items()]:
                 if status is not None:
                     del running[name]
                 if status == 0:
                     progress.finished.append(name)
                 elif status is not None:
-                    raise UserError(f"{name} ended with status {status}; what it said stands above")
+                    raise UserError(f"{name} ended with status {status}; see its output above")
     finally:
         for process in running.values():
-            process.terminate()  # not SIGINT, which a script that still imports answers with a traceback
+            process.terminate()
         progress.finished += [name for name, process in running.items() if process.wait() == 0]
-        account()
+        update_progress()
         progress.cpu_seconds += cpu_seconds() - cpu_before
         progress.write(work)
 
 
 def cpu_seconds() -> float:
-    """Of all processes that this one has started and seen end."""
+    """CPU time of all ended child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -224,13 +223,13 @@ def cpu_seconds() -> float:
 
 
 def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress: Progress) -> dict[str, Any]:
-    """Write the files of --output, result.json last; returns what that holds.
+    """Write the files of --output, result.json last; returns the content of that.
 
-    Losses and accuracies are main_ens.py's; those of logits.npz, in half precision, may differ in the last digits.
+    Losses and accuracies are those of main_ens.py. logits.npz has half precision, so its losses may differ slightly.
     """
-    with contextlib.chdir(work):  # where the paths of checkpoints, plots and data begin
+    with contextlib.chdir(work):  # the paths of checkpoints, plots and data are relative to it
         members = read_all([recipe.checkpoint_path for recipe in recipes.values()])
-        data = main_ens.load_first(members[0])
+        data = main_ens.load_data_of(members[0])
         device, images = set_up_device(recipes["dense.py"].device), torch.from_numpy(data.test.images)
         precision = pick_precision("auto", device)
         own, _ = member_logits(members, images, device, precision=precision)  # main_ens.py has cached them
@@ -255,15 +254,15 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
         "starts": progress.starts,
         "total_seconds": sum(progress.seconds.values()),
         "cpu_seconds": progress.cpu_seconds,
-        # The share of the training scripts' time in which they start, load, test, save and draw.
+        # The fraction of the training scripts' time in which they start, load, test, save and plot.
         "not_training": 1 - trained / sum(row["seconds"] for row in rows),
     }
     if result["parallel"]:
         result["training_together_seconds"] = progress.elapsed - progress.seconds[TESTING]
     for name, content in contents.items():
-        with files.replacing(folder / name, "the results") as file:
+        with files.atomic_write(folder / name, "the results") as file:
             file.write(content)
-    with files.replacing(folder / "logits.npz", "the results") as file:  # (N, C) by member, (N,) and (C,)
+    with files.atomic_write(folder / "logits.npz", "the results") as file:  # (N, C) by member, (N,) and (C,)
         np.savez(file, **logits, labels=data.test.labels.astype(np.int16), classes=np.array(data.classes))
     harness.write_results(result, folder / "result.json")
     return result
@@ -275,23 +274,23 @@ def report(result: dict[str, Any]) -> None:
         accuracy, loss, seconds = f"{100 * row['accuracy']:.2f} %", f"{row['loss']:.4f}", f"{row['seconds']:.1f}"
         cells[row["name"]] = {"test accuracy": accuracy, "test loss": loss, "seconds": seconds}
     if result["parallel"]:
-        cells["the three members at once"] = {"seconds": f"{result['training_together_seconds']:.1f}"}
+        cells["the three members in parallel"] = {"seconds": f"{result['training_together_seconds']:.1f}"}
     harness.print_table(cells | {"total": {"seconds": f"{result['total_seconds']:.1f}"}})
     print(f"\nNot training: {100 * result['not_training']:.1f} % of the training scripts' time")
 
 
-# ------------------------------------------------------------------------------------------------ one against another
+# ------------------------------------------------------------------------------------------------- comparing two runs
 
 
 def compare(output: Path, other: Path) -> None:
-    """Write to against.json, and print, what the figures of one folder are above those of another.
+    """Write the differences between two folders, `output` minus `other`, to against.json, and print them.
 
-    A row for each member that both have, and one for the ensemble, with paired 95 % intervals over the test images.
-    Raises UserError if the labels differ.
+    There is one row per member that both have, and one for the ensemble, with paired 95 % intervals over the test
+    images. Raises UserError if the labels differ.
     """
     (probs, labels, classes), (other_probs, other_labels, other_classes) = read_logits(output), read_logits(other)
     if classes != other_classes or not torch.equal(labels, other_labels):
-        raise UserError(f"{output} and {other} have other labels or classes; only tests on the same images compare")
+        raise UserError(f"{output} and {other} have different labels or classes; both need the same test images")
     rows, cells = [], {}
     for name in [name for name in probs if name in other_probs]:
         change = metrics.per_image(probs[name], labels) - metrics.per_image(other_probs[name], labels)
@@ -303,14 +302,14 @@ def compare(output: Path, other: Path) -> None:
         low, high = within["loss"]
         cells[name]["test loss"] = f"{means['loss']:+.4f} ({low:+.4f} to {high:+.4f})"
     harness.write_results({"against": str(other), "rows": rows}, output / "against.json")
-    print(f"Differences to {other}, with paired 95 % intervals over the test images:")
+    print(f"Differences from {other}, with paired 95 % intervals over the test images:")
     harness.print_table(cells)
 
 
 def read_logits(folder: Path) -> tuple[dict[str, Tensor], Tensor, list[str]]:
-    """Probabilities by name, float64 (N, C), last the ensemble's; labels, int64 (N,); classes.
+    """Probabilities by name, float64 (N, C), the ensemble last; labels, int64 (N,); class names.
 
-    Raises UserError if the folder has no logits.npz, or another than this benchmark writes.
+    Raises UserError if the folder has no valid logits.npz.
     """
     path = folder / "logits.npz"
     try:
@@ -320,7 +319,7 @@ def read_logits(folder: Path) -> tuple[dict[str, Tensor], Tensor, list[str]]:
         probs = {name: average_probs(own[None]) for name, own in logits.items()}
         return probs | {"ensemble": average_probs(torch.stack(list(logits.values())))}, labels, classes
     except (OSError, EOFError, KeyError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not what this benchmark writes ({error})") from None
+        raise UserError(f"{path}: not a file of this benchmark ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- the flags
@@ -329,14 +328,14 @@ def read_logits(folder: Path) -> tuple[dict[str, Tensor], Tensor, list[str]]:
 def read_flags() -> argparse.Namespace:
     parser = harness.make_parser(__doc__, "ensemble", data="cifar10")
     add = parser.add_argument
-    add("--work", default="runs/ensemble", help="folder the commands run in (default: %(default)s)")
-    add("--time-limit", type=harness.above_zero, default=math.inf, help="seconds until the run is saved and ends")
+    add("--work", default="runs/ensemble", help="folder in which the commands run (default: %(default)s)")
+    add("--time-limit", type=harness.above_zero, default=math.inf, help="seconds until the run is saved and stops")
     add("--parallel", action="store_true", help="run the three training scripts at the same time")
     of_one = {"type": shlex.split, "default": [], "metavar": "FLAGS"}
     for name in TRAINING:
         add(f"--{Path(name).stem}", **of_one, help=f"flags for {name} only, in quotes")
-    add("--against", metavar="FOLDER", help="run nothing: compare --output with that of another run")
-    add("flags", nargs="*", metavar="-- FLAGS", help="flags for all three training scripts; paths in them absolute")
+    add("--against", metavar="FOLDER", help="run nothing; compare --output with the output of another run")
+    add("flags", nargs="*", metavar="-- FLAGS", help="flags for all three training scripts; paths must be absolute")
     return parser.parse_args()
 
 
@@ -345,13 +344,13 @@ def flags_of(options: argparse.Namespace, script: str) -> list[str]:
 
 
 def read_recipes(options: argparse.Namespace) -> dict[str, Recipe]:
-    """The training scripts' recipes with the flags given. Raises UserError for a flag that is this benchmark's own."""
+    """The recipes of the training scripts with the given flags. Raises UserError for one of `OWN_FLAGS`."""
     recipes = {}
     for name, script in TRAINING.items():
         recipes[name] = parse_flags(script.RECIPE, script.__doc__, flags_of(options, name))
         for own in OWN_FLAGS:
             if getattr(recipes[name], own) != getattr(script.RECIPE, own):
-                raise UserError(f"{spelled(own)} for {name}: this benchmark sets it itself; leave it out")
+                raise UserError(f"{flag_name(own)} for {name}: this benchmark sets it; remove it")
     return recipes
 
 

@@ -1,4 +1,4 @@
-"""The table of what `make gpu` has measured, and what of it is missing.
+"""Print the table of what `make gpu` has measured, and what is missing.
 
 python benchmarks/gpu.py benchmarks/results/gpu
 """
@@ -61,7 +61,7 @@ def main() -> int:
     else:
         missing.append(tests.name)
     if missing:
-        print(f"\nmissing in {folder}: {', '.join(missing)}; make gpu goes on with them", file=sys.stderr)
+        print(f"\nmissing in {folder}: {', '.join(missing)}; make gpu measures them", file=sys.stderr)
     return 1 if missing else 0
 
 

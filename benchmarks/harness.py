@@ -1,6 +1,6 @@
-"""What the benchmarks share: flags, turns, clocks, processes, tables, and what stands beside the numbers.
+"""What the benchmarks share: flags, turns, timing, subprocesses, tables, and the provenance of the results.
 
-That is the machine, the versions, the commit and the command.
+That is the device, the versions, the commit and the command.
 """
 
 import argparse
@@ -41,24 +41,24 @@ Value = TypeVar("Value")
 
 
 def make_parser(description: str | None, output: str, **defaults: Any) -> Parser:
-    """The parser of a script that writes `output`, with the flags of `FLAGS` that have a default here."""
+    """The parser of a script that writes `output`; it has those flags of `FLAGS` whose defaults are given here."""
     parser = Parser(description)
     parser.add_argument("--output", default=f"{RESULTS}/{output}", help="(default: %(default)s)")
     for name, default in defaults.items():
         parser.add_argument("--" + name.replace("_", "-"), default=default, **FLAGS[name])
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # see in_a_process
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # used by in_subprocess
     return parser
 
 
 def positive(text: str) -> int:
-    """The type of a flag that counts something."""
+    """argparse type: an integer of 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 
 def above_zero(text: str) -> float:
-    """The type of a flag that measures something."""
+    """argparse type: a finite number above 0."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
@@ -67,18 +67,18 @@ def above_zero(text: str) -> float:
 
 FLAGS: dict[str, dict[str, Any]] = {
     "data": {"help": "cifar10, digits, or a folder of images (default: %(default)s)"},
-    "images": {"type": positive, "help": "train on at most so many images"},
+    "images": {"type": positive, "help": "train on at most this many images"},
     "image_size": {"type": positive, "help": "side of the images (default: %(default)s)"},
     "networks": {"nargs": "+", "choices": list(NETWORKS), "help": "(default: all)"},
-    "batch_size": {"type": positive, "help": "images in a step (default: %(default)s)"},
-    "rounds": {"type": positive, "help": "turns of each measurement (default: %(default)s)"},
-    "seconds": {"type": above_zero, "help": "about how long a measurement lasts (default: %(default)g)"},
+    "batch_size": {"type": positive, "help": "images per step (default: %(default)s)"},
+    "rounds": {"type": positive, "help": "number of rounds; all alternatives run in each (default: %(default)s)"},
+    "seconds": {"type": above_zero, "help": "approximate duration of a measurement (default: %(default)g)"},
     "device": {"choices": DEVICES, "help": "auto: CUDA, else MPS, else the CPU"},
 }
 
 
 def load_images(options: argparse.Namespace, *, at_least: int) -> Dataset:
-    """The data of --data, with at most --images training images, of all classes. Raises UserError for too few."""
+    """Load --data with at most --images random training images. Raises UserError if there are fewer than `at_least`."""
     data = dataset.load(options.data, image_size=options.image_size)
     count = min(options.images or math.inf, len(data.train))
     if count < at_least:
@@ -96,9 +96,9 @@ def in_turn(
     warm_up: bool = False,
     show: Callable[[Value], str] | None = None,
 ) -> dict[str, list[Value]]:
-    """What each of `ways` gives in each round. They take turns: whatever else the machine does meets all of them.
+    """The results of each of `ways` in each round. They take turns, so that other load on the machine affects all.
 
-    With `warm_up`, a round 0 comes first, which does not count. `show` spells a value that is printed at once.
+    With `warm_up`, a round 0 comes first, which does not count. `show` formats a result, which is printed at once.
     """
     values: dict[str, list[Value]] = {name: [] for name in ways}
     for number in range(0 if warm_up else 1, rounds + 1):
@@ -111,11 +111,11 @@ def in_turn(
     return values
 
 
-def in_a_process(*measured: object, environment: dict[str, str] | None = None) -> Any:
-    """The JSON that this script prints last, started again with its own flags and --measure `measured`.
+def in_subprocess(*measured: object, environment: dict[str, str] | None = None) -> Any:
+    """Run this script again, with its own flags and --measure `measured`; return the JSON in its last line of output.
 
-    For what cannot be taken back within a process: settings of the memory allocator, of OpenMP and of TF32.
-    Raises UserError if the process fails; without a message if it has said why.
+    For settings that a process cannot undo: of the memory allocator, of OpenMP and of TF32. Raises UserError if the
+    process fails, without a message if it has printed one.
     """
     command = [sys.executable, *sys.argv, "--measure", *map(str, measured)]
     ended = subprocess.run(
@@ -124,8 +124,8 @@ def in_a_process(*measured: object, environment: dict[str, str] | None = None) -
     if ended.returncode < 0:
         what = " ".join(map(str, measured))
         raise UserError(
-            f"{what}: the process was killed by signal {-ended.returncode}; if memory ran out, give smaller batches, "
-            "or leave it out"
+            f"{what}: the process was killed by signal {-ended.returncode}; if memory ran out, use smaller batches, or "
+            "leave it out"
         )
     if ended.returncode:
         raise UserError("", silent=True)
@@ -133,7 +133,7 @@ def in_a_process(*measured: object, environment: dict[str, str] | None = None) -
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """How long `work` takes until the device has done all of it."""
+    """The seconds that `work` takes, until the device has finished."""
     synchronize(device)
     started = time.perf_counter()
     work()
@@ -142,7 +142,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -155,7 +155,7 @@ def synchronize(device: torch.device) -> None:
 def report(
     options: argparse.Namespace, device: torch.device, rows: dict[str, dict[str, str]], **results: object
 ) -> int:
-    """Write --output: `provenance`, the flags, and `results`; print a table of `rows`. Returns an exit status."""
+    """Write `provenance`, the flags and `results` to --output, and print a table of `rows`. Returns exit status 0."""
     flags = {name: value for name, value in vars(options).items() if name not in ("output", "measure")}
     write_results(flags | provenance(device) | results, options.output)
     print_table(rows)
@@ -164,25 +164,25 @@ def report(
 
 
 def write_results(results: dict[str, Any], path: str | Path) -> None:
-    """Raises UserError if the file cannot be written."""
-    with files.replacing(path, "the results") as file:
+    """Write JSON. Raises UserError if the file cannot be written."""
+    with files.atomic_write(path, "the results") as file:
         file.write((json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def print_table(rows: dict[str, dict[str, str]]) -> None:
-    """In Markdown: a row for each label, its cells by column. A cell that a row lacks is empty."""
+    """Print a Markdown table from `rows`: label → column → cell. Missing cells are empty."""
     columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     print(f"\n| | {' | '.join(columns)} |\n|---|{'--:|' * len(columns)}")
     for label, cells in rows.items():
         print(f"| {' | '.join([label, *(cells.get(column, '') for column in columns)])} |")
 
 
-def spelled(rate: float) -> str:
+def format_rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to judge a figure, or to measure it again."""
+    """Where and how the results were measured."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {"torchvision": str(torchvision.__version__), "numpy": np.__version__, "pillow": PIL.__version__}
     how = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
@@ -190,7 +190,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's model, or the processor's and how many threads PyTorch takes there."""
+    """The name of the GPU, or of the processor and the number of PyTorch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -208,14 +208,14 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the code that runs, with "-dirty" where a file differs from it; None outside a git repository.
+    """The commit of this code, with "-dirty" if a file differs from it; None outside a git repository.
 
-    `benchmarks/results` is left out of the comparison: what one benchmark writes does not make the next one dirty.
+    `benchmarks/results` is ignored: the results of one benchmark do not make the next one "-dirty".
     """
     try:
         top, head = git("rev-parse", "--show-toplevel", "HEAD").split("\n")
         if Path(top).resolve() != ROOT:
-            return None  # unpacked somewhere inside another project's repository
+            return None  # this code is an unpacked copy inside another repository
         changes = git("status", "--porcelain", "--", ".", f":(exclude){RESULTS}")
     except (OSError, subprocess.CalledProcessError):
         return None

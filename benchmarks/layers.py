@@ -1,10 +1,10 @@
-"""Time each network's distinct layers, forward and backward: convolutions, and norms with the ReLU behind them.
+"""Time the distinct layers of each network, forward and backward: convolutions, and norms with the ReLU after them.
 
-A grouped convolution can also be computed as a dense one whose weights between groups are 0: more operations, but on
-some devices a far faster kernel. Both are timed in channels-last order and in PyTorch's own, in the precision that
---precision auto takes. A depthwise convolution is timed as it is alone. A norm and its ReLU are two kernels in eager
-mode, and one if torch.compile fuses them; both are in channels-last order. The ways take turns; a figure is the median
-of the rounds. The sum over a network's layers, each as often as it occurs, says which way to take.
+A grouped convolution can also be computed as a dense one, with weights of 0 between the groups: it has more operations,
+but on some devices a much faster kernel. Both are timed in channels-last and in contiguous order, in the precision of
+--precision auto. Depthwise convolutions are only timed as they are. A norm and its ReLU are two kernels in eager mode,
+and one if torch.compile fuses them; both are timed in channels-last order. The ways take turns; a result is the median
+of the rounds. The best way has the smallest sum over all layers of a network, each counted as often as it occurs.
 
     python benchmarks/layers.py --batch-size 512
 """
@@ -30,10 +30,10 @@ from torch.nn import functional as F
 from benchmarks import harness
 from models import NETWORKS
 from models.resnext import GroupedConv2d
-from training.cuda_graph import WARM_UP
+from training.cuda_graph import WARM_UP_STEPS
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-CALLS = 10  # in a CUDA graph
+CALLS = 10  # per CUDA graph
 KINDS = {"convolutions": nn.Conv2d, "norms": nn.BatchNorm2d}
 
 Layer = Callable[[Tensor], Tensor]
@@ -57,7 +57,7 @@ def main() -> int:
             spent = harness.in_turn(ways, options.rounds, warm_up=True)
             medians = {way: statistics.median(values) for way, values in spent.items()}
             rows.append({"shape": shape, "count": count} | medians)
-        # A layer without groups counts in the sum of the dense ones as well.
+        # A layer without groups is dense, so it counts in both sums.
         sums = {
             way: sum(row["count"] * row.get(way, row.get(way.replace("dense", "grouped"))) for row in rows)
             for way in dict.fromkeys(way for row in rows for way in list(row)[2:])
@@ -68,9 +68,9 @@ def main() -> int:
 
 
 def shapes(name: str, kind: type[nn.Module]) -> Counter:
-    """A network's layers of one kind on 32×32 images, and how often each occurs.
+    """The layers of one kind in a network on 32×32 images, and how often each occurs.
 
-    Convolutions as in, out, kernel, stride, groups, size; norms as channels, size.
+    Convolutions are (in, out, kernel, stride, groups, size), norms (channels, size).
     """
     found: Counter = Counter()
 
@@ -94,7 +94,7 @@ def shapes(name: str, kind: type[nn.Module]) -> Counter:
 def convolutions(
     shape: tuple[int, ...], batch_size: int, device: torch.device, precision: str
 ) -> dict[str, tuple[Layer, Tensor]]:
-    """Each way to compute a convolution, and its input."""
+    """Each way to compute a convolution, with its input."""
     in_channels, out_channels, kernel, stride, groups, size = shape
     ways = {}
     for layout, memory_format in LAYOUTS.items():
@@ -111,12 +111,12 @@ def convolutions(
 def norms(
     compiled: Callable[..., Tensor], shape: tuple[int, int], batch_size: int, device: torch.device, precision: str
 ) -> dict[str, tuple[Layer, Tensor]]:
-    """As if a ReLU followed each norm, which is so in DenseNet; in the others it is so for two thirds of them.
+    """Each way to compute a norm with a ReLU, with its input. `compiled` is one kernel for all shapes.
 
-    `compiled` is one kernel for all shapes.
+    In DenseNet a ReLU follows each norm, in the other networks two thirds of them.
     """
     channels, size = shape
-    # Not parameters, for whose shapes a kernel would be compiled again.
+    # Plain tensors: for parameters, the kernel would be compiled again for each shape.
     weight, bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
     images = torch.randn(batch_size, channels, size, size, device=device, dtype=getattr(torch, precision))
     images = images.to(memory_format=torch.channels_last).requires_grad_()
@@ -129,7 +129,7 @@ def norm_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def timer(layer: Layer, images: Tensor, device: torch.device, precision: str) -> Callable[[], float]:
-    """Measures milliseconds of forward and backward; on CUDA in a graph, as in training: without Python's time."""
+    """A function that measures milliseconds of forward and backward; on CUDA in a graph, without Python's overhead."""
 
     def call() -> None:
         with autocast(device, precision):
@@ -139,12 +139,12 @@ def timer(layer: Layer, images: Tensor, device: torch.device, precision: str) ->
 
     if device.type != "cuda":
         return lambda: 1000 * harness.seconds_of(call, device)
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
+    graph, side_stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
+        for _ in range(WARM_UP_STEPS):
             call()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(side_stream)
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
             call()

@@ -1,6 +1,6 @@
-"""Measure what keeping freed memory is worth on the CPU (device.keep_freed_memory): a plain loop with it and without.
+"""Measure the speed-up from keeping freed memory on the CPU (device.keep_freed_memory), with a plain training loop.
 
-The setting cannot be taken back within a process, so each measurement is a process of its own, in turn.
+A process cannot undo the setting, so each measurement runs in its own process. They take turns.
 """
 
 import statistics
@@ -33,7 +33,7 @@ def main() -> int:
         return 0
     networks, rows = {}, {}
     for network in options.networks:
-        ways = {kind: partial(harness.in_a_process, network, kind) for kind in KINDS}
+        ways = {kind: partial(harness.in_subprocess, network, kind) for kind in KINDS}
         rates = harness.in_turn(ways, options.rounds, show=(network + ", {:.1f} images/s").format)
         medians = {kind: statistics.median(values) for kind, values in rates.items()}
         ratio = medians["kept"] / medians["given_back"]

@@ -1,4 +1,4 @@
-"""What a user would otherwise write: a plain loop, and a DataLoader with torchvision's transforms, image by image."""
+"""The usual code, to compare with: a plain loop, and a DataLoader with torchvision's transforms for single images."""
 
 import time
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from models import NETWORKS
 from utils import MEAN, STD
 
 BASELINE_BATCH_SIZE = 64
-WORKERS = {"baseline": 2, "tuned": num_cores(), "tuned_bfloat16": num_cores()}  # processes of the DataLoader
-LIBGOMP_SPINS = "300000"  # libgomp's GOMP_SPINCOUNT where nothing sets one, as common/__init__.py does
+WORKERS = {"baseline": 2, "tuned": num_cores(), "tuned_bfloat16": num_cores()}  # DataLoader workers
+LIBGOMP_SPINS = "300000"  # libgomp's default for GOMP_SPINCOUNT, which common/__init__.py replaces
 
-Step = Callable[[Tensor, Tensor], None]  # trains on images and labels
+Step = Callable[[Tensor, Tensor], None]  # one training step on images and labels
 
 
 class PilImages(torch.utils.data.Dataset):
-    """A split as torchvision's own data sets give it: one PIL image at a time, transformed."""
+    """A split like torchvision's data sets: one transformed PIL image at a time."""
 
     def __init__(self, split: Split, transform: transforms.Compose):
         self.pixels = np.ascontiguousarray(split.images.transpose(0, 2, 3, 1))
@@ -44,7 +44,7 @@ class PilImages(torch.utils.data.Dataset):
 def torchvision_loader(
     split: Split, settings: Augmentation, *, batch_size: int, workers: int, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader:
-    """Shuffled batches on the host: images, float32 (B, 3, H, W), and labels, int64 (B,). Its processes stay."""
+    """Shuffled batches on the host: images, float32 (B, 3, H, W), and labels, int64 (B,). Its workers persist."""
     steps = [
         transforms.RandomCrop(split.images.shape[-1], padding=settings.crop_padding),
         transforms.ColorJitter(settings.brightness, settings.contrast, settings.saturation, settings.hue),
@@ -58,11 +58,11 @@ def torchvision_loader(
 
 
 def plain_step(model: nn.Module, device: torch.device, *, precision: str = "float32", tuned: bool = True) -> Step:
-    """A step of the plain loop. `tuned`: channels-last, and nothing waits for the device."""
+    """A step of the plain loop. `tuned`: channels-last, without synchronization of host and device."""
     layout = torch.channels_last if tuned else torch.contiguous_format
     model.to(device, memory_format=layout).train()
     optimizer = plain_optimizer(model)
-    sums: list[Any] = [0, 0]  # of losses and hits
+    sums: list[Any] = [0, 0]  # losses and correct predictions
 
     def step(images: Tensor, labels: Tensor) -> None:
         images = images.to(device, memory_format=layout, non_blocking=tuned)
@@ -84,7 +84,7 @@ def plain_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def rate_on_one_batch(network: str, seconds: float, batch_size: int, **arguments: Any) -> float:
-    """Images a second of the tuned loop in float32 on the CPU, on one batch of noise, for so long after two steps."""
+    """Images per second of the tuned loop on the CPU in float32, on one batch of noise, after two warm-up steps."""
     step = plain_step(NETWORKS[network](10, **arguments), torch.device("cpu"))
     images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
     step(images, labels)

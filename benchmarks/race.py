@@ -1,9 +1,9 @@
-"""Race to an accuracy: mobilenetv2.py by its own recipe, and the loop and recipe of the baseline, in equal time.
+"""Compare accuracies after equal time: mobilenetv2.py with its own recipe, and the loop and recipe of the baseline.
 
-First the script trains --epochs epochs. Then the baseline, a plain loop, has as long as that took: batches of 64 in
-float32, torchvision's transforms in a DataLoader with two processes, SGD from 0.01 by a cosine over 200 epochs, the
-test images after every epoch. Both are timed from the start of their processes, all included. The picture has both
-curves over time, and --output the figures.
+First the script trains for --epochs epochs. Then the baseline, a plain loop, trains for the same time: batches of 64 in
+float32, torchvision's transforms in a DataLoader with two workers, SGD with a cosine schedule from 0.01 over 200
+epochs, a test after every epoch. Both times include everything from the start of the process. The plot has both curves
+over time, --output the numbers.
 
     python benchmarks/race.py --epochs 8
 """
@@ -43,22 +43,22 @@ Point = dict[str, float]  # seconds since the start, epochs done, test_accuracy,
 def main() -> int:
     flags = {"data": "cifar10", "image_size": 32}
     parser = harness.make_parser(__doc__, "race.json", **flags)
-    parser.add_argument("--epochs", type=positive, default=8, help="of ours (default: %(default)s)")
-    parser.add_argument("--train-size", type=positive, help="train on so many images (default: all)")
-    parser.add_argument("--picture", default="docs/race.png", help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=8, help="epochs of ours (default: %(default)s)")
+    parser.add_argument("--train-size", type=positive, help="number of training images (default: all)")
+    parser.add_argument("--picture", default="docs/race.png", help="file of the plot (default: %(default)s)")
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(train_baseline(options, *map(float, options.measure))))
         return 0
     ours, seconds = race_ours(options)
-    curves = {"ours": ours, "baseline": harness.in_a_process(time.time(), seconds)}
+    curves = {"ours": ours, "baseline": harness.in_subprocess(time.time(), seconds)}
     draw(curves, harness.device_name(torch.device("cpu")), options.picture)
     rows = {name: {"after": line(points[-1])} for name, points in curves.items()}
     return harness.report(options, torch.device("cpu"), rows, **curves)
 
 
 def race_ours(options: argparse.Namespace) -> tuple[list[Point], float]:
-    """The script's curve, and how long its process took."""
+    """The curve of the script, and the seconds of its process."""
     with tempfile.TemporaryDirectory(prefix="race-") as folder:
         started = time.time()
         flags = ["--epochs", str(options.epochs), "--data", options.data, "--image-size", str(options.image_size)]
@@ -79,7 +79,7 @@ TESTED = ("test_accuracy", "test_loss")
 
 
 def train_baseline(options: argparse.Namespace, started: float, seconds: float) -> list[Point]:
-    """Its curve, the last point where the time is up, in mid-epoch."""
+    """The curve of the baseline. Its last point is where the time is up, usually within an epoch."""
     device = torch.device("cpu")
     recipe = mobilenetv2.RECIPE
     torch.manual_seed(recipe.seed)
@@ -139,7 +139,7 @@ def draw(curves: dict[str, list[Point]], device: str, path: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
     axes.set_title("MobileNetV2 on CIFAR-10, equal time")
-    with files.replacing(path, "the picture") as file:
+    with files.atomic_write(path, "the plot") as file:
         figure.savefig(file, format="png")
 
 

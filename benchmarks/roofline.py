@@ -1,18 +1,19 @@
-"""Count what a training step does for an image of 32×32: operations, bytes, kernels, and the speed limits.
+"""Count operations, bytes and kernels of a training step for one 32×32 image, and compute the speed limits.
 
-Operations: those of convolutions and matrix products, forward and backward.
+Operations: of convolutions and matrix products, forward and backward.
 
-Bytes, of activations in bfloat16, traced through PyTorch's own operators; each reads its inputs and writes its outputs:
+Bytes: of activations in bfloat16, traced through PyTorch's operators. Each operator reads its inputs and writes its
+outputs.
 
-eager       every operator is a kernel of its own, ReLU, addition and concatenation too. A norm reads its input twice
-            (statistics, then values), and its backward pass reads input and gradient twice. The backward pass of a
-            convolution reads the gradient twice, for the input's and for the weights'.
-fused       only the convolutions: all else is computed on the way into or out of them.
+eager       every operator is a kernel of its own, also ReLU, addition and concatenation. A norm reads its input twice
+            (for statistics and values); its backward pass reads input and gradient twice. The backward pass
+            of a convolution reads the gradient twice (for the gradients of input and weights).
+fused       only the convolutions read and write; everything else is fused into them.
 
-Weights and the optimizer are left out: at 512 images a step they are below one byte in a hundred.
+Weights and the optimizer do not count: with 512 images per step they are less than 1 % of the bytes.
 
-The limits follow from the two rates given; the defaults are what an H100 of 80 GB reaches in practice: 790 TFLOP/s in
-bfloat16 (989 on the data sheet) and 3.0 TB/s (3.35 on the data sheet).
+The limits follow from --flops and --bandwidth. The defaults are what an H100 with 80 GB reaches in practice:
+790 TFLOP/s in bfloat16 (989 on the data sheet) and 3.0 TB/s (3.35 on the data sheet).
 """
 
 import sys
@@ -33,13 +34,13 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import harness
 from models import NETWORKS
 
-BYTES = 2  # of a number in bfloat16
+BYTES = 2  # per number in bfloat16
 
 
 def main() -> int:
     parser, number = harness.make_parser(__doc__, "roofline.json"), harness.above_zero
-    parser.add_argument("--flops", type=number, default=790e12, help="operations a second (default: %(default)g)")
-    parser.add_argument("--bandwidth", type=number, default=3.0e12, help="bytes a second (default: %(default)g)")
+    parser.add_argument("--flops", type=number, default=790e12, help="operations per second (default: %(default)g)")
+    parser.add_argument("--bandwidth", type=number, default=3.0e12, help="bytes per second (default: %(default)g)")
     options = parser.parse_args()
     networks, rows = {name: count(name) for name in NETWORKS}, {}
     for name, counted in networks.items():
@@ -54,7 +55,7 @@ def main() -> int:
 
 def count(name: str) -> dict[str, Any]:
     """Operations and bytes of a training step for one image."""
-    # What two more images add: the weights, which are read once for all, drop out.
+    # The difference between 4 and 2 images: the weights, which are read once per batch, cancel out.
     more, fewer = trace(name, 4), trace(name, 2)
     numbers = more.numbers - fewer.numbers
     by_operator = {operator: BYTES * number // 2 for operator, number in numbers.most_common() if number}
@@ -68,7 +69,7 @@ def count(name: str) -> dict[str, Any]:
 
 
 def trace(name: str, batch_size: int) -> "Traffic":
-    """The operators of a network's forward and backward pass; shapes suffice to count."""
+    """Trace the forward and backward pass of a network. Counting needs only shapes."""
     with torch.device("meta"), Traffic() as traffic:
         logits = NETWORKS[name](10)(torch.empty(batch_size, 3, 32, 32))
         F.cross_entropy(logits, torch.empty(batch_size, dtype=torch.long)).backward()
@@ -79,8 +80,8 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
-        self.numbers: Counter = Counter()  # read and written, by operator
-        self.kernels = 0  # operators that are not only a view; each is a kernel or more
+        self.numbers: Counter = Counter()  # numbers read and written, by operator
+        self.kernels = 0  # operators that are not views; each is at least one kernel
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -90,7 +91,7 @@ class Traffic(TorchDispatchMode):
             name = function._schema.name.split("::")[1]
             if name == "convolution":  # each output is a sum over the weights of its channel
                 self.flops += 2 * written[0] * args[1][0].numel()
-            elif name == "convolution_backward":  # as many for the input's gradient and for the weights', if asked for
+            elif name == "convolution_backward":  # the same for the gradients of input and weights, if required
                 self.flops += 2 * read[0] * args[2][0].numel() * sum(args[-1][:2])
                 read = [2 * read[0], read[1]]
             elif name in ("mm", "addmm"):

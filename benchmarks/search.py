@@ -1,9 +1,9 @@
-"""Search a recipe by short runs: one script, several sets of flags, several seeds; held-out images decide.
+"""Search for a recipe with short runs: one script, several sets of flags, several seeds. Held-out images decide.
 
-Every run trains on all training images but --val-size and is scored by its last epoch on those; the test images decide
-nothing, and none of their figures is written down. Runs are processes of one thread each, --jobs of them side by side,
-which is the most images a second that a CPU with few cores gives. A run that the output has already is not made again:
-the same command goes on where it stopped, and a longer one adds to it.
+Every run holds out --val-size training images, on which its last epoch is evaluated. Test results decide nothing and
+are not stored. Each run is a process with one thread; --jobs of them run in parallel, which gives the most images per
+second on a CPU with few cores. Runs that are already in the output are skipped: the same command continues after a
+stop, and more flags or seeds add runs.
 
     python benchmarks/search.py --script mobilenetv2.py --output benchmarks/results/search/width05.json \
         --run 'batch 128: --batch-size 128' --run 'batch 64: --batch-size 64' -- --width 0.5 --epochs 4
@@ -35,7 +35,7 @@ from benchmarks.harness import positive
 from evaluation.members import SCRIPTS
 from training.history import read_csv
 
-FEW = "100"  # test images: an epoch ends with a test, and this one is not looked at
+FEW = "100"  # test images: every epoch ends with a test, whose result is not used here
 KEPT = ("val_accuracy", "val_loss", "train_accuracy", "train_loss")
 
 
@@ -45,7 +45,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = json.loads(output.read_text())["runs"] if output.exists() else []
     done = {(row["script"], row["flags"], row["seed"]) for row in rows}
     about = harness.provenance(torch.device("cpu")) | {"data": options.data, "val_size": options.val_size}
-    commit = about.pop("commit")  # of each run: a later one that is added may be of another
+    commit = about.pop("commit")  # stored per run, because runs can be added later
     wanted = [
         {"label": label, "script": options.script, "flags": shlex.join(flags), "seed": seed, "commit": commit}
         for seed in options.seeds
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def train(options: argparse.Namespace, flags: str, seed: int) -> dict[str, float]:
-    """The last epoch's figures of one run. Raises UserError if the script fails."""
+    """The results of the last epoch of one run. Raises UserError if the script fails."""
     with tempfile.TemporaryDirectory(prefix="search-") as folder:
         command = [
             sys.executable, str(harness.ROOT / options.script), *shlex.split(flags), "--seed", str(seed),
@@ -85,7 +85,7 @@ def train(options: argparse.Namespace, flags: str, seed: int) -> dict[str, float
 
 
 def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """Mean and standard deviation over the seeds, a row for each set of flags."""
+    """Mean and standard deviation over the seeds, one row per set of flags."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(f"{row['label']} ({row['script']} {row['flags']})", []).append(row)
@@ -100,7 +100,7 @@ def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
 
 
 def named_flags(text: str) -> tuple[str, list[str]]:
-    """The type of --run: a label, a colon, and flags."""
+    """argparse type of --run: a label, a colon, and flags."""
     label, colon, flags = text.partition(":")
     if not colon:
         raise argparse.ArgumentTypeError(f"{text!r} has no colon; expected 'label: --flag value'")
@@ -112,7 +112,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--script", choices=list(SCRIPTS.values()), required=True)
     parser.add_argument("--run", type=named_flags, action="append", required=True, metavar="'LABEL: FLAGS'")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
-    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="(default: one for each core)")
+    parser.add_argument(
+        "--jobs", type=positive, default=os.cpu_count() or 1, help="runs in parallel (default: one per core)"
+    )
     parser.add_argument("--val-size", type=positive, default=5000, help="(default: %(default)s)")
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of every run")
     return parser.parse_args()

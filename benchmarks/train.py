@@ -1,19 +1,19 @@
-"""Measure training end to end (augmentation, step, optimizer): this project's loop and plain ones, on one device.
+"""Measure the speed of training (augmentation, step, optimizer): of this project's loop and of plain loops.
 
-ours      the script's own recipe, network and batch size, through loop.Trainer, as loop.fit does it; ours_float32 is
-          the same in float32; ours_none, ours_graph, ours_inductor and ours_both with that --compile
-baseline  a plain loop as that of the project that this one began from: batches of 64 in float32 (with TF32 on CUDA),
-          torchvision's transforms in a DataLoader with two processes, .item() of loss and hits at every step
-tuned     the plain loop at its best: the same transforms and processes as many as there are cores, larger batches,
-          channels-last; on CUDA also bfloat16 (AMP) and pinned memory; tuned_bfloat16 has bfloat16 on the CPU as well
+ours      the recipe, network and batch size of each script, with loop.Trainer as in loop.fit; ours_float32 is the same
+          in float32; ours_none, ours_graph, ours_inductor and ours_both have that --compile
+baseline  a plain loop like the original project's: batches of 64 in float32 (with TF32 on CUDA), torchvision's
+          transforms in a DataLoader with two workers, .item() of loss and correct predictions after every step
+tuned     the plain loop, optimized: one worker per core, larger batches, channels-last; on CUDA also bfloat16 (AMP) and
+          pinned memory; tuned_bfloat16 has bfloat16 also on the CPU
 
-All train the same network on the same images with the same settings of the augmentation. Each measurement is a
-process of its own, since the memory allocator's settings and TF32 cannot be taken back; they take turns, round by
-round. After a warm-up a process measures windows of whole steps, each ended by waiting for the device. A figure is the
-median of all rounds' windows; a ratio is one of medians, of ours to the other.
+All train the same network on the same images with the same augmentation. Each measurement runs in its own process,
+because settings of the memory allocator and TF32 cannot be undone. They take turns, round by round. After a warm-up, a
+process measures windows of several steps; each ends when the device has finished. A result is the median of the windows
+of all rounds. A ratio is that of the medians of ours and the other loop.
 
 start-up     seconds from the start of the process to the end of its first step: imports, images, preparation
-peak memory  on CUDA what PyTorch held at most, on a Linux CPU the process's peak size, without the DataLoader's own
+peak memory  on CUDA: of PyTorch; on a Linux CPU: of the process, without the DataLoader's workers
 """
 
 import argparse
@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has an augment.py as well
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
 from common import errors, files
@@ -52,19 +52,19 @@ from training.loop import Run, Trainer, make_ema, make_optimizer
 from training.recipe import COMPILE, Recipe
 
 RECIPES = {module.RECIPE.network: module.RECIPE for module in (dense, mobilenetv2, resnext)}
-# Each way to run a step of ours, and what of the recipe it replaces.
+# Each variant of ours, and the fields of the recipe that it replaces.
 COMPILED = {f"ours_{choice}": {"compile": choice} for choice in COMPILE if choice != "auto"}
 OURS: dict[str, dict[str, str]] = {"ours": {}, "ours_float32": {"precision": "float32"}} | COMPILED
 KINDS = (*OURS, *plain.WORKERS)
-# The rows of the table, each for every kind.
+# The rows of the table, for each kind.
 ROWS = {
-    "{}, images/s": lambda figures: harness.spelled(figures["images_per_second"]),
+    "{}, images/s": lambda figures: harness.format_rate(figures["images_per_second"]),
     "ours / {}": lambda figures: f"{figures['ratio']:.2f}" if "ratio" in figures else "",
     "{}, peak memory": lambda figures: f"{peak / 2**30:.2f} GiB" if (peak := figures["peak_memory_bytes"]) else "",
     "{}, start-up": lambda figures: f"{figures['start_up_seconds']:.1f} s",
 }
 
-# A step, batches for it without end, and what is to be said of them.
+# A step, an endless iterator of batches, and information for the results.
 Loop = tuple[plain.Step, Iterator[tuple[Tensor, Tensor]], dict[str, Any]]
 
 
@@ -83,7 +83,7 @@ def main() -> int:
             name, kind = jobs[label]
             networks[name][kind] = pooled(results)
     if not networks:
-        raise UserError("nothing could be measured; the reasons stand above")
+        raise UserError("nothing could be measured; see the errors above")
     ratios: dict[str, list[float]] = defaultdict(list)
     for kinds in networks.values():
         for kind, figures in kinds.items():
@@ -96,20 +96,20 @@ def main() -> int:
 
 
 def kinds_for(device: torch.device) -> list[str]:
-    """Those that differ on this device: in bfloat16 as well only where a CPU is fast in it."""
+    """The kinds to compare on this device: on a CPU with bfloat16 instructions, both precisions."""
     if device.type == "cpu" and cpu_has_bfloat16():
         return ["ours", "ours_float32", *plain.WORKERS]
     return ["ours", "baseline", "tuned"]
 
 
 def try_out(name: str, kind: str, device: torch.device) -> dict[str, Any] | None:
-    """What `measure` returns in a process of its own. None if it fails for one of the ways to run a step."""
+    """Call `measure` in a subprocess. Returns None if one of the --compile modes fails."""
     spins = os.environ.get("GOMP_SPINCOUNT")
-    if kind not in OURS and spins == common.SPIN_COUNT:  # which is a part of ours
+    if kind not in OURS and spins == common.SPIN_COUNT:  # the shorter spinning is a part of ours
         spins = plain.LIBGOMP_SPINS
     environment = {"GOMP_SPINCOUNT": spins} if spins else {}
     try:
-        return harness.in_a_process(name, kind, device.type, time.time(), environment=environment)
+        return harness.in_subprocess(name, kind, device.type, time.time(), environment=environment)
     except UserError as error:
         if kind not in COMPILED:
             raise
@@ -121,8 +121,8 @@ def try_out(name: str, kind: str, device: torch.device) -> dict[str, Any] | None
 
 
 def measure(options: argparse.Namespace, name: str, kind: str, device_type: str, started: str) -> dict[str, Any]:
-    """Train one network in one way. Raises UserError for images or memory that do not suffice."""
-    # To keep freed memory, as set_up_device does on the CPU, is a part of ours.
+    """Train one network with one kind of loop. Raises UserError for too few images or too little memory."""
+    # On the CPU, set_up_device keeps freed memory, which is a part of ours.
     keeps = kind in OURS or device_type != "cpu"
     device = set_up_device(device_type) if keeps else torch.device("cpu")
     data = harness.load_images(options, at_least=2)
@@ -132,7 +132,7 @@ def measure(options: argparse.Namespace, name: str, kind: str, device_type: str,
     else:
         batch_size = plain.BASELINE_BATCH_SIZE if kind == "baseline" else options.tuned_batch_size
     batch_size = min(batch_size, len(data.train))
-    split = data.train.take(slice(len(data.train) // batch_size * batch_size))  # a smaller batch belongs in no window
+    split = data.train.take(slice(len(data.train) // batch_size * batch_size))  # only whole batches
     torch.manual_seed(recipe.seed)
     model = NETWORKS[name](len(data.classes), **recipe.network_arguments())
     try:
@@ -152,15 +152,15 @@ def measure(options: argparse.Namespace, name: str, kind: str, device_type: str,
         windows = [count * batch_size / seconds(count) for _ in range(options.windows)]
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{name}, {kind}: no device memory for batches of {batch_size}; give smaller batches, or leave it out by "
-            "--kinds or --networks"
+            f"{name}, {kind}: out of device memory with batches of {batch_size}; use smaller batches, or leave it out "
+            "with --kinds or --networks"
         ) from None
     about |= {"num_images": len(split), "batch_size": batch_size, "windows": windows}
     return about | {"start_up_seconds": start_up, "peak_memory_bytes": peak_memory(device)}
 
 
 def our_loop(kind: str, model: nn.Module, split: Split, recipe: Recipe, device: torch.device) -> Loop:
-    """As loop.fit and loop.train_epoch, but for the progress bar, which waits for the device once a second."""
+    """As in loop.fit and loop.train_epoch, but without the progress bar, which synchronizes once a second."""
     model.to(device, memory_format=torch.channels_last).train()
     run = Run(model, make_optimizer(model, recipe, device), make_ema(model, recipe, split))
     trainer = Trainer(run, split, recipe, device)
@@ -187,7 +187,7 @@ def plain_loop(kind: str, model: nn.Module, split: Split, recipe: Recipe, device
 
 
 def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of several measurements of the same."""
+    """Combine repeated measurements."""
     windows = list(itertools.chain.from_iterable(result["windows"] for result in results))
     return results[0] | {
         "images_per_second": statistics.median(windows),
@@ -198,7 +198,7 @@ def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(networks: dict[str, dict[str, Any]], means: dict[str, float]) -> dict[str, dict[str, str]]:
-    """A column for each network, and one for the geometric means of the ratios."""
+    """One column per network, and one for the geometric means of the ratios."""
     rows: dict[str, dict[str, str]] = defaultdict(dict)
     for label, show in ROWS.items():
         for name, kinds in networks.items():
@@ -213,7 +213,7 @@ def table(networks: dict[str, dict[str, Any]], means: dict[str, float]) -> dict[
 def line(result: dict[str, Any] | None) -> str:
     if result is None:
         return "failed"
-    rate, start_up = harness.spelled(statistics.median(result["windows"])), result["start_up_seconds"]
+    rate, start_up = harness.format_rate(statistics.median(result["windows"])), result["start_up_seconds"]
     how = f"--compile {result['compile']}" if "compile" in result else f"{result['workers']} workers"
     return f"{rate} images/s, first step after {start_up:.1f} s, {result['precision']}, {how}"
 
@@ -222,10 +222,10 @@ def parse_flags() -> argparse.Namespace:
     flags = {"data": "cifar10", "networks": list(NETWORKS), "images": None, "image_size": 32, "rounds": 2}
     parser = harness.make_parser(__doc__, "train.json", **flags, seconds=3.0, device="auto")
     add = parser.add_argument
-    add("--kinds", nargs="+", choices=KINDS, help="(default: ours and the plain loops, in bfloat16 where it is fast)")
-    add("--batch-size", type=positive, help="images in a step of ours (default: the recipe's own)")
-    add("--tuned-batch-size", type=positive, default=512, help="images in a step of tuned (default: %(default)s)")
-    add("--windows", type=positive, default=5, help="measurements in a process (default: %(default)s)")
+    add("--kinds", nargs="+", choices=KINDS, help="(default: ours and the plain loops, in bfloat16 if it is fast)")
+    add("--batch-size", type=positive, help="images per step of ours (default: the recipe's)")
+    add("--tuned-batch-size", type=positive, default=512, help="images per step of tuned (default: %(default)s)")
+    add("--windows", type=positive, default=5, help="windows per process (default: %(default)s)")
     add("--warm-up", type=positive, help="steps before the first window (default: 10 on CUDA, 1 elsewhere)")
     return parser.parse_args()
 

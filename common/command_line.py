@@ -1,4 +1,4 @@
-"""The parser of every script's flags."""
+"""The argument parser of all scripts."""
 
 import argparse
 import difflib
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser; an error is one line, and for an unknown flag it names the most similar ones."""
+    """argparse's parser, but an error is one line; for an unknown flag it suggests similar ones."""
 
     def __init__(self, description: str | None):
         super().__init__(

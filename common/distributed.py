@@ -1,6 +1,6 @@
-"""Several processes, started by torchrun, that train one network together: one for each GPU, or several on a CPU.
+"""Data-parallel training of one network in several processes, started by torchrun: one per GPU, or several on a CPU.
 
-Without torchrun there is one process, of rank 0, and nothing here has any effect.
+Without torchrun there is one process, rank 0, and nothing here has an effect.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-# One process decodes the images while the others wait for it.
+# Long enough for one process to decode the images while the others wait.
 TIMEOUT = timedelta(minutes=30)
-# Seconds to wait before exiting after another process died. torchrun polls ten times a second and reports the process
-# that exits first, which should be the one that failed.
+# Seconds to wait before exiting after another process has died. torchrun polls ten times per second and reports the
+# process that exits first. This should be the one that failed.
 EXIT_DELAY = 1
 
 
@@ -33,12 +33,12 @@ def rank() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that downloads, prints, draws and saves."""
+    """Whether this is the process (rank 0) that prints, plots and saves."""
     return rank() == 0
 
 
 def print_rank0(*text: object) -> None:
-    """Print from rank 0 only; a closed stdout does not stop the run."""
+    """Print from rank 0 only. A closed stdout does not stop the run."""
     if is_main_process():
         try:
             print(*text, flush=True)
@@ -50,7 +50,7 @@ def print_rank0(*text: object) -> None:
 def processes(device: str) -> Iterator[None]:
     """Initialize torch.distributed within the block, under torchrun; `device` is the value of --device.
 
-    Raises UserError for more processes on a machine than GPUs, for MPS, and if another process of the run is lost.
+    Raises UserError for more processes than GPUs on a machine, for MPS, and if another process of the run dies.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -58,7 +58,7 @@ def processes(device: str) -> Iterator[None]:
     local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if device == "mps":
-        raise UserError(f"--device mps has one GPU, for one process; torchrun started {local_world_size}")
+        raise UserError(f"--device mps has one GPU, for one process, but torchrun started {local_world_size}")
     if on_cuda:
         if local_world_size > torch.cuda.device_count():
             raise UserError(
@@ -67,7 +67,7 @@ def processes(device: str) -> Iterator[None]:
             )
         torch.cuda.set_device(local_rank)
     store, rank, world_size = next(dist.rendezvous("env://"))
-    if local_world_size == world_size:  # after a restart, torchrun's store still has the old processes' addresses
+    if local_world_size == world_size:  # after a restart, torchrun's store still has the addresses of dead processes
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
@@ -77,13 +77,13 @@ def processes(device: str) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         time.sleep(EXIT_DELAY)
-        raise UserError("another process of this run is gone; torchrun's report below names it") from None
+        raise UserError("another process of this run has died; torchrun's report below names it") from None
     dist.destroy_process_group()  # not after an error: it would wait for collectives that never complete
 
 
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Run the block in local rank 0 of each machine first, then in the machine's other processes."""
+    """Run the block first in local rank 0 of each machine, then in its other processes."""
     waits = world_size() > 1 and int(os.environ["LOCAL_RANK"]) > 0
     if waits:
         dist.barrier()
@@ -93,7 +93,7 @@ def local_rank_zero_first() -> Iterator[None]:
 
 
 def from_main_process(function: Callable[[], Any]) -> Any:
-    """Call `function` in rank 0 only; return its result, or raise its UserError, in all processes."""
+    """Call `function` in rank 0 only. Return its result, or raise its UserError, in all processes."""
     if world_size() == 1:
         return function()
     outcome: list[Any] = [None, None]  # the result, the error message
@@ -104,17 +104,17 @@ def from_main_process(function: Callable[[], Any]) -> Any:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if outcome[1] is not None:
-        raise error_in_all(outcome[1])
+        raise error_on_all_ranks(outcome[1])
     return outcome[0]
 
 
-def error_in_all(message: str) -> UserError:
-    """The error to raise if every process finds the same mistake; only rank 0 prints it."""
+def error_on_all_ranks(message: str) -> UserError:
+    """The error to raise if all processes find the same mistake. Only rank 0 prints it."""
     return UserError(message, silent=not is_main_process())
 
 
-def share(count: int) -> slice:
-    """The slice of `count` items that this process takes; lengths differ by at most one."""
+def local_slice(count: int) -> slice:
+    """This process's slice of `count` items. The lengths of the slices differ by at most one."""
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
@@ -136,19 +136,19 @@ def _reduced(values: list[float], operation: dist.ReduceOp) -> list[float]:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Copy rank 0's values into every process's tensors."""
+    """Copy the values of rank 0's tensors to all processes."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
 def average_gradients(model: nn.Module, *, weight: float) -> None:
-    """Average a model's gradients over the processes; `weight` is this one's share of the batch."""
+    """Average a model's gradients over the processes; `weight` is this process's fraction of the batch."""
     if world_size() == 1:
         return
-    # One exchange, which a CUDA graph can capture, instead of DistributedDataParallel's hooks.
+    # One all-reduce, which a CUDA graph can capture, instead of DistributedDataParallel's hooks.
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    # In the order of their memory, which is that of the parameters: the same in all processes, and fast to copy.
+    # Flattened in memory order, which is the same in all processes and needs no transposed copies.
     rows = [gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients]
     flat = torch.cat(rows).mul_(weight)
     dist.all_reduce(flat)

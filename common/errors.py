@@ -1,4 +1,4 @@
-"""UserError, the exception for problems that the user can fix, and how a script exits on it."""
+"""UserError, the exception for problems that the user can fix, and the exit status of scripts."""
 
 import errno
 import io
@@ -11,8 +11,8 @@ from collections.abc import Callable
 class UserError(Exception):
     """An error of the user or the environment: bad flag, bad file, no network, full disk.
 
-    The message names the file or flag, what was found, what was expected, and what to do. `silent`: another process
-    prints it.
+    The message names the file or flag, what was found, what was expected, and what to do. `silent`: it is not printed,
+    because another process prints it.
     """
 
     def __init__(self, message: str, *, silent: bool = False):
@@ -25,8 +25,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def ending_signals() -> list[int]:
-    """SIGTERM, and SIGHUP, which a closed terminal sends, if the system has it and nohup does not ignore it."""
+def termination_signals() -> list[int]:
+    """SIGTERM, and SIGHUP (a closed terminal) if the system has it and it is not ignored, as under nohup."""
     hangup = getattr(signal, "SIGHUP", None)
     return [signal.SIGTERM, *([hangup] if hangup and signal.getsignal(hangup) != signal.SIG_IGN else [])]
 
@@ -37,12 +37,12 @@ def run(main: Callable[[], int | None]) -> None:
     The status is 2 for a UserError, 130 for Ctrl-C and 141 for a broken pipe, all without a traceback. It is 143 for
     SIGTERM and 129 for SIGHUP, after the `finally` blocks have run.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # see common/__init__.py
-    for number in ending_signals():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # was SIG_DFL, see common/__init__.py
+    for number in termination_signals():
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a class name's letters
+            stream.reconfigure(errors="backslashreplace")  # class names may not exist in the terminal's encoding
     try:
         status = main()
         sys.stdout.flush()
@@ -57,13 +57,13 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python still flushes it at exit
-        status = 128 + 13  # a shell's status for SIGPIPE, which Windows lacks
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
+        status = 128 + 13  # as after SIGPIPE, which Windows does not have
         if error.errno == errno.ENOSPC:
             print(f"error: standard output could not be written ({error.strerror}); free disk space", file=sys.stderr)
             status = 2
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # A Gloo thread that releases a tensor during Python's shutdown would abort the process.
+        # Skip Python's shutdown: a Gloo thread that frees a tensor during it would abort the process.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status or 0)

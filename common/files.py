@@ -1,4 +1,4 @@
-"""Files that are written atomically, locks, and a check that a folder is writable."""
+"""Atomic writes, file locks, and checks of output paths."""
 
 import os
 import sys
@@ -14,19 +14,19 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def replacing(path: str | Path, what: str, *, shared: bool = False) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, what: str, *, shared: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file next to `path`; it replaces `path` when the block ends without an error.
 
-    A missing folder is created. After an error, `path` is unchanged and the temporary file is deleted; after a
-    kill, the next write to the same path overwrites and deletes it. `shared`: several processes may write the
-    same file at once, so each has its own temporary file.
+    A missing folder is created. After an error, `path` is unchanged and the temporary file is deleted. If the process
+    is killed, the temporary file stays until the next write to `path`. `shared`: several processes may write `path` at
+    once, so each has its own temporary file, which nothing deletes after a kill.
 
     Raises UserError, which names `what` and `path`, if the file system fails or `path` is a folder or device.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part" if shared else f".{path.name}.part")
     with _explain_failure(path, what):
-        if path.exists() and not path.is_file():  # root could replace /dev/null
+        if path.exists() and not path.is_file():  # e.g. /dev/null, which root could replace
             raise OSError("it is not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -43,19 +43,19 @@ def replacing(path: str | Path, what: str, *, shared: bool = False) -> Iterator[
 def _explain_failure(path: Path, what: str) -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError:  # from another file: this one is not a pipe
+    except BrokenPipeError:  # comes from stdout, since `path` is not a pipe
         raise
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path}: {what} could not be written ({reason}); free space or use another path") from None
+        raise UserError(f"{path}: {what} could not be written ({reason}); free space, or use another path") from None
 
 
 @contextmanager
 def locked(path: str | Path, what: str, *, wait: bool = True) -> Iterator[None]:
-    """Let one process at a time enter the block; the others wait, after a line on stderr that names `what`.
+    """Lock `path`: only one process at a time enters the block. The others print a line on stderr and wait.
 
-    Without `wait` they raise a UserError. The lock is a file next to `path`. The operating system releases it when its
-    process dies. If the file system has no locks (some network file systems), nothing is locked.
+    Without `wait` they raise UserError instead. The lock is a file next to `path`. The operating system releases it
+    when the process dies. Some network file systems have no locks; there, nothing is locked.
 
     Raises UserError, which names `what` and `path`, if the lock file cannot be created.
     """
@@ -70,13 +70,13 @@ def locked(path: str | Path, what: str, *, wait: bool = True) -> Iterator[None]:
                 raise UserError(
                     f"{path}: another process is writing {what} there; wait for it to end, or use another path"
                 ) from None
-            print(f"another process is busy with {what}: waiting for it to end", file=sys.stderr)
+            print(f"waiting for another process to finish {what}", file=sys.stderr)
             lock.acquire()
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows does not delete an open file
-            os.unlink(lock.lock_file)  # a waiting process notices this and locks a new file
+        with suppress(OSError):  # Windows cannot delete an open file
+            os.unlink(lock.lock_file)  # a waiting process detects this and locks a new file
         lock.release()
 
 
@@ -84,12 +84,12 @@ def check_writable(folder: str | Path, what: str) -> None:
     """Create `folder` if it is missing. Raises UserError if no file can be written there."""
     with _explain_failure(Path(folder), what):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # leaves no file behind, not even after a kill
+        with tempfile.TemporaryFile(dir=folder):  # leaves no file behind, even if the process is killed
             pass
 
 
-def check_output(path: str | Path, endings: tuple[str, ...]) -> None:
-    """Raise UserError if `path` is a file of another kind: the wrong flag or a forgotten name would destroy it."""
+def check_output(path: str | Path, extensions: tuple[str, ...]) -> None:
+    """Raise UserError if `path` exists with another extension: a mistaken flag would replace, e.g., an image."""
     path = Path(path)
-    if path.is_file() and path.suffix.lower() not in endings:
-        raise UserError(f"{path} exists and is no {' or '.join(endings)} file; it is not replaced, use another name")
+    if path.is_file() and path.suffix.lower() not in extensions:
+        raise UserError(f"{path} exists and is no {' or '.join(extensions)} file; it is not replaced, use another name")

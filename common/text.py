@@ -1,4 +1,4 @@
-"""Quantities in readable form."""
+"""Numbers as text."""
 
 
 def duration(seconds: float) -> str:
@@ -8,6 +8,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def counted(number: int, thing: str) -> str:
+def pluralize(number: int, thing: str) -> str:
     """ "1 step" or "1,200 steps"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -1,6 +1,6 @@
-"""Sources of images: CIFAR-10 or CIFAR-100, a folder of images, or scikit-learn's handwritten digits.
+"""Data sets: CIFAR-10 or CIFAR-100, a folder of images, or scikit-learn's handwritten digits.
 
-`load` turns each of them into uint8 arrays, labels and class names. Importing this package does not import torch.
+`load` returns each of them as uint8 images, labels and class names. Importing this package does not import torch.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from .splits import Dataset, Split, balanced_rows, digest, hold_out
 __all__ = ["Dataset", "Split", "load"]
 
 NAMES = ("cifar10", "cifar100", "digits")
-# Each random choice has its own stream, so that one size does not change what another one picks.
+# Each random choice has its own random stream, so that e.g. --val-size does not change which test images are picked.
 TEST_SPLIT_STREAM, VAL_STREAM, TRAIN_SUBSET_STREAM, TEST_SUBSET_STREAM = range(4)
 
 
@@ -35,16 +35,16 @@ def load(
     """Load a data set.
 
     `source` is one of
-      - "cifar10" or "cifar100", from `data_dir`; if missing, from `data_url` or another host, if `download` is True
+      - "cifar10" or "cifar100", read from `data_dir`; if missing there and `download` is True, it is downloaded
       - "digits": scikit-learn's 8×8 digits, which need no download
-      - the path of a folder: CIFAR-10's official files, or pictures in class folders as in image_folder.py
+      - the path of a folder: CIFAR-10's official files, or image files in class folders (see image_folder.py)
 
-    All images become `image_size` × `image_size`: resized with aspect ratio kept, then centre-cropped. If a source has
-    no test images (digits, class folders without a test folder), the fraction `test_split` of each class becomes the
-    test images. `val_size` training images are held out first; `train_size` picks from the rest, `test_size` from the
-    test images, each balanced over the classes as far as the size allows. All choices depend on `split_seed` only.
+    All images become `image_size` × `image_size`: the largest centred square, resized. If a source has no test images
+    (digits, class folders without a test folder), the fraction `test_split` of each class becomes the test set. Then
+    `val_size` training images are held out, and `train_size` and `test_size` select subsets of the remaining training
+    images and of the test images, balanced over the classes. Every choice is random, seeded with `split_seed`.
 
-    Raises UserError for a source or size that is invalid.
+    Raises UserError for an invalid source or size.
     """
     data_dir = Path(data_dir)
     name = str(source).lower()
@@ -53,7 +53,7 @@ def load(
         folder = cifar10.find(name, data_dir, data_url, download=download)
         classes, train, test = cifar10.read_folder(folder, image_size, name)
     elif data_url is not None:
-        raise UserError(f"--data-url is for CIFAR, not for --data {str(source)!r}; leave one out")
+        raise UserError(f"--data-url is for CIFAR, not for --data {str(source)!r}; remove one of them")
     elif name == "digits":
         classes, train = digits.load_digits(image_size)
     else:
@@ -62,8 +62,8 @@ def load(
             classes, train, test = cifar10.read_folder(folder, image_size)
         elif data_dir.resolve().is_relative_to(folder.resolve()):
             raise UserError(
-                f"--data {source} contains {data_dir}/, where decoded images are kept, and perhaps a script's other "
-                "folders; start from another folder, so that they do not count as classes"
+                f"--data {source} contains {data_dir}/, the folder of decoded images, which would count as a class; "
+                "run the script from another folder"
             )
         else:
             classes, train, val, test = image_folder.load_image_folder(folder, image_size, data_dir / "cache")
@@ -74,20 +74,20 @@ def load(
         if counts.min() < 2:
             raise UserError(
                 f"--data {source}: class {classes[counts.argmin()]!r} has one image, but a class needs one for "
-                "training and one for testing; add more, or a test folder"
+                "training and one for testing; add images, or a test folder"
             )
         train, test = hold_out(train, test_split, (split_seed, TEST_SPLIT_STREAM))
     else:
         test_split = None
     if val_size:
         if val is not None:
-            raise UserError(f"--val-size {val_size}: {source} already has validation images; leave the flag out")
-        # Keep one image of each class for training.
-        rows = balanced_rows("--val-size", val_size, train.labels, classes, (split_seed, VAL_STREAM), spare=1)
+            raise UserError(f"--val-size {val_size}: {source} already has validation images; remove the flag")
+        rows = balanced_rows("--val-size", val_size, train.labels, classes, (split_seed, VAL_STREAM), min_left=1)
         val, train = train.take(rows), train.drop(rows)
     if train_size is not None:
         stream = (split_seed, TRAIN_SUBSET_STREAM)
-        train = train.take(balanced_rows("--train-size", train_size, train.labels, classes, stream, least=len(classes)))
+        rows = balanced_rows("--train-size", train_size, train.labels, classes, stream, min_size=len(classes))
+        train = train.take(rows)
     if test_size is not None:
         stream = (split_seed, TEST_SUBSET_STREAM)
         test = test.take(balanced_rows("--test-size", test_size, test.labels, classes, stream))
@@ -95,7 +95,7 @@ def load(
 
 
 def existing_folder(source: str) -> Path:
-    """The folder that --data names. Raises UserError if there is none."""
+    """The path of the folder that --data names. Raises UserError if it does not exist."""
     expected = f"expected {', '.join(NAMES)}, or a folder of images"
     try:
         path = Path(source).expanduser()
@@ -105,6 +105,6 @@ def existing_folder(source: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"--data {source}: {error}; {expected}") from None
     if is_file:
-        raise UserError(f"--data {source}: this is a file; {expected}. Unpack an archive and give the folder")
+        raise UserError(f"--data {source} is a file; {expected}. If it is an archive, unpack it and give the folder")
     parent = "" if Path(source).is_absolute() else f" in {Path.cwd()}"
     raise UserError(f"--data {source or repr(source)}: there is no such folder{parent}; {expected}")

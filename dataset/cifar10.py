@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100 as published (Krizhevsky 2009, www.cs.toronto.edu/~kriz/cifar.html), by torchvision.
+"""CIFAR-10 and CIFAR-100 as published (Krizhevsky 2009, www.cs.toronto.edu/~kriz/cifar.html), read by torchvision.
 
-torchvision knows the md5 of every official file and compares it before it unpickles anything.
+torchvision compares the md5 of each file with the official one before it unpickles the file.
 """
 
 import os
@@ -19,7 +19,7 @@ import numpy as np
 from .image_folder import resize_all
 from .splits import Split
 
-# Where the archives are. The official host comes last: since June 2026 it has been throttled to about 60 kB/s
+# URLs of the archives. The official host comes last: since June 2026 it is limited to about 60 kB/s
 # (pytorch/vision#9536).
 HOSTS = {
     "cifar10": (
@@ -33,14 +33,14 @@ HOSTS = {
         "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
     ),
 }
-READ_TIMEOUT = 15  # seconds without data
+READ_TIMEOUT = 15  # seconds without data, after which the next host is tried
 
 
 def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bool = True) -> Path:
-    """The official folder in `data_dir`; if missing, unpacked from the archive next to it or from a download.
+    """Return the official folder in `data_dir`. If missing, it is unpacked from the archive, downloaded if necessary.
 
-    A host that fails, stays silent or sends other bytes is skipped with a line on stderr. Raises UserError if no host
-    is left, if the file cannot be written, and if the archive there has another md5.
+    A host that fails, does not answer or sends a wrong file is skipped with a line on stderr. Raises UserError if all
+    hosts fail, if a file cannot be written, and if an existing archive has a wrong md5.
     """
     from torchvision.datasets.utils import check_md5, extract_archive
 
@@ -58,14 +58,14 @@ def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bo
                 download_archive(name, archive, data_url)
             elif not check_md5(archive, kind.tgz_md5):
                 raise UserError(
-                    f"{archive}: its md5 is not that of the official archive, {kind.tgz_md5}. The file is damaged or "
-                    "another one: delete it to download it again, or put the official one there"
+                    f"{archive}: its md5 is not that of the official archive, {kind.tgz_md5}: the file is damaged, or "
+                    "not the official one; delete it to download it again, or put the official one there"
                 )
             with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as unpacked:
                 extract_archive(archive, unpacked)
                 os.replace(Path(unpacked, kind.base_folder), folder)
     except OSError as error:
-        raise UserError(f"{archive}: could not be unpacked ({error}); free space, or use another folder") from None
+        raise UserError(f"{archive}: could not be unpacked ({error}); free disk space, or use another folder") from None
     return folder
 
 
@@ -76,7 +76,7 @@ def class_of(name: str) -> Any:
 
 
 def download_archive(name: str, archive: Path, data_url: str | None) -> None:
-    """Download the archive from the first working host. Raises UserError that says how to place it by hand."""
+    """Download the archive from the first host that works. Raises UserError, with a curl command, if none does."""
     from torchvision.datasets.utils import download_url
 
     kind, hosts = class_of(name), HOSTS[name]
@@ -88,7 +88,7 @@ def download_archive(name: str, archive: Path, data_url: str | None) -> None:
             download_url(url, str(archive.parent), partial.name, kind.tgz_md5)
             os.replace(partial, archive)
             return
-        except Exception as error:  # torchvision raises many kinds of exception for an invalid URL
+        except Exception as error:  # torchvision raises many exception types, e.g. for an invalid URL
             causes.append(f"{url}: {first_line(error)}")
             print(f"skipped {causes[-1]}", file=sys.stderr)
         finally:
@@ -96,13 +96,13 @@ def download_archive(name: str, archive: Path, data_url: str | None) -> None:
             partial.unlink(missing_ok=True)
     command = shlex.join(["curl", "--fail", "--location", "--create-dirs", "--output", str(archive), hosts[0]])
     raise UserError(
-        f"{kind.__name__} could not be downloaded from any host:\n  " + "\n  ".join(causes) + "\nGive a working "
-        f"address as --data-url, other images as --data, or place the file by hand and start again:\n  {command}"
+        f"{kind.__name__} could not be downloaded from any host:\n  " + "\n  ".join(causes) + "\nGive a working URL "
+        f"as --data-url, or other images as --data, or download the file by hand and start again:\n  {command}"
     )
 
 
 def read_folder(folder: Path, image_size: int, name: str = "cifar10") -> tuple[tuple[str, ...], Split, Split]:
-    """Class names, train and test of an official folder. Raises UserError if a file is missing or not official."""
+    """Class names, train and test images of an official folder. Raises UserError for a missing or unofficial file."""
 
     class Official(class_of(name)):
         base_folder = folder.name

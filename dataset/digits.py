@@ -1,4 +1,4 @@
-"""Handwritten digits that need no download: they come with scikit-learn."""
+"""Handwritten digits, which come with scikit-learn and need no download."""
 
 from common.errors import UserError
 
@@ -9,7 +9,7 @@ from .splits import Split
 
 
 def load_digits(image_size: int) -> tuple[tuple[str, ...], Split]:
-    """scikit-learn's 1,797 handwritten digits (UCI, test part): 8×8 pixels of 0 … 16, here grey RGB of 0 … 255."""
+    """scikit-learn's 1,797 digits (UCI, test part): 8×8 grey pixels from 0 to 16, returned as RGB from 0 to 255."""
     try:
         from sklearn import datasets
     except ImportError:

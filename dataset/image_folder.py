@@ -1,11 +1,11 @@
-"""Pictures in class folders, in common layouts, decoded once and then cached as one uint8 array.
+"""Image files in class folders, decoded once and then cached as one uint8 array. The layouts are:
 
-    photos/train/<class>/…  photos/test/<class>/…      or val/, valid/ instead of test/, upper or lower case
-    photos/train/…  photos/val/…  photos/test/…        the validation images select the checkpoint
-    photos/<class>/…                                   a fraction of each class is for testing
+    photos/train/<class>/…  photos/test/<class>/…      or val/, valid/ instead of test/, in upper or lower case
+    photos/train/…  photos/val/…  photos/test/…        the best epoch on the validation images is kept
+    photos/<class>/…                                   a fraction of each class becomes the test set
 
-As in torchvision's ImageFolder, a picture is known by its file name extension, folders within a class belong to it,
-and anything else is ignored.
+As in torchvision's ImageFolder, image files are recognized by their extension, subfolders of a class folder belong to
+the class, and all other files are ignored.
 """
 
 import hashlib
@@ -31,25 +31,25 @@ SPLIT_NAMES = {
     "train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "tests", "testing"),
 }  # fmt: skip
 HEIC = (".heic", ".heif")
-ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", *HEIC)
-CACHE_VERSION = 2  # to be raised if the same source gives other arrays than before
-KEPT_COPIES = 2  # of a source, in the cache
-MAX_LISTED = 10  # pictures that cannot be read
-CHUNK = 8  # pictures per task of a thread; small ones, one per task, take longer
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", *HEIC)
+CACHE_VERSION = 2  # increase it when the same source would give other arrays than before
+MAX_CACHED_COPIES = 2  # per source
+MAX_LISTED = 10  # unreadable images named in the error
+CHUNK = 8  # images per task of a thread; with one per task, small images take longer
 
-# Pillow warns above 90 million pixels, which a large photo can have, and rejects an image above twice that.
+# Pillow warns above 90 million pixels, which is normal for a large photo, and raises an error above twice that.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def load_image_folder(
     folder: Path, image_size: int, cache_dir: Path
 ) -> tuple[tuple[str, ...], Split, Split | None, Split | None]:
-    """Class names, train, validation and test images of a folder; the last two are None if it has none of them.
+    """Class names, train, validation and test images of a folder; the last two are None if missing.
 
-    Rows are sorted by class, then by path. The decoded pictures are cached in `cache_dir`.
+    The images are sorted by class, then by path. The decoded images are cached in `cache_dir`.
 
-    Raises UserError for a folder without class folders, for a class without pictures, if train, validation and test
-    have different classes, and for pictures that cannot be read.
+    Raises UserError for a folder without class folders, for a class without images, if train, validation and test have
+    different classes, and for unreadable images.
     """
     parts = find_parts(folder)
     listing = {name: list_classes(part) for name, part in parts.items()}
@@ -60,12 +60,12 @@ def load_image_folder(
         if different := sorted(found.keys() ^ set(classes)):
             has, lacks = ("train", name) if different[0] in classes else (name, "train")
             raise UserError(
-                f"{folder}: class {different[0]!r} is in {parts[has].name}/ but not in {parts[lacks].name}/; expected "
-                "the same classes in both: add it there, or remove it here"
+                f"{folder}: class {different[0]!r} is in {parts[has].name}/ but not in {parts[lacks].name}/; both need "
+                "the same classes: add it or remove it"
             )
         if empty := [label for label in classes if not found[label]]:
             raise UserError(
-                f"{parts[name] / empty[0]}: has no pictures ({', '.join(ENDINGS)}); put some there or remove the folder"
+                f"{parts[name] / empty[0]}: has no images ({', '.join(EXTENSIONS)}); add some, or remove the folder"
             )
     paths = [path for found in listing.values() for label in classes for path in found[label]]
     images = load_cached(folder, paths, image_size, cache_dir)
@@ -78,10 +78,10 @@ def load_image_folder(
 
 
 def find_parts(folder: Path) -> dict[str, Path]:
-    """The folders of "train", "val" and "test" images; only "train" if the folder holds the classes themselves."""
+    """The folders named train, val and test; if there are none, the folder itself as "train"."""
     inside = visible_folders(folder)
     while len(inside) == 1 and split_name(inside[0]) is None and (deeper := visible_folders(inside[0])):
-        folder, inside = inside[0], deeper  # skip a single wrapper folder
+        folder, inside = inside[0], deeper  # an archive often unpacks to a single outer folder
     parts: dict[str, Path] = {}
     for path in inside:
         if (name := split_name(path)) in parts:
@@ -92,7 +92,7 @@ def find_parts(folder: Path) -> dict[str, Path]:
         return {"train": folder}
     for path in inside:
         if path not in parts.values():
-            print(f"note: {path} is ignored; next to a train folder only val and test are used", file=sys.stderr)
+            print(f"note: {path} is ignored; beside train/, only val/ and test/ are used", file=sys.stderr)
     return parts
 
 
@@ -104,25 +104,25 @@ def visible_folders(folder: Path) -> list[Path]:
     try:
         return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
-        refuse(error)
+        raise_unreadable(error)
 
 
 def list_classes(folder: Path) -> dict[str, list[Path]]:
-    """The pictures of each class folder, sorted."""
+    """The image files of each class folder, sorted."""
     found = {}
     for path in visible_folders(folder):
         try:
             path.name.encode()
         except UnicodeEncodeError:
             raise UserError(f"{folder}: class {path.name!a} is not valid UTF-8; rename the folder") from None
-        found[path.name] = list(pictures_in(path))
+        found[path.name] = list(image_files_in(path))
     return found
 
 
-def pictures_in(folder: Path) -> Iterator[Path]:
-    """All pictures in and below a folder, sorted. Links are followed, each folder once."""
+def image_files_in(folder: Path) -> Iterator[Path]:
+    """All image files in a folder and its subfolders, sorted. Links are followed; no folder is visited twice."""
     visited = set()
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=raise_unreadable):
         real = os.path.realpath(parent)
         if real in visited:
             folders.clear()
@@ -130,19 +130,19 @@ def pictures_in(folder: Path) -> Iterator[Path]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in sorted(names):
-            if name[0] != "." and name.lower().endswith(ENDINGS):
+            if name[0] != "." and name.lower().endswith(EXTENSIONS):
                 yield Path(parent, name)
 
 
-def refuse(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}); make it readable, or move it")
+def raise_unreadable(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}); change its permissions, or move it")
 
 
 def load_cached(folder: Path, paths: Sequence[Path], image_size: int, cache_dir: Path) -> np.ndarray:
-    """The pictures as uint8 (N, 3, S, S), from the cache if it has them; otherwise decoded, and written there."""
+    """The decoded images, uint8 (N, 3, S, S), from the cache if they are there; otherwise they are added to it."""
     source = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     stats = [os.stat(path) if path.exists() else os.lstat(path) for path in paths]  # `decode` reports a broken link
-    # The ctime shows a change whose mtime was set back.
+    # A changed file whose mtime was reset still has a new ctime.
     fingerprints = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
     listing = [(os.path.relpath(path, folder), *found) for path, found in zip(paths, fingerprints, strict=True)]
     content = hashlib.sha256(json.dumps([listing, image_size, CACHE_VERSION]).encode()).hexdigest()[:16]
@@ -156,20 +156,20 @@ def load_cached(folder: Path, paths: Sequence[Path], image_size: int, cache_dir:
             os.utime(cached)
             return images
         except Exception as error:  # numpy and zipfile raise many exception types for a damaged file
-            print(f"warning: {cached} is damaged ({first_line(error)}) and is rebuilt", file=sys.stderr)
-    images = decode_or_refuse(folder, paths, image_size)
+            print(f"warning: {cached} is damaged ({first_line(error)}); it is rebuilt", file=sys.stderr)
+    images = decode_or_raise(folder, paths, image_size)
     try:
-        with files.replacing(cached, "the cache of decoded images", shared=True) as file:
+        with files.atomic_write(cached, "the cache of decoded images", shared=True) as file:
             np.savez(file, images=images)
-        for old in sorted(cache_dir.glob(f"{source}-*.npz"), key=os.path.getmtime)[:-KEPT_COPIES]:
+        for old in sorted(cache_dir.glob(f"{source}-*.npz"), key=os.path.getmtime)[:-MAX_CACHED_COPIES]:
             old.unlink(missing_ok=True)
     except (UserError, OSError) as error:
-        print(f"warning: {error}. Until then every start decodes again", file=sys.stderr)
+        print(f"warning: {error}. Until then every start decodes all images again", file=sys.stderr)
     return images
 
 
-def decode_or_refuse(folder: Path, paths: Sequence[Path], image_size: int) -> np.ndarray:
-    """Decode all pictures. Raises UserError that names ten of those that cannot be read, and the number of the rest."""
+def decode_or_raise(folder: Path, paths: Sequence[Path], image_size: int) -> np.ndarray:
+    """Decode all images. Raises one UserError for all unreadable images; it names the first ten."""
     images, broken = empty_images(len(paths), image_size), []
     decoded = decode_all(paths, image_size)
     bar = tqdm(decoded, total=len(paths), unit="image", desc=f"decode {folder.name}", disable=None)
@@ -181,14 +181,14 @@ def decode_or_refuse(folder: Path, paths: Sequence[Path], image_size: int) -> np
     if broken:
         more = f"\n  and {len(broken) - MAX_LISTED:,} more" if len(broken) > MAX_LISTED else ""
         raise UserError(
-            f"{folder}: {len(broken):,} of {len(paths):,} pictures cannot be read:\n  "
+            f"{folder}: {len(broken):,} of {len(paths):,} images cannot be read:\n  "
             + "\n  ".join(broken[:MAX_LISTED]) + more
         )  # fmt: skip
     return images
 
 
 def resize_all(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 grey (N, H, W) or RGB (N, H, W, 3) to uint8 (N, 3, S, S). Raises UserError for more than fits in memory."""
+    """uint8 grey (N, H, W) or RGB (N, H, W, 3) to uint8 (N, 3, S, S). Raises UserError if they do not fit in memory."""
     if pixels.shape[1:] == (image_size, image_size, 3):
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
     images = empty_images(len(pixels), image_size)
@@ -198,43 +198,43 @@ def resize_all(pixels: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def empty_images(count: int, image_size: int) -> np.ndarray:
-    """uint8 (count, 3, S, S), uninitialized. Raises UserError for more than fits in memory."""
+    """uint8 (count, 3, S, S), uninitialized. Raises UserError if they do not fit in memory."""
     try:
         return np.empty((count, 3, image_size, image_size), np.uint8)
     except (MemoryError, ValueError):  # ValueError: more than any machine can address
         raise UserError(
-            f"--image-size {image_size}: {count:,} images of that size take {3 * count * image_size**2:,} bytes, more "
-            "than fits in memory; give a smaller one"
+            f"--image-size {image_size}: {count:,} images of that size take {3 * count * image_size**2:,} bytes, which "
+            "do not fit in memory; give a smaller size"
         ) from None
 
 
-Decoded = tuple[np.ndarray, tuple[int, int]]  # uint8 (3, S, S), and the width and height in the file
+Decoded = tuple[np.ndarray, tuple[int, int]]  # uint8 (3, S, S), and the original width and height
 
 
 def decode_all(paths: Sequence[str | Path], image_size: int) -> Iterator[Decoded | UserError]:
-    """Decode picture files, in their order, or the error of an unreadable one."""
+    """Decode image files in parallel; yields, in order, each image or the error of an unreadable one."""
 
     def decode_chunk(start: int) -> list[Decoded | UserError]:
         return [decode(path, image_size) for path in paths[start : start + CHUNK]]
 
-    with ThreadPoolExecutor(num_cores(), "decode") as pool:  # Pillow works without the interpreter's lock
+    with ThreadPoolExecutor(num_cores(), "decode") as pool:  # threads suffice: Pillow releases the GIL
         for decoded in pool.map(decode_chunk, range(0, len(paths), CHUNK)):
             yield from decoded
 
 
 def num_cores() -> int:
-    """The number of processor cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decode(path: str | Path, image_size: int) -> Decoded | UserError:
-    """Decode one picture file. The error of an unreadable one is returned, not raised."""
-    if not os.path.isfile(path):  # opening a pipe would block
+    """Decode one image file. If it is unreadable, the error is returned, not raised."""
+    if not os.path.isfile(path):  # e.g. a named pipe, which would block
         return UserError(f"{path}: not a file, or a broken link; remove it")
     try:
         with Image.open(path) as image:
             if image.format == "EPS":
-                raise ValueError("PostScript is a program, which is not run")
+                raise ValueError("PostScript is a program, and files must not run programs")
             ImageOps.exif_transpose(image, in_place=True)
             return to_array(image, image_size), image.size
     except Image.DecompressionBombError as error:
@@ -249,8 +249,8 @@ def decode(path: str | Path, image_size: int) -> Decoded | UserError:
 
 
 def to_array(image: Image.Image, image_size: int) -> np.ndarray:
-    """RGB, resized if it has another size, with aspect ratio kept and centre-cropped: uint8 (3, S, S)."""
-    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255 and show as white
+    """Convert to RGB, uint8 (3, S, S). An image of another size: its largest centred square, resized."""
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     if image.mode == "P":  # converting straight to RGB warns about transparent palettes
         image = image.convert("RGBA")

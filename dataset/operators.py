@@ -1,11 +1,11 @@
-"""The operators of the augmentation, each for a whole batch of images and one value per image.
+"""The operators of the augmentation. Each one works on a whole batch, with one value per image.
 
-Operators take `images`, uint8 (B, 3, H, W), and one value for each image, (B,); they return uint8 (B, 3, H, W) and do
-not change their input. A strength is given as `change`: the enhancement factor minus one, so 0 does not change an
-image. This form is also more exact: blending needs both the factor and one minus it.
+Operators take `images`, uint8 (B, 3, H, W), and one value per image, (B,). They return uint8 (B, 3, H, W) and do not
+change their input. `change` is torchvision's factor minus one, so 0 leaves an image unchanged. This is also more exact:
+blending needs both the factor and one minus it.
 
-The semantics are those of `torchvision.transforms.v2` on uint8 tensors (tests/test_transforms.py compares them): images
-are integers after each operator, truncated rather than rounded where torchvision truncates.
+The results are those of `torchvision.transforms.v2` on uint8 tensors (tests/test_transforms.py compares them): pixels
+are integers after each operator, truncated instead of rounded where torchvision truncates.
 """
 
 import functools
@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-# torchvision's RandAugment space in its order; the five that move pixels are adjacent, so that one gather applies them.
+# torchvision's RandAugment operators in its order. The five that move pixels are adjacent; one gather applies them all.
 RANDAUGMENT_OPS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
     "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
@@ -22,13 +22,12 @@ RANDAUGMENT_OPS = (
 GEOMETRIC_OPS = RANDAUGMENT_OPS[1:6]
 SIGNED_OPS = RANDAUGMENT_OPS[1:10]
 MAGNITUDE_BINS = 31
-# Of CIFAR-10's training images, in grey levels: almost zero after normalisation.
+# Mean colour of CIFAR-10's training images, 0 to 255; almost zero after normalisation.
 MEAN_COLOUR = (125, 123, 114)
 
 
-# Written for speed on the CPU: PyTorch's minima, maxima and bit operations on uint8 are vectorised, but its `where`,
-# comparisons and `masked_fill` process one element at a time and are about fifty times slower (benchmarks/augment.py).
-# So values are selected with bit masks.
+# On the CPU, PyTorch vectorises minimum, maximum and bitwise operations on uint8. Its `where`, comparisons and
+# `masked_fill` are not vectorised and about 50 times slower. So values are selected with bit masks.
 
 
 def _column(values: Tensor) -> Tensor:
@@ -36,7 +35,7 @@ def _column(values: Tensor) -> Tensor:
 
 
 def _truncate(pixels: Tensor) -> Tensor:
-    """float to uint8, rounded towards zero; through int16, which is three times faster than directly."""
+    """float to uint8, rounded towards zero. Converting through int16 is three times as fast as directly."""
     return pixels.to(torch.int16).to(torch.uint8)
 
 
@@ -51,7 +50,7 @@ def choose(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Luma of each pixel as whole numbers, float32 (B, 1, H, W)."""
+    """Luma of each pixel, float32 (B, 1, H, W), rounded down to integers."""
     red, green, blue = images.unbind(1)
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_().unsqueeze(1)
 
@@ -68,20 +67,20 @@ def adjust_brightness(images: Tensor, change: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, change: Tensor) -> Tensor:
-    """Blend away from (change > 0) or towards each image's mean grey."""
+    """Move pixels away from (change > 0) or towards the mean grey of their image."""
     return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), change)
 
 
 def adjust_saturation(images: Tensor, change: Tensor) -> Tensor:
-    """Blend away from (change > 0) or towards the grey version of each image."""
+    """Move pixels away from (change > 0) or towards their own grey value."""
     return _blend(images, _grey(images), change)
 
 
 def adjust_sharpness(images: Tensor, change: Tensor) -> Tensor:
-    """Blend away from (change > 0) or towards a 3×3 smoothing; pixels at the edge are unchanged."""
+    """Move pixels away from (change > 0) or towards a 3×3 smoothing of the image; its border is unchanged."""
     pixels = images.float()
     inner = pixels[..., 1:-1, 1:-1]
-    # Sums of nine neighbours plus four times the centre: whole numbers, so only the division by 13 rounds.
+    # The sum over the 3×3 window plus four times the centre is an integer, so only the division by 13 rounds.
     rows = pixels[..., :-2, :] + pixels[..., 1:-1, :] + pixels[..., 2:, :]
     total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(inner, alpha=4)
     smooth = total.mul_(1 / 13).round_()
@@ -90,7 +89,7 @@ def adjust_sharpness(images: Tensor, change: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Rotate the hue by `shift` of the circle, −0.5 to 0.5: RGB to HSV, add, and back."""
+    """Add `shift`, −0.5 to 0.5, to the hue: from RGB to HSV and back."""
     red, green, blue = images.unbind(1)
     maximum, minimum = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
     is_red = _bits_where_equal(red, maximum)
@@ -99,7 +98,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
 
     scaled, value = images.float().mul_(1 / 255), maximum.float().mul_(1 / 255)
     chroma = value - minimum.float().mul_(1 / 255)
-    # The clamps avoid 0 / 0 at grey pixels, whose hue and saturation are zero.
+    # The clamps avoid 0 / 0 for grey pixels, whose hue and saturation are zero.
     saturation = chroma / value.clamp(min=1 / 255)
     far = (value.unsqueeze(1) - scaled).div_(chroma.clamp_(min=1e-3).unsqueeze(1))
     far_red, far_green, far_blue = far.unbind(1)
@@ -109,8 +108,8 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     hue = hue.mul_(1 / 6).add_(1).frac_().add_(shift.float().view(-1, 1, 1))
     hue = hue.sub_(hue.floor()).mul_(6)
 
-    # In each sixth of the circle, one channel is the maximum, one the minimum, and one is between them: it rises in the
-    # even sixths and falls in the odd ones. Rotating the hue changes only which channel is which, and the one between.
+    # In each sixth of the colour circle, one channel is the maximum, one the minimum, and the middle one rises (in even
+    # sixths) or falls (in odd ones). A new hue changes only the order of the channels and the value of the middle one.
     sixth = hue.floor()
     part = saturation * hue.sub_(sixth)
     falling = (1 - part).mul_(value).clamp_(0, 1)
@@ -118,7 +117,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     falling, rising = (_truncate(values.mul_(255 + 1 - 1e-3)) for values in (falling, rising))
     sixth = _truncate(sixth)
     is_sixth = [_bits_where_equal(sixth, number) for number in range(6)]
-    is_sixth[0] |= _bits_where_equal(sixth, 6)  # the whole circle, by rounding
+    is_sixth[0] |= _bits_where_equal(sixth, 6)  # a hue rounded up to the full circle
     middle = choose(is_sixth[1] | is_sixth[3] | is_sixth[5], falling, rising)
     shifted = torch.empty_like(images)
     for channel, sixths in enumerate((((5, 0), (1, 4)), ((1, 2), (0, 3)), ((3, 4), (2, 5)))):
@@ -135,7 +134,7 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Invert all values at or above `threshold`, given as a fraction of 255."""
-    # For integers, v ≥ t is the same as v ≥ ⌈t⌉. Flipping a value's bits gives 255 minus the value.
+    # For an integer v, v ≥ t is the same as v ≥ ⌈t⌉. Flipping all bits of v gives 255 − v.
     limit = (255 * _column(threshold)).ceil().to(torch.int16)
     is_above = (images - limit + 1).clamp_(0, 1).to(torch.uint8)
     return images ^ is_above.mul_(255)
@@ -151,11 +150,11 @@ def autocontrast(images: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Map each channel's values so that its histogram becomes as flat as integers allow."""
+    """Map the values of each channel so that its histogram becomes as flat as possible."""
     pixels = images.flatten(2).long()
     histogram = pixels.new_zeros(*pixels.shape[:2], 256)
     histogram.scatter_add_(2, pixels, torch.ones_like(pixels))
-    # The pixels of the lightest value that occurs are not counted: the darker ones share 255 steps.
+    # As in torchvision, pixels of the lightest value are not counted; the others are spread over 255 steps.
     lightest = histogram.gather(2, pixels.amax(2, keepdim=True))
     step = (pixels.shape[2] - lightest) // 255
     below = histogram.cumsum(2) - histogram
@@ -164,7 +163,7 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:
-    """Grey out a square around the pixel with the flat index `centre` (DeVries and Taylor 2017, arXiv:1708.04552)."""
+    """Cutout: fill a square around the pixel with flat index `centre` (DeVries and Taylor 2017, arXiv:1708.04552)."""
     height, width = images.shape[2:]
     centre = centre.view(-1, 1)
     low_y, low_x = centre // width - side // 2, centre % width - side // 2
@@ -174,16 +173,13 @@ def cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:
     return choose(inside, _mean_colour(images.device), images)
 
 
-@functools.cache  # a copy to the device for each chunk would make the host wait
+@functools.cache  # copying it to the device for each chunk would synchronize host and device
 def _mean_colour(device: torch.device) -> Tensor:
     return torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
 
 
 def remap(images: Tensor, sources: Tensor) -> Tensor:
-    """Move pixels: `sources` gives each pixel's origin.
-
-    `sources` is int64 (B, H·W): flat indices of pixels, or −1 for an origin outside the image, which gives 0.
-    """
+    """Move pixels. `sources`, int64 (B, H·W): the flat index of the pixel that each new pixel copies; −1 gives 0."""
     batch, channels, height, width = images.shape
     index = sources.clamp(min=0).unsqueeze(1).expand(-1, channels, -1)
     moved = images.flatten(2).gather(2, index)
@@ -192,7 +188,7 @@ def remap(images: Tensor, sources: Tensor) -> Tensor:
 
 
 def crop_sources(size: int, padding: int) -> Tensor:
-    """The origins of the pixels of each crop, int64 ((2·padding + 1)², size²).
+    """`sources` of all possible crops for `remap`, int64 ((2·padding + 1)², size²).
 
     Row top · (2·padding + 1) + left is the crop at (top, left) of the image padded with zeros on all sides.
     """
@@ -203,11 +199,11 @@ def crop_sources(size: int, padding: int) -> Tensor:
 
 
 def geometric_sources(size: int, magnitude: int) -> Tensor:
-    """The origins of the pixels after RandAugment's geometric operators, int64 (10, size²).
+    """`sources` of RandAugment's geometric operators for `remap`, int64 (10, size²).
 
-    Rows 2·k and 2·k + 1 are operator k of `GEOMETRIC_OPS` with its positive and its negative strength.
+    Rows 2·k and 2·k + 1 are operator k of `GEOMETRIC_OPS` with positive and with negative strength.
     """
-    # torchvision moves the pixels' numbers, counted from 1, and gives 0 for an origin outside the image.
+    # torchvision moves an image of the pixels' own numbers, counted from 1. It fills with 0.
     numbers = torch.arange(1, size * size + 1, dtype=torch.float32).view(1, size, size)
     strengths = [(name, float(op_magnitude(name, magnitude, size))) for name in GEOMETRIC_OPS]
     moved = [_move(numbers, name, signed) for name, strength in strengths for signed in (strength, -strength)]
@@ -229,10 +225,10 @@ def _move(image: Tensor, name: str, strength: float) -> Tensor:
 
 
 def op_magnitude(name: str, magnitude: int, size: int) -> Tensor:
-    """Strength of a RandAugment operator at bin `magnitude` of 31, before its sign is drawn (Cubuk et al. 2019).
+    """Strength of a RandAugment operator at bin `magnitude` of 31, without sign (Cubuk et al. 2019, arXiv:1909.13719).
 
-    Shears as slopes, translations in pixels, rotation in degrees, enhancements as `change`, posterize in bits,
-    solarize as a fraction of 255; 0 for operators without a strength.
+    Shears are slopes, translations pixels, rotations degrees; brightness, colour, contrast and sharpness are `change`;
+    posterize is in bits, solarize a fraction of 255. Operators without a strength have 0.
     """
     if name == "Posterize":
         return 8 - (torch.arange(MAGNITUDE_BINS) / ((MAGNITUDE_BINS - 1) / 4)).round()[magnitude]

@@ -36,8 +36,8 @@ class Dataset:
     train: Split
     test: Split
     val: Split | None  # held-out images, if any
-    digest: str  # of all images, labels and class names of the source at this image size, before any split
-    test_split: float | None = None  # of each class split off for testing; None if the source has test images
+    digest: str  # hash of all images (at this image size), labels and class names of the source, before any split
+    test_split: float | None = None  # fraction of each class that became the test set; None if the source has one
 
 
 def digest(classes: Sequence[str], *splits: Split) -> str:
@@ -50,7 +50,7 @@ def digest(classes: Sequence[str], *splits: Split) -> str:
 
 
 def hold_out(split: Split, fraction: float, stream: tuple[int, int]) -> tuple[Split, Split]:
-    """The rest, and the held-out `fraction` of each class, rounded; both get at least 1 of 2 or more images."""
+    """Hold out a random `fraction` of each class. Returns the rest and the held-out images, at least one per class."""
     rng = np.random.default_rng(stream)
     held_out = []
     for label in np.unique(split.labels):
@@ -67,22 +67,22 @@ def balanced_rows(
     classes: Sequence[str],
     stream: tuple[int, int],
     *,
-    least: int = 1,
-    spare: int = 0,
+    min_size: int = 1,
+    min_left: int = 0,
 ) -> np.ndarray:
     """Pick `size` rows at random so that any two classes' counts differ by at most one.
 
-    labels: (N,). stream: a seed and the number of the random choice. least: the smallest size allowed. spare: how many
-    rows of each class must be left. Returns int64 (size,), ascending. Raises UserError, which names `flag`, for a size
-    that is impossible.
+    labels: (N,). stream: a seed and the number of the random choice. min_size: the smallest `size` allowed. min_left:
+    how many rows of each class must not be picked. Returns int64 (size,), ascending. Raises UserError, which names
+    `flag`, if `size` is impossible.
     """
-    free = np.maximum(np.bincount(labels, minlength=len(classes)) - spare, 0)
+    free = np.maximum(np.bincount(labels, minlength=len(classes)) - min_left, 0)
     smallest = int(free.argmin())
     largest = int(free[smallest] * len(classes) + (free > free[smallest]).sum())
-    if not least <= size <= largest:
+    if not min_size <= size <= largest:
         raise UserError(
-            f"{flag} {size}: expected {least} to {largest}. The {len(classes)} classes get equal shares, and class "
-            f"{classes[smallest]!r} can provide {free[smallest]} of the {len(labels)} images to pick from"
+            f"{flag} {size}: expected {min_size} to {largest}. The {len(classes)} classes get equal numbers of images, "
+            f"and class {classes[smallest]!r} can provide only {free[smallest]} of the {len(labels)}"
         )
     rng = np.random.default_rng(stream)
     per_class, remainder = divmod(size, len(classes))

@@ -1,7 +1,7 @@
-"""RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and Cutout on a whole batch, with random values per image.
+"""RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and Cutout, on many images at once.
 
-The results are torchvision's, the implementation is not. torchvision takes one image at a time. Here all random values
-of an epoch are drawn first, on the CPU, and each operator then runs once for all images that drew it.
+The results equal torchvision's, which augments one image at a time. Here all random parameters of an epoch are sampled
+first, on the CPU. Then the images are augmented in chunks: each operator runs once for all its images in a chunk.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ JITTER: dict[str, Operator] = {
     "saturation": operators.adjust_saturation,
     "hue": operators.adjust_hue,
 }
-# RandAugment's operators except the identity and the geometric ones, in their order.
+# RandAugment's operators without the identity and the geometric ones, in the order of RANDAUGMENT_OPS.
 RANDAUGMENT: dict[str, Operator] = {
     "Brightness": operators.adjust_brightness,
     "Color": operators.adjust_saturation,
@@ -32,14 +32,14 @@ RANDAUGMENT: dict[str, Operator] = {
     "AutoContrast": lambda images, _: operators.autocontrast(images),
     "Equalize": lambda images, _: operators.equalize(images),
 }
-# Images are grouped by operator. The identity is group 0; the geometric operators together are group 1.
+# Images are grouped by operator. Group 0 is the identity; all geometric operators together are group 1.
 RANDAUGMENT_GROUPS = torch.tensor([0] + [1] * len(GEOMETRIC_OPS) + [2 + k for k in range(len(RANDAUGMENT))])
 NUM_GROUPS = 2 + len(RANDAUGMENT)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Strengths of the augmentations; the fields have the same names as the recipe's."""
+    """Strengths of the augmentations. The fields have the same names in the recipe."""
 
     crop_padding: int = 4
     brightness: float = 0.2
@@ -52,28 +52,28 @@ class Augmentation:
     cutout: int = 0
 
     def crop_and_flip(self) -> "Augmentation":
-        """The same without the operators that change colours or shapes."""
+        """Only the crop and the flip, without the other augmentations."""
         return replace(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, randaugment_ops=0, cutout=0)
 
 
 @dataclass(frozen=True)
-class Draws:
+class RandomParams:
     """Random parameters of N images, one row each."""
 
     crop: Tensor  # (N,) int32, row of `crop_sources`
-    jitter_op: Tensor  # (N, 4) int32, the order of JITTER's operators
-    jitter_change: Tensor  # (N, 4) float32, the strength of each
+    jitter_op: Tensor  # (N, 4) int32, the order in which JITTER's operators run
+    jitter_change: Tensor  # (N, 4) float32, the strength of each operator of JITTER
     flip: Tensor  # (N,) int32, 0 or 1
     randaugment_op: Tensor  # (N, K) int32, index into RANDAUGMENT_OPS
     randaugment_magnitude: Tensor  # (N, K) float32, signed
     cutout: Tensor  # (N,) int32, flat index of the square's centre
 
-    def __getitem__(self, rows: Tensor | slice | int) -> "Draws":
-        return Draws(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def __getitem__(self, rows: Tensor | slice | int) -> "RandomParams":
+        return RandomParams(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Generator) -> Draws:
-    """Draw an epoch's parameters on the CPU, from the same distributions as torchvision; row i is that of image i."""
+def sample_params(num_images: int, size: int, settings: Augmentation, generator: torch.Generator) -> RandomParams:
+    """Sample an epoch's parameters on the CPU, from torchvision's distributions. Row i belongs to image i."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(num_images, *shape, generator=generator)
@@ -85,7 +85,7 @@ def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Ge
     crop = below((2 * settings.crop_padding + 1) ** 2)
     jitter_op = uniform(len(JITTER)).argsort(1).int()
     high = torch.tensor([getattr(settings, name) for name in JITTER])
-    # A factor from [max(0, 1 − high), 1 + high] for the first three, a shift from [−high, high] for the hue.
+    # The first three factors are from [max(0, 1 − high), 1 + high], the hue shift is from [−high, high].
     low = torch.cat((-high[:3].clamp(max=1), -high[3:]))
     jitter_change = low + uniform(len(JITTER)) * (high - low)
     flip = (uniform() < settings.flip).int()
@@ -96,23 +96,23 @@ def draw(num_images: int, size: int, settings: Augmentation, generator: torch.Ge
     signed = torch.tensor([name in SIGNED_OPS for name in RANDAUGMENT_OPS])
     chosen = randaugment_op.long()
     sign = torch.where(signed[chosen] & (uniform(ops) < 0.5), -1.0, 1.0)
-    # Drawn last, so that it changes no other value.
+    # Sampled last, so that --cutout does not change the other parameters.
     cutout = below(size * size) if settings.cutout else torch.zeros(num_images, dtype=torch.int32)
-    return Draws(crop, jitter_op, jitter_change, flip, randaugment_op, strengths[chosen] * sign, cutout)
+    return RandomParams(crop, jitter_op, jitter_change, flip, randaugment_op, strengths[chosen] * sign, cutout)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An epoch's random parameters, in the order of its images.
+    """The order and the random parameters of an epoch's images, and which images of a chunk each operator gets.
 
-    An operator runs once for all images of a chunk that drew it. The CPU finds them, so that it never waits for a GPU.
+    The CPU does this grouping in advance, so that it never waits for the GPU.
     """
 
-    index: Tensor  # (N,) int32, the images in their order
-    draws: Draws  # in the same order
+    index: Tensor  # (N,) int32, the shuffled images
+    params: RandomParams  # in the same order
     sort_order: Tensor  # (N, 4 + K) int32, for each step: argsort by operator within the chunk
-    inverse_order: Tensor  # (N, 4 + K) int32, its inverse
-    counts: list[list[list[int]]]  # [chunk][step][group]: images per group of operators
+    inverse_order: Tensor  # (N, 4 + K) int32, the inverse permutation
+    counts: list[list[list[int]]]  # [chunk][step][group]: number of images
     chunk: int  # images per chunk
 
     def __len__(self) -> int:
@@ -125,15 +125,15 @@ class Plan:
         def copied(values: Tensor) -> Tensor:
             return (values.pin_memory() if on_cuda else values).to(device, non_blocking=True)
 
-        draws = Draws(*(copied(getattr(self.draws, field.name)) for field in fields(self.draws)))
+        params = RandomParams(*(copied(getattr(self.params, field.name)) for field in fields(self.params)))
         index, sort_order, inverse_order = map(copied, (self.index, self.sort_order, self.inverse_order))
-        return Plan(index, draws, sort_order, inverse_order, self.counts, self.chunk)
+        return Plan(index, params, sort_order, inverse_order, self.counts, self.chunk)
 
 
-def plan(order: Tensor, draws: Draws, chunk: int) -> Plan:
-    """Put `draws` into `order` (int64, N) and sort each chunk by operator, on the CPU."""
-    draws = draws[order]
-    groups = torch.cat((draws.jitter_op.long(), RANDAUGMENT_GROUPS[draws.randaugment_op.long()]), 1)
+def make_plan(order: Tensor, params: RandomParams, chunk: int) -> Plan:
+    """Reorder `params` by `order`, int64 (N,), and sort each chunk by operator, on the CPU."""
+    params = params[order]
+    groups = torch.cat((params.jitter_op.long(), RANDAUGMENT_GROUPS[params.randaugment_op.long()]), 1)
     chunk_of = torch.arange(len(order)) // chunk
     num_chunks = -(-len(order) // chunk)
     key = chunk_of[:, None] * NUM_GROUPS + groups
@@ -142,28 +142,28 @@ def plan(order: Tensor, draws: Draws, chunk: int) -> Plan:
     start = (chunk_of * chunk)[:, None]
     counts = torch.stack([column.bincount(minlength=num_chunks * NUM_GROUPS) for column in key.T])
     counts = counts.view(key.shape[1], num_chunks, NUM_GROUPS).transpose(0, 1).tolist()
-    return Plan(order.int(), draws, (sort_order - start).int(), (inverse_order - start).int(), counts, chunk)
+    return Plan(order.int(), params, (sort_order - start).int(), (inverse_order - start).int(), counts, chunk)
 
 
 class Augmenter:
-    """The chain RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment, Cutout for square images on one device."""
+    """RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment, Cutout, in this order, for square images."""
 
     def __init__(self, size: int, settings: Augmentation, device: torch.device | str = "cpu"):
         self.cutout = settings.cutout
         self.crop_sources = operators.crop_sources(size, settings.crop_padding).to(device)
         if settings.randaugment_ops:
             self.geometric_sources = operators.geometric_sources(size, settings.randaugment_magnitude).to(device)
-        # As in torchvision, zero-strength jitter is skipped.
+        # As in torchvision, jitter of strength zero is skipped.
         self.jitter = [operator if getattr(settings, name) > 0 else None for name, operator in JITTER.items()]
 
     def __call__(self, images: Tensor, plan: Plan, number: int) -> Tensor:
-        """Augment chunk `number` of a plan of all `images`, uint8 (N, 3, H, W): uint8 (B, 3, H, W) in its order."""
+        """Augment chunk `number` of the plan: from all `images`, uint8 (N, 3, H, W), to uint8 (B, 3, H, W)."""
         chunk = slice(number * plan.chunk, (number + 1) * plan.chunk)
-        draws, counts = plan.draws[chunk], plan.counts[number]
+        params, counts = plan.params[chunk], plan.counts[number]
         sort_order, inverse_order = plan.sort_order[chunk].unbind(1), plan.inverse_order[chunk].unbind(1)
 
         def by_group(batch: Tensor, step: int, groups: list[tuple[Operator | None, Tensor]]) -> Tensor:
-            """Run each group's operator on the images of that group, with the value of each image."""
+            """Run the operator of each group on the images of that group, each with its own value."""
             results = []
             for rows, (operator, values) in zip(sort_order[step].split(counts[step]), groups, strict=False):
                 group = batch.index_select(0, rows)
@@ -171,18 +171,18 @@ class Augmenter:
             return torch.cat(results).index_select(0, inverse_order[step])
 
         batch = images.index_select(0, plan.index[chunk])
-        batch = operators.remap(batch, self.crop_sources.index_select(0, draws.crop))
-        jitter = list(zip(self.jitter, draws.jitter_change.unbind(1), strict=True))
+        batch = operators.remap(batch, self.crop_sources.index_select(0, params.crop))
+        jitter = list(zip(self.jitter, params.jitter_change.unbind(1), strict=True))
         for step in range(len(JITTER)):
             batch = by_group(batch, step, jitter)
-        batch = operators.choose(draws.flip.to(torch.uint8).mul_(255).view(-1, 1, 1, 1), batch.flip(3), batch)
-        randaugment = zip(draws.randaugment_op.unbind(1), draws.randaugment_magnitude.unbind(1), strict=True)
+        batch = operators.choose(params.flip.to(torch.uint8).mul_(255).view(-1, 1, 1, 1), batch.flip(3), batch)
+        randaugment = zip(params.randaugment_op.unbind(1), params.randaugment_magnitude.unbind(1), strict=True)
         for step, (op, magnitude) in enumerate(randaugment, len(JITTER)):
             others = [(operator, magnitude) for operator in RANDAUGMENT.values()]
             groups = [(None, op), (self.move, 2 * (op - 1) + (magnitude < 0)), *others]
             batch = by_group(batch, step, groups)
-        return operators.cut_out(batch, draws.cutout, self.cutout) if self.cutout else batch
+        return operators.cut_out(batch, params.cutout, self.cutout) if self.cutout else batch
 
     def move(self, images: Tensor, variants: Tensor) -> Tensor:
-        """RandAugment's geometric operators; `variants`, int32 (B,), are rows of `geometric_sources`."""
+        """RandAugment's geometric operators. `variants`, int32 (B,), are rows of `geometric_sources`."""
         return operators.remap(images, self.geometric_sources.index_select(0, variants))

@@ -1,6 +1,6 @@
-"""What accuracy costs: every subset of an ensemble, and a cascade of its members, the cheapest first.
+"""Accuracy against cost: of every subset of an ensemble, and of a cascade of its members, the cheapest first.
 
-Costs are of one image: milliseconds, measured when the logits were computed, and multiply-adds, which are counted.
+Costs are per image: milliseconds, measured while the logits were computed, and multiply-adds, which are counted.
 """
 
 import itertools
@@ -15,39 +15,40 @@ from models.ensemble import average_probs, cascade_probs
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
 DEFAULT_THRESHOLD = 0.9
-TOLERANCE = 0.001  # of accuracy, for the threshold that is chosen on validation images
-ALL_SUBSETS_OF = 6  # members; of more, only the smallest and the largest subsets
+TOLERANCE = 0.001  # accuracy that a threshold chosen on validation images may lose
+MAX_MEMBERS_FOR_ALL_SUBSETS = 6  # with more members, only the smallest and the largest subsets
 
 Cost = dict[str, Any]  # of a member: name, milliseconds, multiply_adds
 
 
 def member_costs(contents: members.Contents, milliseconds: Sequence[float], views: int) -> list[Cost]:
-    """Costs of the members, with their checkpoints. An image has `views` views, and `milliseconds` are of all views."""
+    """Name, checkpoint and costs of each member. `milliseconds` are for all `views` (1; 2 with flips) of an image."""
     names = members.names([path for path, _ in contents])
     return [
         {
             "name": name,
             "checkpoint": str(path),
             "milliseconds": spent,
-            "multiply_adds": views * members.cost(path, content),
+            "multiply_adds": views * members.count_multiply_adds(path, content),
         }
         for name, (path, content), spent in zip(names, contents, milliseconds, strict=True)
     ]
 
 
 def subsets(count: int) -> Iterator[tuple[int, ...]]:
-    """All subsets of `count` members; if there are many, only those of 1, 2, all but one, and all members."""
-    sizes = range(1, count + 1) if count <= ALL_SUBSETS_OF else (1, 2, count - 1, count)
+    """All subsets of `count` members; if there are many, only those with 1, 2, all but one, and all members."""
+    sizes = range(1, count + 1) if count <= MAX_MEMBERS_FOR_ALL_SUBSETS else (1, 2, count - 1, count)
     return itertools.chain.from_iterable(itertools.combinations(range(count), size) for size in sizes)
 
 
 def subset_rows(
-    logits: Tensor, labels: Tensor, costs: Sequence[Cost], how: str, temperature: float
+    logits: Tensor, labels: Tensor, costs: Sequence[Cost], average: str, temperature: float
 ) -> list[dict[str, Any]]:
-    """Accuracy, loss and cost of each subset, from logits (M, V, N, C); temperature applies to averages only."""
+    """Accuracy, loss and cost of each subset, from logits (M, V, N, C). Single members have no temperature."""
     rows = []
     for subset in subsets(len(costs)):
-        probs = average_probs(logits[list(subset)].double().flatten(0, 1), how, temperature if len(subset) > 1 else 1.0)
+        views = logits[list(subset)].double().flatten(0, 1)
+        probs = average_probs(views, average, temperature if len(subset) > 1 else 1.0)
         seen = {costs[number]["name"]: 1 for number in subset}
         rows.append({"members": list(seen)} | scores_and_cost(probs, labels, costs, seen))
     return rows
@@ -56,7 +57,7 @@ def subset_rows(
 def cascade_rows(probs: Tensor, labels: Tensor, costs: Sequence[Cost]) -> list[dict[str, Any]]:
     """Accuracy, loss and cost at each of `THRESHOLDS`, from the members' probabilities (M, N, C).
 
-    The cheapest member comes first; `seen` is the share of the images that each one saw.
+    The cheapest member runs first. `seen`: the fraction of the images on which each member runs.
     """
     order = sorted(range(len(costs)), key=lambda number: costs[number]["multiply_adds"])
     rows = []
@@ -70,7 +71,7 @@ def cascade_rows(probs: Tensor, labels: Tensor, costs: Sequence[Cost]) -> list[d
 def scores_and_cost(
     probs: Tensor, labels: Tensor, costs: Sequence[Cost], seen: Mapping[str, float]
 ) -> dict[str, float]:
-    """`seen` is the share of the images that each member sees, by its name."""
+    """`seen`: the fraction of the images on which each member runs, by name."""
     return {
         "accuracy": metrics.accuracy(probs, labels),
         "loss": metrics.negative_log_likelihood(probs, labels),
@@ -80,14 +81,14 @@ def scores_and_cost(
 
 
 def pick_threshold(val_logits: Tensor | None, val_labels: Tensor | None, costs: Sequence[Cost]) -> dict[str, Any]:
-    """The threshold of the cascade: the lowest at which it is nearly as accurate on validation images as the ensemble.
+    """The lowest threshold at which the cascade is nearly as accurate as the ensemble on the validation images.
 
-    `val_logits` are (M, V, N, C), `val_labels` (N,). If they are None, it is the default: the test images never choose.
+    `val_logits` are (M, V, N, C), `val_labels` (N,). Without them, the default: it is never chosen on test images.
     """
     if val_logits is None:
         return {"value": DEFAULT_THRESHOLD, "chosen_by": "constant"}
     probs = torch.stack([average_probs(views) for views in val_logits.double()])
-    enough = metrics.accuracy(probs.mean(0), val_labels) - TOLERANCE
+    min_accuracy = metrics.accuracy(probs.mean(0), val_labels) - TOLERANCE
     rows = cascade_rows(probs, val_labels, costs)
-    value = next((row["threshold"] for row in rows if row["accuracy"] >= enough), 1.0)
+    value = next((row["threshold"] for row in rows if row["accuracy"] >= min_accuracy), 1.0)
     return {"value": value, "chosen_by": "validation", "num_images": len(val_labels)}

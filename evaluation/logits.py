@@ -1,4 +1,4 @@
-"""The logits of trained networks for a test set, computed once and then cached next to the checkpoint."""
+"""The logits of trained networks for test images, computed once and then cached next to the checkpoint."""
 
 import functools
 import hashlib
@@ -21,7 +21,7 @@ from evaluation.members import Contents, build_member, check_finite
 from utils import eval_batch_size, predict
 
 CACHE = ".logits"  # the folder next to the checkpoints
-CACHE_VERSION = 3  # goes up if the same checkpoint and images would give other logits than before
+CACHE_VERSION = 3  # increase it when the same checkpoint and images would give other logits than before
 WARM_UP_IMAGES = 32
 
 
@@ -37,20 +37,19 @@ def member_logits(
 ) -> tuple[Tensor, list[float]]:
     """Logits, float32 (M, V, N, C), of M checkpoints for V views of `images`, uint8 (N, 3, H, W).
 
-    Also each member's milliseconds per image, all views together, when the logits were computed. `contents` are paths
-    and what `checkpoint.read` gave for them. The views are the image and, with `flip`, its horizontal flip. With
-    `cached`, logits come from the cache if it has them; without, they are also deleted there. Raises UserError if
-    logits are not finite.
+    Also returns the milliseconds per image, for all views together, that each member took. The views are the image and,
+    with `flip`, its horizontal flip. With `cached`, logits are read from the cache if they are there; without, they are
+    computed again and deleted from the cache. Raises UserError if logits are not finite.
     """
     batch_size = batch_size or eval_batch_size(images, device)
-    # All that determines the logits, or the time they take, except for the checkpoint and the view.
+    # Everything that determines the logits or their time, except for the checkpoint and the view.
     setting = {
         "version": CACHE_VERSION,
         "images": (tuple(images.shape), hashlib.sha256(images.numpy()).hexdigest()),
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else (device.type, torch.get_num_threads()),
         "precision": precision,
         "batch_size": batch_size,
-        "sources": sources(),
+        "sources": models_digest(),
         "torch": str(torch.__version__),
     }
     members, milliseconds = [], []
@@ -81,11 +80,11 @@ def compute(
     flipped: bool,
     batch_size: int,
 ) -> tuple[Tensor, float]:
-    """Logits, float32 (N, C), of one checkpoint for one view, and seconds, without the warm-up batch."""
+    """Logits of one checkpoint for one view, float32 (N, C), and the seconds they took, without the warm-up batch."""
     member = build_member(path, content).to(device, memory_format=torch.channels_last)
     network = (lambda batch: member(batch.flip(3))) if flipped else member
     with explain_out_of_memory(batch_size):
-        # A GPU loads its kernels and takes its memory with the first batch.
+        # On a GPU, the first batch also loads the kernels and allocates the memory.
         warm_up = images[: batch_size if device.type == "cuda" else WARM_UP_IMAGES]
         predict(network, warm_up, device, precision=precision, batch_size=batch_size)
         started = time.perf_counter()
@@ -96,8 +95,8 @@ def compute(
 
 
 @functools.cache
-def sources() -> str:
-    """A digest of models/*.py; changes elsewhere need a new CACHE_VERSION."""
+def models_digest() -> str:
+    """A hash of models/*.py. Changes elsewhere need a new CACHE_VERSION."""
     digest = hashlib.sha256()
     for path in sorted(Path(models.__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -111,14 +110,14 @@ def read_cache(path: Path) -> tuple[Tensor, float] | None:
             return torch.from_numpy(stored["logits"]), float(stored["seconds"])
     except FileNotFoundError:
         return None
-    except Exception as error:  # a damaged zip file fails in more ways than numpy and zipfile list
-        print(f"warning: {path} is damaged ({error}) and is computed again", file=sys.stderr)
+    except Exception as error:  # numpy and zipfile raise many exception types for a damaged file
+        print(f"warning: {path} is damaged ({error}); its logits are computed again", file=sys.stderr)
         return None
 
 
 def write_cache(path: Path, logits: Tensor, seconds: float) -> None:
     try:
-        with files.replacing(path, "the members' logits", shared=True) as file:
+        with files.atomic_write(path, "the members' logits", shared=True) as file:
             np.savez(file, logits=logits.numpy(), seconds=seconds)
     except UserError as error:
-        print(f"warning: {error}. Until then every analysis computes them again", file=sys.stderr)
+        print(f"warning: {error}. Until then they are computed again each time", file=sys.stderr)

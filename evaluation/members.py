@@ -1,4 +1,4 @@
-"""The members of an ensemble: read their checkpoints, check that they can be averaged, build the networks.
+"""The members of an ensemble: read their checkpoints, check that they fit together, build the networks.
 
 >>> from evaluation import members
 >>> ensemble = members.load(["checkpoints/densenet.pt", "checkpoints/resnext.pt"])
@@ -27,59 +27,59 @@ from training import checkpoint
 from training.recipe import PRECISION_HELP
 from utils import multiply_adds
 
-TEMPERATURES = (0.05, 20)  # outside, the softmax is practically one-hot or uniform
+TEMPERATURES = (0.05, 20)  # outside this range, the softmax is practically one-hot or uniform
 FIT = "fit"  # a value of main_ens.py's --temperature
-# The default members, and the scripts that make them.
+# The default members, and the scripts that train them.
 SCRIPTS = {"densenet.pt": "dense.py", "mobilenetv2.pt": "mobilenetv2.py", "resnext.pt": "resnext.py"}
 
-Contents = Sequence[tuple[Path, dict[str, Any]]]  # of checkpoints, each with its path
+Contents = Sequence[tuple[Path, dict[str, Any]]]  # the path of each checkpoint, and what `checkpoint.read` returned
 
 
 def load(
     paths: Sequence[str | Path], *, average: str = "softmax", temperature: float = 1.0, cascade: float | None = None
 ) -> Ensemble:
-    """The ensemble of one or more checkpoints, on the CPU, in evaluation mode.
+    """Build the ensemble of one or more checkpoints, on the CPU, in evaluation mode.
 
-    With `cascade`, a threshold, the members are sorted, the cheapest first, and `Ensemble` runs them as a cascade.
+    With `cascade`, a threshold, the members are sorted, the cheapest first, and run as a cascade (see `Ensemble`).
 
-    Raises UserError if a checkpoint is missing, unusable or given twice, if a member has other classes or another image
-    size than the first, and for a cascade with fewer than two members or a threshold that is not 0 to 1.
+    Raises UserError if a checkpoint is missing, unusable or given twice, if the members differ in classes or image
+    size, and for a cascade with fewer than two members or a threshold outside 0 to 1.
     """
     return build(read_all(paths, cascade), average=average, temperature=temperature, cascade=cascade)
 
 
 def read_all(paths: Sequence[str | Path], cascade: float | None = None) -> Contents:
-    """Read checkpoints that can be averaged, for a cascade the cheapest first; raises UserError as `load` does.
+    """Read the checkpoints of an ensemble, sorted by cost for a cascade. Raises UserError as `load` does.
 
-    Warns on stderr if the training of one is not finished.
+    Prints a warning on stderr if the training of a member is not finished.
     """
     if isinstance(paths, str | Path):
         paths = [paths]
     if not paths:
-        raise UserError("an ensemble needs one checkpoint or more; none is given")
+        raise UserError("an ensemble needs at least one checkpoint; none is given")
     paths = [Path(path) for path in paths]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("a checkpoint is given twice; it would count twice in the average")
     contents = []
     for path in paths:
         if path.name in SCRIPTS and not path.exists():
-            raise UserError(f"{path}: there is no such checkpoint; python {SCRIPTS[path.name]} makes it")
+            raise UserError(f"{path}: there is no such checkpoint; python {SCRIPTS[path.name]} trains it")
         content = checkpoint.read(path)
         if not content["finished"]:
             done = f"{content['training']['epoch']} of {content['recipe']['epochs']} epochs"
-            print(f"warning: {path} is not finished, {done}; it is used as it stands", file=sys.stderr)
+            print(f"warning: {path} is not finished, {done}; it is used anyway", file=sys.stderr)
         contents.append((path, content))
     check_same(contents, lambda data: {"classes": data["classes"], "image size": data["image_size"]})
     if cascade is None:
         return contents
     check_range("the threshold of the cascade", cascade, 0, 1)
     if len(contents) < 2:
-        raise UserError(f"a cascade needs two members or more; there is only {paths[0]}")
-    return sorted(contents, key=lambda pair: cost(*pair))
+        raise UserError(f"a cascade needs at least two members; there is only {paths[0]}")
+    return sorted(contents, key=lambda pair: count_multiply_adds(*pair))
 
 
 def check_same(contents: Contents, properties: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Raise UserError if a checkpoint differs from the first in the `properties`, by name, of its content's "data"."""
+    """Raise UserError if checkpoints differ in `properties`: a function from "data" to a dict of what must agree."""
     (first_path, first), *others = contents
     expected = properties(first["data"])
     for path, content in others:
@@ -89,7 +89,7 @@ def check_same(contents: Contents, properties: Callable[[dict[str, Any]], dict[s
             for name in expected
             if expected[name] != found[name]
         ]:
-            raise UserError("these checkpoints cannot be averaged:\n  " + "\n  ".join(differences))
+            raise UserError("these checkpoints do not fit together:\n  " + "\n  ".join(differences))
 
 
 def as_text(value: Any) -> str:
@@ -97,19 +97,19 @@ def as_text(value: Any) -> str:
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """The members' names: file names without their ending, or whole paths if two would be the same."""
+    """The names of the members: file names without extension, or the paths if two names would be equal."""
     stems = [path.stem for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
-def cost(path: Path, content: dict[str, Any]) -> int:
-    """Multiply-adds of one image."""
-    with checkpoint.usable(path):
+def count_multiply_adds(path: Path, content: dict[str, Any]) -> int:
+    """Multiply-adds of a checkpoint's network for one image."""
+    with checkpoint.explain_unusable(path):
         return multiply_adds(build_member(path, content).network, content["data"]["image_size"])
 
 
 def build(contents: Contents, **averaging: Any) -> Ensemble:
-    """The ensemble of checkpoints that `read_all` has read; `averaging` are the keywords of `Ensemble`.
+    """Build the ensemble from what `read_all` returned; `averaging` are keyword arguments of `Ensemble`.
 
     Raises UserError if weights do not fit their network.
     """
@@ -120,14 +120,14 @@ def build(contents: Contents, **averaging: Any) -> Ensemble:
 
 
 def build_member(path: Path, content: dict[str, Any]) -> Member:
-    """The network of one checkpoint, in evaluation mode.
+    """Build the network of one checkpoint, in evaluation mode.
 
-    Raises UserError if its name is not known or its weights do not fit.
+    Raises UserError if its name is unknown or its weights do not fit.
     """
-    with checkpoint.usable(path):
+    with checkpoint.explain_unusable(path):
         name = content["network"]["name"]
         if name not in NETWORKS:
-            raise UserError(f"{path}: holds a network named {name!r}; known are {', '.join(NETWORKS)}")
+            raise UserError(f"{path} holds an unknown network, {name!r}; expected one of {', '.join(NETWORKS)}")
         network = NETWORKS[name](**content["network"]["arguments"])
         network.load_state_dict(dict(content["model"]))
         return Member(network, content["data"]["mean"], content["data"]["std"]).eval()
@@ -139,17 +139,17 @@ def build_member(path: Path, content: dict[str, Any]) -> Member:
 def add_flags(
     parser: argparse.ArgumentParser, *, checkpoints: str = "checkpoints", fit: bool = False, device: bool = True
 ) -> None:
-    """`fit`: --temperature also takes `FIT`. `device`: there are --device and --precision."""
+    """Add the shared flags. `fit`: --temperature also takes `FIT`. `device`: with --device and --precision."""
     parser.add_argument(
         checkpoints, nargs="*", type=Path, metavar="CHECKPOINT", default=[],
-        help="the ensemble's members, or a folder of them (default: those of the three scripts in --checkpoint-dir)",
+        help="checkpoints of the members, or a folder of them (default: of the three scripts, in --checkpoint-dir)",
     )  # fmt: skip
     parser.add_argument("--checkpoint-dir", default="checkpoints", help="(default: checkpoints)")
     parser.add_argument("--average", choices=AVERAGES, default="softmax", help="what is averaged (default: softmax)")
     parser.add_argument(
         "--temperature", type=functools.partial(temperature_flag, fit=fit), default=1.0, metavar="T",
         help="above 1: less confident probabilities, below 1: more confident"
-        f"{'; fit: fit it on the validation images' if fit else ''} (default: 1)",
+        f"{'; fit: fitted on the validation images' if fit else ''} (default: 1)",
     )  # fmt: skip
     if device:
         parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
@@ -157,7 +157,7 @@ def add_flags(
 
 
 def temperature_flag(text: str, *, fit: bool) -> float | str:
-    """The value of --temperature. Raises UserError for a number outside `TEMPERATURES`."""
+    """Parse the value of --temperature. Raises UserError for a number outside `TEMPERATURES`."""
     if fit and text == FIT:
         return FIT
     try:
@@ -169,7 +169,7 @@ def temperature_flag(text: str, *, fit: bool) -> float | str:
 
 
 def check_range(flag: str, value: float | None, low: float, high: float = math.inf) -> None:
-    """Raise UserError if a flag's value is outside `low` to `high`; None says that the flag was not given."""
+    """Raise UserError if a flag's value is outside `low` to `high`. None: the flag was not given."""
     if value is not None and not low <= value <= high:
         found = f"{value:g}" if isinstance(value, float) else value
         expected = f"{low:,} or more" if high == math.inf else f"{low:,} to {high:,}"
@@ -177,9 +177,9 @@ def check_range(flag: str, value: float | None, low: float, high: float = math.i
 
 
 def paths_of(options: argparse.Namespace) -> list[Path]:
-    """The checkpoints that are given, or those of the three scripts in --checkpoint-dir.
+    """The paths of the given checkpoints; by default, those of the three scripts in --checkpoint-dir.
 
-    A folder stands for the checkpoints in it. Raises UserError if there is no checkpoint.
+    A folder means all checkpoints in it. Raises UserError if there is no checkpoint.
     """
     paths = []
     for path in options.checkpoints:
@@ -193,15 +193,15 @@ def paths_of(options: argparse.Namespace) -> list[Path]:
     missing = [name for name in SCRIPTS if not (folder / name).exists()]
     if len(missing) == len(SCRIPTS):
         raise UserError(
-            f"{folder.absolute()} has none of {', '.join(SCRIPTS)}; train one, for instance by python dense.py, or "
+            f"{folder.absolute()} has none of {', '.join(SCRIPTS)}; train one, for instance with python dense.py, or "
             "name checkpoints or another --checkpoint-dir"
         )
     for name in missing:
-        print(f"note: without {folder / name}, which python {SCRIPTS[name]} makes", file=sys.stderr)
+        print(f"note: {folder / name} is missing; python {SCRIPTS[name]} trains it", file=sys.stderr)
     return [folder / name for name in SCRIPTS if name not in missing]
 
 
 def check_finite(path: Path, logits: Tensor) -> None:
-    """Raise UserError, naming the checkpoint, if its logits are not finite."""
+    """Raise UserError, which names the checkpoint, if its logits are not finite."""
     if not logits.isfinite().all():
         raise UserError(f"{path}: its predictions are not finite; train it again with a lower --base-lr")

@@ -6,7 +6,7 @@ from typing import Any
 from evaluation.members import TEMPERATURES
 
 
-def method(result: dict[str, Any]) -> str:
+def averaging_method(result: dict[str, Any]) -> str:
     """The averaging method, as printed and as written into the plots."""
     parts = [f"{result['average']} averaged"]
     if result["tta"]:
@@ -17,8 +17,8 @@ def method(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One row per member, and one for the ensemble."""
-    rows = [*result["members"], {"name": f"ensemble ({method(result)})"} | result["ensemble"]]
+    """A table with one row per member and one for the ensemble."""
+    rows = [*result["members"], {"name": f"ensemble ({averaging_method(result)})"} | result["ensemble"]]
     corner = f"with --tta {result['tta']}" if result["tta"] else ""
     width = max(len(name) for name in (corner, *(row["name"] for row in rows)))
     lines = [f"{corner:{width}}  test loss  accuracy [95 % interval]   Brier      ECE"]
@@ -33,7 +33,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def comparison(result: dict[str, Any]) -> str:
-    """How the ensemble compares, one fact per line; facts that do not apply are left out."""
+    """The differences and the other results, one per line, as far as the report has them."""
     lines = []
     if temperature := result["temperature"]:
         value, before, after = temperature["value"], temperature["before"], temperature["after"]
@@ -43,17 +43,16 @@ def comparison(result: dict[str, Any]) -> str:
             fitted += ", at the limit" if any(math.isclose(value, end, rel_tol=1e-5) for end in TEMPERATURES) else ""
         lines += [
             f"temperature {value:.4g}{fitted}",
-            f"with it, test loss from {before['loss']:.4f} to {after['loss']:.4f}, "
-            f"{change(temperature['difference'], 'loss')}; "
+            f"it changes the test loss from {before['loss']:.4f} to {after['loss']:.4f}, "
+            f"{difference_text(temperature['difference'], 'loss')}; "
             f"ECE from {100 * before['calibration_error']:.2f} to {100 * after['calibration_error']:.2f} %",
         ]
     if result["leave_one_out"]:
         best = next(row for row in result["versus_members"] if row["name"] == result["best_member"])
-        lines.append(f"ensemble against its best member, {best['name']}: {change(best, 'accuracy')}")
+        lines.append(f"ensemble minus its best member, {best['name']}: {difference_text(best, 'accuracy')}")
     for row in result["leave_one_out"]:
-        lines.append(
-            f"without {row['without']}: {100 * row['accuracy']:.2f} %, {change(row['versus_ensemble'], 'accuracy')}"
-        )
+        change = difference_text(row["versus_ensemble"], "accuracy")
+        lines.append(f"without {row['without']}: {100 * row['accuracy']:.2f} %, {change}")
     if result["cascade"]:
         threshold = result["cascade_threshold"]
         row = next(row for row in result["cascade"] if row["threshold"] == threshold["value"])
@@ -61,7 +60,7 @@ def comparison(result: dict[str, Any]) -> str:
         lines += [
             f"cascade at {threshold['value']:g} ({source}): {100 * row['accuracy']:.2f} %, "
             f"{row['milliseconds']:.2f} ms per image instead of {result['subsets'][-1]['milliseconds']:.2f}",
-            "  images seen by " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in row["seen"].items()),
+            "  images seen by " + ", ".join(f"{name} {100 * part:.0f} %" for name, part in row["seen"].items()),
         ]
     if pairs := [value for number, row in enumerate(result["disagreement"]) for value in row[:number]]:
         low, mean, high = (f"{100 * value:.2f}" for value in (min(pairs), sum(pairs) / len(pairs), max(pairs)))
@@ -79,7 +78,7 @@ def comparison(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def change(difference: dict[str, Any], quantity: str) -> str:
+def difference_text(difference: dict[str, Any], quantity: str) -> str:
     """A difference of "loss" or "accuracy" and its interval, with a note if the interval includes 0."""
     scale, form, unit = (100, "+.2f", " points") if quantity == "accuracy" else (1, "+.4f", "")
     value, low, high = (scale * number for number in (difference[quantity], *difference["intervals"][quantity]))

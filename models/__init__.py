@@ -1,9 +1,9 @@
-"""The networks, by the name under which a checkpoint stores them.
+"""The networks, by the names that checkpoints store.
 
-All three start from PyTorch's own random weights, where the papers of DenseNet and ResNeXt take those of He et al. 2015
-(arXiv:1502.01852). A norm follows every convolution, so a weight's scale changes only its effective learning rate
-(van Laarhoven 2017, arXiv:1706.05350), which is higher for PyTorch's smaller weights. The last norm of a residual block
-starts at zero.
+Weights are initialized by PyTorch's defaults. The papers of DenseNet and ResNeXt use the larger weights of He et al.
+2015 (arXiv:1502.01852). Since a norm follows every convolution, the scale of its weights only changes its effective
+learning rate (van Laarhoven 2017, arXiv:1706.05350), which is higher for smaller weights. The weights of the last norm
+in a residual block start at zero.
 """
 
 from collections.abc import Callable

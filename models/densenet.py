@@ -1,8 +1,8 @@
 """DenseNet for small images.
 
 Huang, Liu, van der Maaten, Weinberger: "Densely Connected Convolutional Networks", CVPR 2017, arXiv:1608.06993.
-The networks of its table 1 (DenseNet-BC: bottlenecks, and transitions that halve the channels), with two departures:
-the stem keeps the image's resolution, as marked below, and the weights start as models/__init__.py says.
+The networks of table 1 (DenseNet-BC: bottlenecks, and transitions that halve the channels), with two changes: the stem
+keeps the resolution, as marked below, and the weights are initialized as described in models/__init__.py.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .classifier import Classifier
 
-# Layers in each dense block, by depth: the paper's table 1, and a small one of ours for 16×16 images.
+# Layers in each dense block, by depth: table 1 of the paper; 37 is our own, for 16×16 images.
 BLOCKS = {
     37: (4, 4, 4, 4),
     121: (6, 12, 24, 16),
@@ -22,7 +22,7 @@ BLOCKS = {
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 1×1 convolution to 4·k channels, norm, ReLU, 3×3 convolution to k, concatenated to the input."""
+    """Norm, ReLU, 1×1 convolution to 4·k channels, norm, ReLU, 3×3 convolution to k, concatenated with the input."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()
@@ -50,13 +50,13 @@ class Transition(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Images, float (B, 3, H, W) with H and W of 8 or more, to logits (B, num_classes)."""
+    """Images, float (B, 3, H, W), H and W at least 8, to logits (B, num_classes)."""
 
     def __init__(self, blocks: tuple[int, ...], growth_rate: int, num_classes: int):
         super().__init__()
         channels = 2 * growth_rate
-        # Departure from the ImageNet network: 3×3 at stride 1 instead of 7×7 at stride 2, and no norm, ReLU or
-        # max-pool behind it, so that the first block sees every pixel.
+        # Different from the ImageNet network: 3×3 with stride 1 instead of 7×7 with stride 2, without norm, ReLU and
+        # max-pooling after it, so that the first block works at full resolution.
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
         for number, num_layers in enumerate(blocks):
             if number:
@@ -75,5 +75,5 @@ class DenseNet(nn.Module):
 
 
 def densenet(num_classes: int = 10, *, depth: int = 121, growth_rate: int = 32) -> DenseNet:
-    """Build a DenseNet of a depth in `BLOCKS`; DenseNet-121 with growth rate 32 has 6,956,298 parameters."""
+    """Build a DenseNet. `depth` is a key of `BLOCKS`. DenseNet-121 with growth rate 32 has 6,956,298 parameters."""
     return DenseNet(BLOCKS[depth], growth_rate, num_classes)

@@ -1,6 +1,6 @@
-"""An ensemble: several networks that see the same image, and the average of their predictions.
+"""An ensemble: several networks classify the same images, and their predictions are averaged.
 
-evaluation/members.py builds one from checkpoints.
+evaluation/members.py builds it from checkpoints.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ AVERAGES = ("softmax", "logits")
 
 
 def average_probs(logits: Tensor, average: str = "softmax", temperature: float = 1.0) -> Tensor:
-    """Probabilities (N, C) of an ensemble from its members' logits (M, N, C), in their precision.
+    """Probabilities of an ensemble, (N, C), from the logits of its members, (M, N, C), with the same dtype.
 
-    "softmax" is the mean of the members' probabilities. "logits" is the softmax of their mean logits: the normalised
-    geometric mean of the probabilities, in which a confident member weighs more.
+    "softmax" is the mean of the members' probabilities. "logits" is the softmax of their mean logits. That is the
+    normalised geometric mean of the probabilities, in which confident members have more weight.
 
     A temperature above 1 makes the average less confident, below 1 more (Rahaman and Thiery 2021, arXiv:2007.08792).
     """
@@ -25,36 +25,36 @@ def average_probs(logits: Tensor, average: str = "softmax", temperature: float =
 
 
 def average_logits(logits: Tensor, average: str = "softmax") -> Tensor:
-    """Logits (N, C) whose softmax is the average of members' logits (M, N, C).
+    """Logits (N, C) whose softmax is the average of the members, from their logits (M, N, C).
 
-    Computed in log space: a probability that underflows to 0 would have the logarithm −inf.
+    Computed in log space, because the logarithm of a probability that underflows to 0 would be −inf.
     """
     if average == "softmax":
         return torch.logsumexp(logits.log_softmax(2), 0)
     if average == "logits":
         return logits.mean(0)
-    raise ValueError(f"average is {average!r}; it is one of {', '.join(AVERAGES)}")
+    raise ValueError(f"average is {average!r}; expected one of {', '.join(AVERAGES)}")
 
 
 def cascade_probs(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Probabilities (N, C) of a cascade, and how many members saw each image, int64 (N,), from probabilities (M, N, C).
+    """Probabilities of a cascade, (N, C), and how many members each image needs, int64 (N,), from (M, N, C).
 
-    Stops at the first member at which the averaged top probability reaches `threshold`. (Wang et al. 2022, "Wisdom of
-    Committees", arXiv:2012.01988)
+    Members are added until the top probability of their average reaches `threshold` (Wang et al. 2022, "Wisdom of
+    Committees", arXiv:2012.01988).
     """
     averages = torch.stack([probs[:count].mean(0) for count in range(1, len(probs) + 1)])
-    goes_on = (averages[:-1].amax(2) < threshold).long().cumprod(0)
-    seen = 1 + goes_on.sum(0)
+    needs_next = (averages[:-1].amax(2) < threshold).long().cumprod(0)
+    seen = 1 + needs_next.sum(0)
     return averages.take_along_dim((seen - 1)[None, :, None], 0)[0], seen
 
 
 class Member(nn.Module):
-    """A trained network and the normalisation of its images: uint8 (B, 3, H, W) to logits (B, classes)."""
+    """A trained network with its own normalisation: images, uint8 (B, 3, H, W), to logits (B, classes)."""
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.network = network
-        # On the scale of uint8, 0 to 255, so that the images need not be divided by 255 first.
+        # Scaled to pixel values, 0 to 255, so that the images need not be divided by 255.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1))
 
@@ -65,9 +65,9 @@ class Member(nn.Module):
 class Ensemble(nn.Module):
     """Images, uint8 (B, 3, S, S), to probabilities, float32 (B, classes).
 
-    `classes` are their names, `image_size` is S. With `cascade`, a threshold, a member sees only the images for which
-    the averaged top probability of the members before it is below the threshold, as in `cascade_probs`. Raises
-    ValueError for images of another type or shape, and for a cascade with another average than softmax.
+    `classes` are the class names, `image_size` is S. `cascade` is a threshold as in `cascade_probs`: a member only runs
+    on images for which the average of the previous members stays below it. Raises ValueError for images of another
+    dtype or shape, and for a cascade with a temperature or another average than softmax.
     """
 
     def __init__(
@@ -97,13 +97,13 @@ class Ensemble(nn.Module):
         return self.average_seen(*self.logits_and_seen(images))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Of each member, (M, B, classes)."""
+        """The logits of each member, (M, B, classes)."""
         return torch.stack([member(images) for member in self.members])
 
     def logits_and_seen(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of each member, float32 (M, B, classes), and how many members saw each image, int64 (B,).
+        """Logits of each member, float32 (M, B, classes), and how many members ran on each image, int64 (B,).
 
-        In a cascade, a member's logits are 0 for an image that it did not see.
+        In a cascade, the logits are 0 for the images on which a member did not run.
         """
         seen = torch.full((images.shape[0],), len(self.members), device=images.device)
         if self.cascade is None:
@@ -119,7 +119,7 @@ class Ensemble(nn.Module):
         return logits, seen
 
     def average_seen(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """Probabilities (N, C) from what `logits_and_seen` returns: averaged over the members that saw the image."""
+        """Probabilities (N, C) from the output of `logits_and_seen`, averaged over the members that ran on an image."""
         if self.cascade is None:
             return average_probs(logits, self.average, self.temperature)
         has_seen = torch.arange(len(logits), device=logits.device)[:, None] < seen

@@ -1,8 +1,8 @@
 """MobileNetV2 for small images.
 
 Sandler, Howard, Zhu, Zhmoginov, Chen: "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018,
-arXiv:1801.04381. The network of its table 2, with two departures, marked below: two strides of 1. The weights start as
-models/__init__.py says.
+arXiv:1801.04381. The network of table 2, with two strides of 1 instead of 2, as marked below. The weights are
+initialized as described in models/__init__.py.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from .classifier import Classifier
 # Table 2: expansion t, channels c, blocks n, stride s of the first block.
 STAGES = (
     (1, 16, 1, 1),
-    (6, 24, 2, 1),  # departure from the ImageNet network: stride 1 instead of 2
+    (6, 24, 2, 1),  # different from the ImageNet network: stride 1 instead of 2
     (6, 32, 3, 2),
     (6, 64, 4, 2),
     (6, 96, 3, 1),
@@ -25,10 +25,10 @@ STAGES = (
 )
 
 
-def scaled(channels: int, width: float) -> int:
-    """`channels` times the width multiplier, to the nearest multiple of 8, but never less than 90 % of the product.
+def scale_channels(channels: int, width: float) -> int:
+    """`channels` times the width multiplier, rounded to a multiple of 8, but not below 90 % of the product.
 
-    The rounding is that of the authors' own code (github.com/tensorflow/models, `_make_divisible`).
+    This is `_make_divisible` of the authors' code (github.com/tensorflow/models).
     """
     exact = channels * width
     rounded = max(8, int(exact + 4) // 8 * 8)
@@ -36,10 +36,10 @@ def scaled(channels: int, width: float) -> int:
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """3×3, a filter of its own for each channel.
+    """3×3 depthwise convolution.
 
-    In bfloat16 on a CPU, oneDNN has no fast kernel for the input's gradient at a stride of 2: it takes 20 to 100 times
-    as long as in float32, half of the network's whole step. That one product is done in float32.
+    In bfloat16 on a CPU, oneDNN has no fast kernel for the gradient of the input with stride 2: it takes 20 to 100
+    times as long as in float32, half of the whole training step. So this gradient is computed in float32.
     """
 
     def __init__(self, channels: int, stride: int):
@@ -48,11 +48,11 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.stride == (1, 1) or x.dtype != torch.bfloat16 or x.device.type != "cpu":
             return super().forward(x)
-        return DepthwiseInBFloat16.apply(x, self.weight.to(x.dtype), self.stride)
+        return DepthwiseBFloat16.apply(x, self.weight.to(x.dtype), self.stride)
 
 
-class DepthwiseInBFloat16(torch.autograd.Function):
-    """The convolution of DepthwiseConv2d, with its input's gradient in float32."""
+class DepthwiseBFloat16(torch.autograd.Function):
+    """The convolution of DepthwiseConv2d, but with the gradient of the input computed in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
@@ -74,7 +74,7 @@ def conv_norm(in_channels: int, out_channels: int, kernel: int = 1) -> list[nn.M
 
 
 class InvertedResidual(nn.Module):
-    """1×1 expansion by t, 3×3 depthwise, linear 1×1 projection; a shortcut where input and output have one shape."""
+    """1×1 expansion by t, 3×3 depthwise, linear 1×1 projection; a shortcut if input and output have the same shape."""
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int):
         super().__init__()
@@ -98,16 +98,16 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, width: float, num_classes: int):
         super().__init__()
-        channels = scaled(32, width)
-        # Departure from the ImageNet network: stride 1 instead of 2.
+        channels = scale_channels(32, width)
+        # Different from the ImageNet network: stride 1 instead of 2.
         layers: list[nn.Module] = [*conv_norm(3, channels, 3), nn.ReLU6()]
         for expansion, stage_channels, num_blocks, stride in STAGES:
             for block in range(num_blocks):
-                out_channels = scaled(stage_channels, width)
+                out_channels = scale_channels(stage_channels, width)
                 layers.append(InvertedResidual(channels, out_channels, expansion, stride if block == 0 else 1))
                 channels = out_channels
-        # A multiplier below 1 leaves the last convolution at full width (section 5, "Trade-off hyper parameters").
-        last_channels = scaled(1280, max(1.0, width))
+        # A multiplier below 1 does not apply to the last convolution (section 5, "Trade-off hyper parameters").
+        last_channels = scale_channels(1280, max(1.0, width))
         layers += [*conv_norm(channels, last_channels), nn.ReLU6()]
         self.features = nn.Sequential(*layers)
         self.classifier = Classifier(last_channels, num_classes)

@@ -1,8 +1,8 @@
 """ResNeXt-29 for small images.
 
 Xie, Girshick, Dollár, Tu, He: "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017,
-arXiv:1611.05431. The network of its section 5.3, which the authors made for CIFAR; cardinality and base width are
-flags (the paper's are 8×64d and 16×64d). The weights start as models/__init__.py says.
+arXiv:1611.05431. The network of section 5.3, which the authors designed for CIFAR; cardinality and base width are flags
+(8×64d and 16×64d in the paper). The weights are initialized as described in models/__init__.py.
 """
 
 import torch
@@ -13,10 +13,10 @@ from .classifier import Classifier
 
 
 class GroupedConv2d(nn.Conv2d):
-    """3×3 in groups; with `dense`, the same by a convolution over all channels whose other weights are 0.
+    """3×3 grouped convolution. With `dense`, the same result by a dense convolution, with zeros between the groups.
 
-    That has `groups` times as many operations, but in bfloat16 and channels-last cuDNN may be many times slower on
-    groups (github.com/pytorch/pytorch/pull/99773); benchmarks/layers.py measures both.
+    A dense one has `groups` times as many operations, but in bfloat16 and channels-last, cuDNN can be many times slower
+    with groups (github.com/pytorch/pytorch/pull/99773). benchmarks/layers.py measures both.
     """
 
     def __init__(self, channels: int, *, groups: int, stride: int, dense: bool):
@@ -26,7 +26,7 @@ class GroupedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.dense:
             return super().forward(x)
-        size = self.weight.shape[1]  # of a group
+        size = self.weight.shape[1]  # channels per group
         blocks = [
             F.pad(block, (0, 0, 0, 0, number * size, (self.groups - 1 - number) * size))
             for number, block in enumerate(self.weight.split(size))
@@ -35,7 +35,7 @@ class GroupedConv2d(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """1×1, grouped 3×3, 1×1, each with its norm, added to a shortcut (figure 3c)."""
+    """1×1, grouped 3×3 and 1×1 convolution, each with a norm, added to a shortcut (figure 3c)."""
 
     def __init__(self, in_channels: int, width: int, out_channels: int, *, groups: int, stride: int, dense: bool):
         super().__init__()
@@ -67,7 +67,7 @@ class ResNeXt(nn.Module):
         self.norm = nn.BatchNorm2d(64)
         blocks, in_channels = [], 64
         for stage in range(3):
-            # Halving the resolution doubles the width, of the groups and of the output alike.
+            # When the resolution is halved, the width of the groups and of the output is doubled.
             width, out_channels = cardinality * base_width * 2**stage, 256 * 2**stage
             for number in range(3):
                 stride = 2 if stage and number == 0 else 1
@@ -85,6 +85,6 @@ class ResNeXt(nn.Module):
 def resnext29(num_classes: int = 10, *, cardinality: int = 2, base_width: int = 64, dense: bool = False) -> ResNeXt:
     """Build a ResNeXt-29; 2×64d has 9,130,314 parameters, 8×64d 34,426,698, 16×64d 68,155,210.
 
-    `dense` computes the grouped convolutions as GroupedConv2d says; parameters and outputs are the same.
+    `dense`: how the grouped convolutions are computed, see GroupedConv2d. It does not change parameters or outputs.
     """
     return ResNeXt(cardinality, base_width, num_classes, dense=dense)

@@ -1,6 +1,6 @@
-"""What all pictures share: colours, fonts, shortened names, and the PNG file.
+"""What all plots share: colours, fonts, shortened names, and the PNG file.
 
-Everything goes through matplotlib's `Figure` object straight to a file: no window, no display.
+Plots use matplotlib's `Figure` objects without pyplot, so they need no window and no display.
 """
 
 import functools
@@ -19,18 +19,18 @@ from matplotlib.font_manager import fontManager
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 DPI = 125
-# The palette of Okabe and Ito, which colour-blind readers can tell apart; black is for the ensemble.
+# The palette of Okabe and Ito, which is safe for colour-blind readers. Black is for the ensemble.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS, DASHES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY), ("-", "--", ":", "-.")
 GREY = "#595959"
 PALE = "#D9D9D9"
 
-# Fallbacks for Chinese, Japanese and Korean, if installed.
+# Fallback fonts for Chinese, Japanese and Korean, if installed.
 CJK_FONTS = (
     "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo",
     "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
 )  # fmt: skip
-# Fonts that can still be read at half size, and names drawn as they are written.
+# Font sizes are readable at half size. Names are drawn literally, without math.
 STYLE = {
     "figure.dpi": DPI,
     "figure.autolayout": False,  # of a user's matplotlibrc
@@ -50,25 +50,25 @@ STYLE = {
     "axes.spines.right": False,
     "text.parse_math": False,  # a class may be named "$1 coin"
 }
-# No warning for a character that no installed font has, which is drawn as a box, for a script whose letters matplotlib
-# before 3.11 does not join, or (in the log) for a fallback font that lacks a weight.
-UNDRAWN = "Glyph .* missing from|Matplotlib currently does not support"
+# Ignored: warnings about characters that no font has (drawn as boxes) and about scripts whose letters matplotlib before
+# 3.11 does not join, and log messages about fallback fonts without a bold weight.
+IGNORED_WARNINGS = "Glyph .* missing from|Matplotlib currently does not support"
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
-def picture(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Decorator: a function that returns a figure gets a path as its first argument, and saves the figure there as PNG.
+def saves_png(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorator: adds a path as first argument to a function that returns a figure, and saves the figure there as PNG.
 
     Raises UserError if the file cannot be written.
     """
 
     @functools.wraps(draw)
     def draw_and_save(path: str | Path, *arguments: Any, **settings: Any) -> Figure:
-        # Until the figure is saved: matplotlib makes its tick labels only then.
+        # The style must also apply while saving: only then does matplotlib make the tick labels.
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=UNDRAWN, category=UserWarning)
+            warnings.filterwarnings("ignore", message=IGNORED_WARNINGS, category=UserWarning)
             figure = draw(*arguments, **settings)
-            with files.replacing(path, "the picture") as file:
+            with files.atomic_write(path, "the plot") as file:
                 figure.savefig(file, format="png")
         return figure
 
@@ -76,20 +76,20 @@ def picture(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def line_style(number: int) -> dict[str, str]:
-    """Colour and dashes of line `number`, from 0: different for the first 24 lines."""
+    """Colour and dashes of line `number`, counted from 0. The first 24 lines are all different."""
     dashes, colour = divmod(number, len(COLOURS))
     return {"color": COLOURS[colour], "linestyle": DASHES[dashes % len(DASHES)]}
 
 
 def label_log_axis(axis: Axis) -> None:
-    """Plain numbers at 1, 2 and 5 times the powers of ten."""
+    """Label a log axis with plain numbers, at 1, 2 and 5 times the powers of ten."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FormatStrFormatter("%g"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def short(text: str, length: int) -> str:
-    """The text on one line of at most `length` characters. The middle is left out: names often differ at the ends."""
+def shorten(text: str, length: int) -> str:
+    """Shorten a text to one line of at most `length` characters. It cuts the middle: names often differ at the ends."""
     text = " ".join(str(text).split())
     if len(text) <= length:
         return text

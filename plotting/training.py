@@ -1,7 +1,7 @@
-"""The picture of a training run: loss, accuracy and learning rate against the epoch.
+"""The plot of a training run: loss, accuracy and learning rate against the epoch.
 
-python -m plotting.training plots/densenet.csv    # draw plots/densenet.png again
-python -m plotting.training plots/*.csv --output runs.png    # the test results of several runs in one picture
+python -m plotting.training plots/densenet.csv    # draws plots/densenet.png again
+python -m plotting.training plots/*.csv --output runs.png    # draws the test results of several runs in one plot
 """
 
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from common import errors, files
 from common.command_line import Parser
-from common.text import counted, duration
+from common.text import duration, pluralize
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plotting.style import BLUE, GREEN, GREY, VERMILLION, label_log_axis, line_style, picture, short
+from plotting.style import BLUE, GREEN, GREY, VERMILLION, label_log_axis, line_style, saves_png, shorten
 
 SPLITS = {"train": ("train", BLUE), "val": ("validation", GREEN), "test": ("test", VERMILLION)}
 
 
-@picture
+@saves_png
 def plot_training(
     history: list[dict],
     *,
@@ -29,29 +29,28 @@ def plot_training(
     reference: list[dict] | None = None,
     reference_name: str | Path = "",
 ) -> Figure:
-    """Draw a run: loss, accuracy and learning rate against the epoch.
+    """Plot one run: loss, accuracy and learning rate against the epoch.
 
-    `history` has a dict for each epoch, at least one, as training/history.py describes it. `averaged` says that the
-    moving average of the weights was tested. With validation images, the epoch that is kept is marked, and the legend
-    has its results instead of the last epoch's. `reference` is another run's history, drawn dashed and pale behind, and
-    `reference_name` its file.
+    `history` has one dict per epoch, at least one (see training/history.py). `averaged`: the test results are those of
+    the EMA. With validation images, the best epoch is marked, and the legend has its results instead of the last
+    epoch's. `reference` is the history of another run, drawn dashed and pale; `reference_name` is its file.
     """
     if not history:
-        raise ValueError("a run without epochs has nothing to draw")
+        raise ValueError("the history has no epochs")
     figure = Figure(figsize=(12.4, 4.9))
-    figure.suptitle(f"{short(title, 60)} · {_summary(history)}")
+    figure.suptitle(f"{shorten(title, 60)} · {_summary(history)}")
     loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
 
-    kept = max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))  # the first one of the best
-    for axes, quantity, form, scale in ((loss_axes, "loss", "{:.3f}", 1), (accuracy_axes, "accuracy", "{:.2f} %", 100)):
+    kept = max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))  # of equal epochs, the first one
+    for axes, quantity, fmt, scale in ((loss_axes, "loss", "{:.3f}", 1), (accuracy_axes, "accuracy", "{:.2f} %", 100)):
         for split, (name, colour) in SPLITS.items():
             key = f"{split}_{quantity}"
             if key not in history[0]:
                 continue
             tested = f"{name} (EMA)" if averaged and split != "train" else name
-            label = f"{tested} {form.format(scale * kept[key])}"
+            label = f"{tested} {fmt.format(scale * kept[key])}"
             if reference and split != "val":
-                label += f" (reference {form.format(scale * reference[-1][key])})"
+                label += f" (reference {fmt.format(scale * reference[-1][key])})"
                 _draw_reference(axes, reference, history, key, scale, color=colour)
             _draw(axes, history, key, scale, color=colour, label=label)
         if kept is not history[-1]:
@@ -59,28 +58,28 @@ def plot_training(
     _draw(rate_axes, history, "learning_rate", 1, color=GREY, label="this run")
     if reference:
         _draw_reference(rate_axes, reference, history, "learning_rate", 1, color=GREY, label="reference")
-        file = Path(*Path(reference_name).parts[-3:]).as_posix()  # enough to tell which file it is
-        note = f"dashed: reference {short(file, 60)} · {_summary(reference)}"
+        file = Path(*Path(reference_name).parts[-3:]).as_posix()  # the file name and two folders identify it
+        note = f"dashed: reference {shorten(file, 60)} · {_summary(reference)}"
         if reference[-1]["epoch"] > history[-1]["epoch"]:
             note += f"; dotted: its test result after epoch {reference[-1]['epoch']}"
         figure.supxlabel(note, color=GREY)
 
     _label(loss_axes, accuracy_axes, rate_axes)
     for axes in (loss_axes, accuracy_axes, *([rate_axes] if reference else [])):
-        # Above the axes, so that no curve runs behind it.
+        # Above the axes, so that it hides no curve.
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), borderaxespad=0.2)
     return figure
 
 
-@picture
+@saves_png
 def plot_runs(histories: Sequence[list[dict]], *, names: Sequence[str]) -> Figure:
-    """Draw several runs over one another: test loss, test accuracy and learning rate against the epoch."""
+    """Plot several runs together: test loss, test accuracy and learning rate against the epoch."""
     figure = Figure(figsize=(12.4, 4.9 + 0.28 * len(names)))
     loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
     for number, (history, name) in enumerate(zip(histories, names, strict=True)):
         last = history[-1]
         label = (
-            f"{short(name, 40)}: test accuracy {100 * last['test_accuracy']:.2f} %, loss {last['test_loss']:.3f} "
+            f"{shorten(name, 40)}: test accuracy {100 * last['test_accuracy']:.2f} %, loss {last['test_loss']:.3f} "
             f"in the last epoch · {_summary(history)}"
         )
         _draw(loss_axes, history, "test_loss", 1, label=label, **line_style(number))
@@ -92,9 +91,9 @@ def plot_runs(histories: Sequence[list[dict]], *, names: Sequence[str]) -> Figur
 
 
 def _label(loss_axes: Axes, accuracy_axes: Axes, rate_axes: Axes, *, quantity: str = "") -> None:
-    """Names, scales and ticks of the three parts."""
+    """Set labels, scales and ticks of the three axes."""
     losses = loss_axes.dataLim
-    is_log = losses.y1 >= 10 * losses.minposy  # within a decade a linear axis is easier to read
+    is_log = losses.y1 >= 10 * losses.minposy  # below a factor of 10, a linear axis is easier to read
     if is_log:
         loss_axes.set_yscale("log")
         label_log_axis(loss_axes.yaxis)
@@ -108,7 +107,7 @@ def _label(loss_axes: Axes, accuracy_axes: Axes, rate_axes: Axes, *, quantity: s
 
 
 def _draw(axes: Axes, history: list[dict], key: str, scale: float, **line: str | float | None) -> None:
-    """One line; up to 20 epochs are marked."""
+    """Draw one line. With 20 epochs or fewer, each epoch has a marker."""
     epochs, values = [row["epoch"] for row in history], [scale * row[key] for row in history]
     axes.plot(epochs, values, **{"marker": "o" if len(history) <= 20 else None, "linewidth": 2, "zorder": 3} | line)
 
@@ -116,7 +115,7 @@ def _draw(axes: Axes, history: list[dict], key: str, scale: float, **line: str |
 def _draw_reference(
     axes: Axes, reference: list[dict], history: list[dict], key: str, scale: float, **line: str
 ) -> None:
-    """A dashed line to the run's last epoch; a dotted one shows the final test result of a longer reference."""
+    """Draw the reference dashed up to the run's last epoch; if it is longer, its final test result as a dotted line."""
     rows = [row for row in reference if row["epoch"] <= history[-1]["epoch"]]
     pale = line | {"alpha": 0.6, "linewidth": 1.5, "zorder": 2}
     _draw(axes, rows, key, scale, linestyle="--", **pale)
@@ -125,16 +124,16 @@ def _draw_reference(
 
 
 def _summary(history: list[dict]) -> str:
-    """How long a run was: "200 epochs, 13.4 h"."""
-    return f"{counted(len(history), 'epoch')}, {duration(sum(row['seconds'] for row in history))}"
+    """The length of a run: "200 epochs, 13.4 h"."""
+    return f"{pluralize(len(history), 'epoch')}, {duration(sum(row['seconds'] for row in history))}"
 
 
 def main() -> int:
-    from training.history import read_csv  # only for the script: plotting/ does not import training/
+    from training.history import read_csv  # only here: as a library, plotting/ does not import training/
 
     parser = Parser(__doc__)
-    parser.add_argument("histories", nargs="+", type=Path, metavar="CSV", help="what training scripts wrote")
-    parser.add_argument("--output", type=Path, help="the picture (default: next to the CSV, by its name or runs.png)")
+    parser.add_argument("histories", nargs="+", type=Path, metavar="CSV", help="written by a training script")
+    parser.add_argument("--output", type=Path, help="the plot (default: next to the CSV, with its name, or runs.png)")
     options = parser.parse_args()
     first = options.histories[0]
     default = first.with_suffix(".png") if len(options.histories) == 1 else first.with_name("runs.png")

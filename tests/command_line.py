@@ -1,4 +1,4 @@
-"""What the tests of main_ens.py, predict.py and export.py share: calls of scripts, changed checkpoints, NumPy."""
+"""What the tests of main_ens.py, predict.py and export.py share: running scripts, changing checkpoints, NumPy."""
 
 import contextlib
 import io
@@ -20,12 +20,12 @@ from training import checkpoint
 from utils import normalize
 
 MEMBERS = ("densenet", "mobilenetv2", "resnext")
-# By script, what makes its network small.
+# Flags that make the networks small, by script.
 SIZES = {"dense": ["--depth=37", "--growth-rate=4"], "mobilenetv2": ["--width=0.25"], "resnext": ["--base-width=2"]}
 
 
 def run(folder, script, *flags, stdout=None):
-    """Call a script's main as its last lines do, with `folder` as the current one."""
+    """Run a script's main in this process, with `folder` as the current folder."""
     out, err = stdout or io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
     with (
         mock.patch.object(sys, "argv", [script.__name__, *map(str, flags)]),
@@ -40,8 +40,8 @@ def run(folder, script, *flags, stdout=None):
     return SimpleNamespace(returncode=end.value.code, stdout=printed, stderr=err.getvalue())
 
 
-def in_a_process(folder, *command):
-    """Run Python in a process of its own, in a folder; after ten minutes it is killed."""
+def in_subprocess(folder, *command):
+    """Run Python in a subprocess, with `folder` as the current folder and a time limit of ten minutes."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=folder,
@@ -54,14 +54,14 @@ def in_a_process(folder, *command):
 
 
 def succeeded(folder, script, *flags):
-    """A call that must end with status 0."""
+    """Run a script that must exit with status 0."""
     done = run(folder, script, *flags)
     assert done.returncode == 0, done.stderr
     return done
 
 
 def refused(folder, script, *flags):
-    """What a script says on stderr about a mistake of the user's."""
+    """Run a script that must exit with an error; return its stderr."""
     done = run(folder, script, *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
@@ -69,7 +69,7 @@ def refused(folder, script, *flags):
 
 
 def changed(path, change, to=None):
-    """Change a checkpoint's content, in its place or in a copy."""
+    """Change the content of a checkpoint, in place or in the copy `to`; return its path."""
     content = checkpoint.read(path)
     change(content)
     checkpoint.write(to or path, content)
@@ -77,12 +77,12 @@ def changed(path, change, to=None):
 
 
 def overflow(content):
-    """Weights that are finite, but too large for a sum."""
+    """Set weights that are finite, but whose sums overflow."""
     content["model"]["classifier.weight"].fill_(3e38)
 
 
 def forbid_building(monkeypatch):
-    """From here on a network that is built for its logits is an error."""
+    """From now on, computing logits instead of reading them from the cache is an error."""
 
     def build(path, content):
         raise AssertionError(f"{path} is built")
@@ -92,7 +92,7 @@ def forbid_building(monkeypatch):
 
 @torch.no_grad()
 def numpy_logits(folder, images, names=MEMBERS):
-    """Of each member, (M, N, C), with nothing of the engine or the ensemble in between."""
+    """The logits of each member, (M, N, C), computed without evaluation/logits.py and models/ensemble.py."""
     logits = []
     for name in names:
         path = folder / "checkpoints" / f"{name}.pt"

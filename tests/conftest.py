@@ -1,4 +1,4 @@
-"""What several test files share: a network, images and a recipe so small that an epoch takes a moment."""
+"""What the tests share: a network, images and a recipe so small that an epoch takes a fraction of a second."""
 
 import functools
 import os
@@ -17,16 +17,16 @@ from models import NETWORKS
 from training import checkpoint, loop
 from training.recipe import Recipe, flag
 
-# The same arithmetic on every machine: with AVX-512 in bfloat16, --precision auto would take that. PyTorch reads this
-# when it runs its first operator.
+# The same precision on every machine: on a CPU with bfloat16 instructions, --precision auto would be bfloat16. PyTorch
+# reads this when it runs its first operator.
 os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic: cuBLAS reads it once, when it starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; cuBLAS reads it at its start
 
 ROOT = Path(__file__).parents[1]
-TIMES = ("seconds", "images_per_second")  # what differs between two histories of the same run
+TIMES = ("seconds", "images_per_second")  # the columns that differ between two identical runs
 
 
-# What a recipe may ask for beside the baseline's values, all at once.
+# All options that the baseline's recipe does not use, at once.
 ALL_ON = {
     "nesterov": True, "decay_norms": False, "label_smoothing": 0.1, "ema_horizon": 0.1, "warmup": 0.4,
     "schedule_step": "batch", "cutout": 3, "augment_until": 0.5,
@@ -38,7 +38,7 @@ def without_times(history):
 
 
 def assert_same(found, expected, where="content"):
-    """Equal to the last bit, tensors, numbers and all."""
+    """Bit-identical: tensors, numbers and nested containers."""
     if isinstance(expected, torch.Tensor):
         assert isinstance(found, torch.Tensor), where
         assert found.dtype == expected.dtype, where
@@ -62,7 +62,7 @@ class TinyRecipe(Recipe):
 
 
 class Tiny(nn.Module):
-    """One convolution and one norm. `on_forward`, where set, is called with (network, logits) and may change them."""
+    """One convolution and one norm. `on_forward(network, logits)`, if set, may change the logits."""
 
     def __init__(self, num_classes: int, *, channels: int):
         super().__init__()
@@ -77,12 +77,12 @@ class Tiny(nn.Module):
 
 
 def pytest_configure():
-    """For networks this small more threads gain nothing, and on a busy machine they wait for one another."""
+    """One thread: for such small networks, more threads are not faster, and on a busy machine they are slower."""
     torch.set_num_threads(1)
 
 
 def tiny_network(num_classes: int = 3, channels: int = 4) -> Tiny:
-    """Always with the same first weights."""
+    """The tiny network, always with the same initial weights."""
     torch.manual_seed(7)
     return Tiny(num_classes, channels=channels)
 
@@ -100,7 +100,7 @@ def tiny_recipe_in(folder: Path, **changes) -> TinyRecipe:
 
 
 def tiny_images(*, val: bool = False, train_size: int = 22, seed: int = 0) -> Dataset:
-    """22 training, 9 test and, if asked for, 8 validation images of 8×8: the class is a tint of one channel."""
+    """22 training, 9 test and, with `val`, 8 validation images of 8×8. The class is the channel with higher values."""
     rng = np.random.default_rng(seed)
 
     def split(size: int) -> Split:
@@ -115,7 +115,7 @@ def tiny_images(*, val: bool = False, train_size: int = 22, seed: int = 0) -> Da
 
 @pytest.fixture(autouse=True)
 def signals_as_before():
-    """Scripts that are called in this process set handlers."""
+    """Restore the signal handlers, because scripts that run in this process replace them."""
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -125,7 +125,7 @@ def signals_as_before():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Build the tiny network; checkpoints know it by name."""
+    """Build the tiny network, which is registered in NETWORKS."""
     monkeypatch.setitem(NETWORKS, "tiny", Tiny)
     return tiny_network
 
@@ -142,7 +142,7 @@ def tiny_data():
 
 @pytest.fixture
 def train(tiny, tiny_recipe, tiny_data):
-    """Train the tiny network as a script's main does; `on_forward` and `data` are for the test to meddle with."""
+    """Train the tiny network as the main of a script does; a test can replace `data` and set `on_forward`."""
 
     def run(data=None, *, val=False, on_forward=None, **changes):
         recipe = tiny_recipe(**changes)

@@ -1,4 +1,4 @@
-"""The training loop in plain PyTorch: what training/loop.py is to compute, alone or as one of several processes."""
+"""The training loop in plain PyTorch: what training/loop.py must compute, in one process or several."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from training import loop
 from utils import normalize
 
 
-def share(count, part, num_parts):
+def local_slice(count, part, num_parts):
     return slice(count * part // num_parts, count * (part + 1) // num_parts)
 
 
@@ -19,17 +19,18 @@ def lr_of(recipe, step, steps_in_epoch):
     stride = steps_in_epoch if recipe.schedule_step == "epoch" else 1
     step -= step % stride
     total = recipe.epochs * steps_in_epoch
-    climb = recipe.warmup * total
-    if step < climb:
-        return recipe.lr * min(1, (step + stride) / climb)
-    turn = (1 + math.cos(math.pi * (step - climb) / (total - climb))) / 2
-    return recipe.min_lr + (recipe.lr - recipe.min_lr) * turn
+    warmup_steps = recipe.warmup * total
+    if step < warmup_steps:
+        return recipe.lr * min(1, (step + stride) / warmup_steps)
+    cosine = (1 + math.cos(math.pi * (step - warmup_steps) / (total - warmup_steps))) / 2
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) * cosine
 
 
 def train(model, data, recipe, world_size=1):
     """Train `model`; return the history, and the weights that are tested.
 
-    With several processes, their shares of a batch come in turn, and the batch-norm statistics are the first one's.
+    Several processes are simulated one after the other on their parts of a batch. The batch-norm statistics are those
+    of the first one.
     """
     dtype = next(model.parameters()).dtype
     loader = loop.train_loader(recipe, data.train)
@@ -50,10 +51,10 @@ def train(model, data, recipe, world_size=1):
         for step, (images, labels) in enumerate(loader.epoch(epoch), epoch * len(loader)):
             rate = lr_of(recipe, step, len(loader))
             for group in sgd.param_groups:
-                group["lr"] = torch.tensor(rate).item()  # the loop's is a float32
+                group["lr"] = torch.tensor(rate).item()  # in training/loop.py it is a float32
             sgd.zero_grad()
             for part in range(world_size):
-                own = share(len(labels), part, world_size)
+                own = local_slice(len(labels), part, world_size)
                 before = {name: buffer.clone() for name, buffer in model.named_buffers()}
                 logits = model(images[own].to(dtype))
                 targets = F.one_hot(labels[own], 3).to(dtype)
@@ -65,7 +66,7 @@ def train(model, data, recipe, world_size=1):
                     for name, buffer in model.named_buffers():
                         buffer.copy_(before[name])
             sgd.step()
-            new = torch.tensor(1 - min(decay, (1 + step) / (10 + step))).item()  # a float32 as well
+            new = torch.tensor(1 - min(decay, (1 + step) / (10 + step))).item()  # also a float32
             for name in average:
                 average[name] = (1 - new) * average[name] + new * model.state_dict()[name].double()
         tested = copy.deepcopy(model).eval()

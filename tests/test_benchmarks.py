@@ -1,4 +1,4 @@
-"""The measuring scripts run, at a size that measures nothing, and write what they promise."""
+"""The benchmarks run, too small to measure anything, and write their results."""
 
 import json
 import math
@@ -33,11 +33,11 @@ SMALL = ["--data", "digits", "--image-size", 16]
 
 
 def run(folder, script, *flags):
-    return command_line.in_a_process(folder, ROOT / "benchmarks" / script, *flags)
+    return command_line.in_subprocess(folder, ROOT / "benchmarks" / script, *flags)
 
 
 def measured_by(folder, script, *flags):
-    """What a script writes, with where and how it was measured, and what it prints."""
+    """The JSON file and the output of a benchmark."""
     done = run(folder, script, "--output", "out.json", *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "out.json").read_text())
@@ -54,7 +54,7 @@ def test_augment(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["augment.py", "train.py"])
-def test_data_that_is_not_there_is_named(tmp_path, script):
+def test_missing_data_is_an_error(tmp_path, script):
     done = run(tmp_path, script, "--data", "nowhere", "--output", "out.json")
     assert done.returncode == 2
     assert "error: --data nowhere" in done.stderr
@@ -81,7 +81,7 @@ def test_train(tmp_path):
     assert network["ours"]["num_images"] == network["ours"]["batch_size"] == 24
     assert network["ours_graph"]["compile"] == "none", "on the CPU there are no graphs"
     assert "ratio" not in network["ours"]
-    # The baseline's batches of 64 are of 32, which is all there is.
+    # The baseline's batches of 64 are batches of 32, since there are only 32 images.
     for kind, batch_size in (("ours_float32", 24), ("ours_graph", 24), ("baseline", 32), ("tuned_bfloat16", 16)):
         figures = network[kind]
         assert figures["batch_size"] == batch_size
@@ -95,7 +95,7 @@ def test_train(tmp_path):
         "float32", network["ours"]["precision"], "float32", "bfloat16"
     ]  # fmt: skip
     assert [network[kind]["workers"] for kind in kinds[3:]] == [2, num_cores()]
-    assert f"| ours, images/s | {harness.spelled(rate)} |" in printed
+    assert f"| ours, images/s | {harness.format_rate(rate)} |" in printed
 
 
 def test_layers(tmp_path):
@@ -142,7 +142,7 @@ def test_gpu_prints_what_is_there_and_names_what_is_missing(tmp_path):
     assert "tests.txt" in done.stderr
 
 
-def test_bfloat16_is_measured_where_a_processor_is_fast_in_it(monkeypatch):
+def test_bfloat16_is_measured_on_cpus_with_bfloat16_instructions(monkeypatch):
     for there, number in ((True, 5), (False, 3)):
         monkeypatch.setattr(train, "cpu_has_bfloat16", lambda there=there: there)
         assert len(train.kinds_for(torch.device("cpu"))) == number
@@ -170,7 +170,7 @@ def test_race(tmp_path):
         assert f"{100 * last['test_accuracy']:.2f} % after" in printed
         assert [point["seconds"] for point in result[name]] == sorted(point["seconds"] for point in result[name])
     assert result["ours"][-1]["epochs"] == 1
-    # The baseline stops with the first step behind the other's time; the test of its network comes on top.
+    # The baseline stops at the first step after the time of ours, and then tests its network.
     assert result["baseline"][-1]["seconds"] > result["ours"][-1]["seconds"]
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
@@ -183,7 +183,7 @@ def test_busy(tmp_path):
     assert all(row["spins"] == "4000" and row["images_per_second"] > 0 for row in figures)
 
 
-def test_operations_of_an_image_are_about_three_times_the_forward_pass():
+def test_a_training_step_has_about_three_times_the_operations_of_a_forward_pass():
     stored = json.loads((ROOT / "benchmarks" / "results" / "roofline.json").read_text())["networks"]
     for name, recipe in train.RECIPES.items():
         with torch.device("meta"):
@@ -192,7 +192,7 @@ def test_operations_of_an_image_are_about_three_times_the_forward_pass():
         with FlopCounterMode(display=False) as counter:
             model(images)
         operations = roofline.count(name)["flops"]
-        # Less the gradient of the images, which nobody asks for.
+        # Slightly less than 3, since the gradient of the images is not computed.
         assert 2.9 < operations / counter.get_total_flops() <= 3
         assert operations == stored[name]["flops"]
 
@@ -206,14 +206,14 @@ def test_roofline(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "many"])
-def test_a_rate_is_above_zero(tmp_path, value):
+def test_a_bandwidth_must_be_above_zero(tmp_path, value):
     done = run(tmp_path, "roofline.py", f"--bandwidth={value}")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "--bandwidth" in done.stderr
 
 
-def test_the_ways_take_turns(capsys):
+def test_alternatives_take_turns(capsys):
     calls, ways = [], {}
     for name in ("one", "two"):
         ways[name] = lambda name=name: calls.append(name) or len(calls)
@@ -223,27 +223,27 @@ def test_the_ways_take_turns(capsys):
     assert capsys.readouterr().out.splitlines()[1:3] == ["round 0, two: 2 calls", "round 1, one: 3 calls"]
 
 
-def test_what_a_process_measured_or_why_it_could_not(monkeypatch, capfd, tmp_path):
+def test_a_subprocess_returns_its_result_or_its_error(monkeypatch, capfd, tmp_path):
     script = tmp_path / "script.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--flag"])
     script.write_text("import json, os, sys; print('words'); print(json.dumps([sys.argv[1:], os.environ['SPINS']]))")
-    found = harness.in_a_process("ours", 0.5, environment={"SPINS": "7"})
+    found = harness.in_subprocess("ours", 0.5, environment={"SPINS": "7"})
     assert found == [["--flag", "--measure", "ours", "0.5"], "7"]
     script.write_text("import sys; sys.exit('the disk is on fire')")
     with pytest.raises(UserError) as error:
-        harness.in_a_process("ours")
+        harness.in_subprocess("ours")
     assert error.value.silent
     assert "the disk is on fire" in capfd.readouterr().err
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(UserError, match="ours 7: the process was killed by signal 9; if memory ran out"):
-        harness.in_a_process("ours", 7)
+        harness.in_subprocess("ours", 7)
 
 
-def test_a_way_to_run_a_step_may_fail_but_not_a_kind(monkeypatch, capsys):
+def test_a_compile_mode_may_fail_but_no_other_kind(monkeypatch, capsys):
     def fail(*_, **__):
         raise UserError("no compiler")
 
-    monkeypatch.setattr(harness, "in_a_process", fail)
+    monkeypatch.setattr(harness, "in_subprocess", fail)
     cpu = torch.device("cpu")
     assert train.try_out("densenet", "ours_inductor", cpu) is None
     assert "densenet, ours_inductor is left out. no compiler" in capsys.readouterr().err
@@ -251,9 +251,9 @@ def test_a_way_to_run_a_step_may_fail_but_not_a_kind(monkeypatch, capsys):
         train.try_out("densenet", "ours", cpu)
 
 
-def test_plain_loops_spin_as_long_as_libgomp_does_by_itself(monkeypatch):
+def test_plain_loops_use_libgomps_default_spin_count(monkeypatch):
     given = {}
-    monkeypatch.setattr(harness, "in_a_process", lambda *job, environment: given.update({job[1]: environment}))
+    monkeypatch.setattr(harness, "in_subprocess", lambda *job, environment: given.update({job[1]: environment}))
     for count, expected in ((common.SPIN_COUNT, "300000"), ("7", "7")):
         monkeypatch.setenv("GOMP_SPINCOUNT", count)
         for kind in ("ours", "tuned"):
@@ -261,9 +261,9 @@ def test_plain_loops_spin_as_long_as_libgomp_does_by_itself(monkeypatch):
         assert given == {"ours": {"GOMP_SPINCOUNT": count}, "tuned": {"GOMP_SPINCOUNT": expected}}
 
 
-def test_libgomp_by_itself_is_measured_as_such(monkeypatch):
-    """Without the variable common/__init__.py would set its own."""
-    monkeypatch.setattr(harness, "in_a_process", lambda *_, environment: environment)
+def test_libgomps_default_spin_count_is_measured(monkeypatch):
+    """The variable must be set explicitly, or common/__init__.py would set its own value."""
+    monkeypatch.setattr(harness, "in_subprocess", lambda *_, environment: environment)
     assert busy.measure("default", "nothing", 1.0) == {"GOMP_SPINCOUNT": "300000"}
     assert busy.measure("16000", "nothing", 1.0) == {"GOMP_SPINCOUNT": "16000"}
 
@@ -275,7 +275,7 @@ def measurement(rate):
     }  # fmt: skip
 
 
-def test_rounds_are_pooled():
+def test_repeated_measurements_are_combined():
     assert train.pooled([measurement(10), measurement(12)]) == {
         "precision": "float32", "compile": "none", "windows": [10, 11, 15, 12, 13, 17], "batch_size": 8,
         "images_per_second": 12.5, "start_up_seconds": 11, "peak_memory_bytes": 1012,
@@ -289,7 +289,7 @@ SHORT += ["--base-lr", 0.1, "--device", "cpu"]
 
 
 def send_sigterm_once(sleep):
-    """`sleep`, which sends this process SIGTERM the first time, twice as timeout and make do."""
+    """Wrap `sleep`: its first call also sends SIGTERM to this process twice, as timeout and make do."""
     sent = []
 
     def sleep_and_send(seconds):
@@ -307,7 +307,7 @@ def files_in(folder):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A folder with a run's output in `out`, after attempts that a time limit and a signal ended at once."""
+    """A folder with the output of a run in `out`. The run was first stopped by a time limit, then by a signal."""
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -319,7 +319,7 @@ def measured(tmp_path_factory):
             stopping.setattr(ensemble.time, "sleep", send_sigterm_once(time.sleep))
             stopped = command_line.run(folder, ensemble, *flags, "--", *SHORT)
         assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-        assert "the same command goes on" in stopped.stdout
+        assert "the same command continues" in stopped.stdout
         assert files_in(folder / "out") == []
         before = json.loads((folder / "work" / "progress.json").read_text())
         assert before["finished"] == []
@@ -353,7 +353,7 @@ def test_ensemble(measured):
         }
 
 
-def test_the_kept_logits_score_as_the_ensemble_did(measured):
+def test_the_stored_logits_have_the_scores_of_the_ensemble(measured):
     result = json.loads((measured.folder / "out" / "result.json").read_text())
     with np.load(measured.folder / "out" / "logits.npz") as arrays:
         assert arrays.files == [*MEMBERS, "labels", "classes"]
@@ -363,13 +363,13 @@ def test_the_kept_logits_score_as_the_ensemble_did(measured):
         probs = np.mean([softmax(arrays[name].astype(float)) for name in MEMBERS], axis=0)
     assert labels.dtype == np.int16
     assert len(labels) == result["num_images"]["test"] == 100
-    # Half precision can turn a tie.
+    # Half precision can change the prediction of a near tie.
     assert np.mean(probs.argmax(1) == labels) == pytest.approx(result["ensemble"]["accuracy"], abs=0.011)
     loss = -np.log(probs[np.arange(100), labels]).mean()
     assert loss == pytest.approx(result["ensemble"]["loss"], abs=0.002)
 
 
-def test_a_finished_run_is_compared_without_running_again(measured):
+def test_a_finished_run_is_not_run_again_and_can_be_compared(measured):
     flags = [*DIGITS, "--work", "work", "--output", "again"]
     succeeded(measured.folder, ensemble, *flags, "--", *SHORT)
     first, again = (json.loads((measured.folder / name / "result.json").read_text()) for name in ("out", "again"))
@@ -386,7 +386,7 @@ def test_a_finished_run_is_compared_without_running_again(measured):
     assert "| ensemble | +0.00 (+0.00 to +0.00) | +0.0000 (+0.0000 to +0.0000) |" in compared.stdout
 
 
-def test_a_run_goes_on_only_as_it_began(measured):
+def test_a_run_continues_only_with_the_same_setting(measured):
     flags = [*DIGITS, "--work", "work", "--output", "other", "--", *SHORT, "--seed", 1]
     error = refused(measured.folder, ensemble, *flags)
     assert "another setting" in error
@@ -399,7 +399,7 @@ def write_logits(folder, logits, labels):
     np.savez(folder / "logits.npz", **logits, labels=labels.astype(np.uint8), classes=np.array(["a", "b", "c"]))
 
 
-def test_intervals_are_those_of_a_plain_bootstrap(tmp_path):
+def test_intervals_equal_a_plain_bootstrap(tmp_path):
     rng = np.random.default_rng(7)
     labels = rng.integers(3, size=80)
     runs = [
@@ -431,18 +431,18 @@ def test_intervals_are_those_of_a_plain_bootstrap(tmp_path):
         assert printed[3:] == pytest.approx(loss, abs=0.000051)
 
 
-def test_only_the_same_images_are_compared(tmp_path):
+def test_runs_with_different_test_images_are_not_compared(tmp_path):
     logits = {"one": np.zeros((4, 3), np.float16)}
     write_logits(tmp_path / "a", logits, np.array([0, 1, 2, 0]))
     write_logits(tmp_path / "b", logits, np.array([0, 1, 2, 1]))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "logits.npz").write_bytes(b"PK\3\4 and no more")
-    for other, message in (("b", "other labels"), ("c", "not what this benchmark writes"), ("d", "No such file")):
+    for other, message in (("b", "different labels"), ("c", "not a file of this benchmark"), ("d", "No such file")):
         assert message in refused(tmp_path, ensemble, "--output", "a", "--against", other)
 
 
 @pytest.mark.parametrize("parallel", [[], ["--parallel"]], ids=["in turn", "at once"])
-def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, parallel):
+def test_a_failed_script_leaves_no_output(tmp_path, monkeypatch, capfd, parallel):
     scripts = tmp_path / "scripts"
     scripts.mkdir()
     (scripts / "dense.py").write_text("import sys; sys.exit('the disk is on fire')")
@@ -465,12 +465,12 @@ def test_a_script_that_fails_leaves_no_output(tmp_path, monkeypatch, capfd, para
     ],
     ids=["against", "name", "data"],
 )
-def test_flags_that_cannot_work_are_named_at_once(tmp_path, flags, message):
+def test_invalid_flags_are_an_error_before_the_run(tmp_path, flags, message):
     assert message in refused(tmp_path, ensemble, *flags)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_cascade_is_measured_beside_the_whole(measured):
+def test_the_cascade_is_compared_with_the_whole_ensemble(measured):
     flags = ["--threshold", 0.2, "--images", 60, "--batch-size", 20, "--rounds", 1]
     flags += ["--cascade", *(f"checkpoints/{name}.pt" for name in MEMBERS)]
     result, printed = measured_by(measured.folder / "work", "deploy.py", *flags)

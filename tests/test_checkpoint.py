@@ -1,4 +1,4 @@
-"""checkpoint.py: a file is written whole or not at all, and nothing but what was written is read back."""
+"""checkpoint.py: files are written atomically, and only undamaged checkpoints are read."""
 
 import copy
 import hashlib
@@ -30,7 +30,7 @@ CONTENT = {
 
 
 class RunsCode:
-    """Unpickled, it would make a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -55,22 +55,22 @@ def refusal(path) -> str:
 
 
 def with_digest(archive: bytes) -> bytes:
-    """An archive of whatever content with the comment that belongs to it."""
+    """Any archive, with its SHA-256 as comment."""
     body = archive[:-2] + checkpoint.COMMENT_LENGTH.to_bytes(2, "little")
-    return body + checkpoint.MARK + hashlib.sha256(body).hexdigest().encode()
+    return body + checkpoint.DIGEST_PREFIX + hashlib.sha256(body).hexdigest().encode()
 
 
 def assert_holds_content(found):
     assert_same({name: found[name] for name in CONTENT}, CONTENT)
 
 
-def test_what_was_written_is_read_back_by_plain_torch_too(path):
+def test_plain_torch_can_read_a_checkpoint(path):
     assert_holds_content(checkpoint.read(path))
     assert_holds_content(torch.load(path, weights_only=True))
     assert zipfile.ZipFile(path).testzip() is None
 
 
-def test_any_byte_that_flips_is_noticed(path):
+def test_a_flipped_bit_in_any_byte_is_detected(path):
     raw = path.read_bytes()
     for position in range(len(raw)):
         flipped = bytearray(raw)
@@ -81,24 +81,24 @@ def test_any_byte_that_flips_is_noticed(path):
         assert any(word in words for word in ("damaged", "truncated", "not a checkpoint")), position
 
 
-def test_a_file_cut_anywhere_is_truncated(path):
+def test_a_file_truncated_anywhere_is_detected(path):
     raw = path.read_bytes()
     for length in range(4, len(raw)):
         path.write_bytes(raw[:length])
         assert "truncated" in refusal(path), f"{length} bytes of {len(raw)}"
-    for length in range(4):  # too few bytes to tell what it was
+    for length in range(4):  # too short to recognize a zip archive
         path.write_bytes(raw[:length])
         assert ("empty" if length == 0 else "not a checkpoint") in refusal(path)
 
 
 @pytest.mark.parametrize("more", [b"\n", b"\0" * 71, b"x" * 5000], ids=len)
-def test_bytes_behind_the_end_are_noticed(path, more):
+def test_added_bytes_are_detected(path, more):
     path.write_bytes(path.read_bytes() + more)
     refusal(path)
 
 
 def foreign_files(folder, content):
-    """Files of others, by name."""
+    """Files that are no checkpoints of this project; their names say what they are."""
     torch.save(content, folder / "torch.save")
     torch.save(content, folder / "legacy torch.save", _use_new_zipfile_serialization=False)
     (folder / "pickle").write_bytes(pickle.dumps(content))
@@ -115,19 +115,19 @@ def foreign_files(folder, content):
     return sorted(folder.iterdir())
 
 
-def test_files_of_others_are_called_so_and_code_in_them_is_not_run(tmp_path):
+def test_other_files_are_refused_and_code_in_them_does_not_run(tmp_path):
     made, folder = tmp_path / "made by the file", tmp_path / "files"
     folder.mkdir()
     content = {**CONTENT, "network": RunsCode(made)}
     pickle.loads(pickle.dumps(content))["network"].close()
-    assert made.exists(), "unpickling it ought to run its code"
+    assert made.exists(), "unpickling it should run its code"
     made.unlink()
     for path in foreign_files(folder, content):
         assert "not a checkpoint" in refusal(path), path.name
         assert not made.exists(), path.name
 
 
-def test_a_later_format_asks_for_an_update(path, monkeypatch):
+def test_a_later_version_asks_for_an_update(path, monkeypatch):
     monkeypatch.setattr(checkpoint, "VERSION", checkpoint.VERSION + 1)
     checkpoint.write(path, CONTENT)
     monkeypatch.undo()
@@ -135,7 +135,7 @@ def test_a_later_format_asks_for_an_update(path, monkeypatch):
     assert f"format {checkpoint.VERSION + 1}" in refusal(path)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+def test_a_missing_file_and_a_folder_are_errors(tmp_path):
     assert "no such checkpoint" in refusal(tmp_path / "net.pt")
     assert "not readable" in refusal(tmp_path)
 
@@ -150,7 +150,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     ],
     ids=["full disk", "Ctrl-C", "end"],
 )
-def test_an_error_while_writing_leaves_what_was_there(path, monkeypatch, call, error, raised, words):
+def test_an_error_while_writing_leaves_the_old_file(path, monkeypatch, call, error, raised, words):
     before = path.read_bytes()
     monkeypatch.setattr(files.os, call, mock.Mock(side_effect=error))
     with pytest.raises(raised, match=words):
@@ -159,8 +159,8 @@ def test_an_error_while_writing_leaves_what_was_there(path, monkeypatch, call, e
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_full_disk_leaves_what_was_there(path):
-    """The system itself refuses, in mid-file."""
+def test_a_full_disk_leaves_the_old_file(path):
+    """The operating system raises the error, in the middle of the file."""
     before = path.read_bytes()
     resource = pytest.importorskip("resource", reason="Windows has no limits on files")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_what_was_there(path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_what_a_killed_writer_left_is_cleared_away(path):
+def test_the_temporary_file_of_a_killed_process_is_deleted(path):
     (path.parent / ".net.pt.part").write_bytes(b"half a file" * 10_000)
     checkpoint.write(path, CONTENT)
     assert_holds_content(checkpoint.read(path))
@@ -185,14 +185,14 @@ def test_what_a_killed_writer_left_is_cleared_away(path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda content: content["network"].update(name="alexnet"), "'alexnet'; known are densenet, mobilenetv2,"),
+        (lambda content: content["network"].update(name="alexnet"), "'alexnet'; expected one of densenet, mob"),
         (lambda content: content["network"]["arguments"].update(depth=121), "depth"),
         (lambda content: content["network"]["arguments"].update(width=0.5), "size mismatch for features.0.weight"),
         (lambda content: content["model"].pop("classifier.bias"), 'Missing key(s) in state_dict: "classifier.bias"'),
     ],
     ids=["unknown name", "unknown argument", "other width", "missing key"],
 )
-def test_weights_that_do_not_fit_are_refused(path, change, words):
+def test_content_that_does_not_fit_the_network_is_an_error(path, change, words):
     content = {**copy.deepcopy(CONTENT), "model": dict(NETWORKS["mobilenetv2"](2, width=0.25).state_dict())}
     change(content)
     checkpoint.write(path, content)
@@ -202,7 +202,7 @@ def test_weights_that_do_not_fit_are_refused(path, change, words):
     assert words in str(error.value)
 
 
-def test_of_an_earlier_format_the_weights_are_good_but_no_run_goes_on(tiny_recipe, monkeypatch):
+def test_an_earlier_version_has_usable_weights_but_cannot_be_resumed(tiny_recipe, monkeypatch):
     recipe = tiny_recipe(resume=True)
     model = NETWORKS["mobilenetv2"](2, width=0.25)
     monkeypatch.setattr(checkpoint, "VERSION", 1)
@@ -213,7 +213,7 @@ def test_of_an_earlier_format_the_weights_are_good_but_no_run_goes_on(tiny_recip
     assert_same(dict(built.network.state_dict()), dict(model.state_dict()))
     assert not built.training
     with (
-        pytest.raises(UserError, match=r"tiny\.pt is by an earlier version .*\(format 1\).* train again"),
+        pytest.raises(UserError, match=r"tiny\.pt is from an earlier version .*\(format 1, here 3\).* train again"),
         checkpoint.previous_run(recipe),
     ):
         pass

@@ -1,4 +1,4 @@
-"""All scripts: imports, a misspelt flag, a signal, and a broken pipe or full disk on standard output."""
+"""All scripts: imports, misspelt flags, signals, and a closed or full standard output."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def python(code, **settings):
         (["--epochs", "x"], "argument --epochs: invalid int value: 'x' ("),
     ],
 )
-def test_a_mistake_is_one_line_with_the_nearest_flags(capsys, flags, answer):
+def test_a_wrong_flag_is_a_one_line_error_with_similar_flags(capsys, flags, answer):
     parser = Parser("trains")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--base-lr")
@@ -48,7 +48,7 @@ def test_a_mistake_is_one_line_with_the_nearest_flags(capsys, flags, answer):
 
 @needs_signals
 @pytest.mark.parametrize(("script", "handler"), [(ROOT / "dense.py", "SIG_DFL"), ("", "default_int_handler")])
-def test_ctrl_c_ends_a_script_that_still_imports_and_leaves_others_alone(script, handler):
+def test_importing_common_makes_ctrl_c_end_scripts_of_this_project_only(script, handler):
     code = f"import sys, signal; sys.modules['__main__'].__file__ = {str(script)!r}; import common; "
     done = python(code + f"print(signal.getsignal(signal.SIGINT) == signal.{handler})")
     assert done.stdout == "True\n"
@@ -62,7 +62,7 @@ def end_of(main):
 
 
 @needs_signals
-def test_a_closed_terminal_ends_a_script_but_not_under_nohup():
+def test_sighup_ends_a_script_but_not_under_nohup():
     assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) == 129
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     assert end_of(lambda: signal.raise_signal(signal.SIGHUP)) is None
@@ -77,7 +77,7 @@ def test_a_closed_terminal_ends_a_script_but_not_under_nohup():
 
 @needs_signals
 @pytest.mark.parametrize(("target", "status", "words"), [("pipe", 141, ""), ("/dev/full", 2, "standard output")])
-def test_a_broken_standard_output_ends_a_script_without_traceback(target, status, words):
+def test_a_broken_stdout_ends_a_script_without_traceback(target, status, words):
     if target == "pipe":
         reader, writer = os.pipe()
         os.close(reader)
@@ -98,7 +98,7 @@ def test_a_closed_stdout_does_not_stop_a_run(monkeypatch):
 
 
 SCRIPTS = ("dense", "mobilenetv2", "resnext", "main_ens", "predict", "export")
-# The search for torch ends the process, which prints the environment at that moment.
+# The import of torch ends the process, which prints the variable at that moment.
 UNTIL_TORCH = """
 import os, sys
 class Finder:
@@ -128,9 +128,9 @@ def test_the_spin_count_is_set_before_torch_is_loaded(script, settings, expected
         ("utils", ("training", "evaluation", "plotting")),
         ("training.loop", ("evaluation", "plotting", "matplotlib")),
         ("predict", ("plotting", "matplotlib")),
-        ("dense", ("evaluation", "plotting", "matplotlib")),  # only the main process draws, and imports it then
+        ("dense", ("evaluation", "plotting", "matplotlib")),  # matplotlib is imported when the main process plots
     ],
 )
-def test_imports_run_one_way(module, absent):
+def test_a_package_does_not_import_what_is_above_it(module, absent):
     code = f"import sys, {module}; print(sorted({{name.split('.')[0] for name in sys.modules}} & set({absent})))"
     assert python(code).stdout.strip() == "[]"

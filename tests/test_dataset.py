@@ -1,4 +1,4 @@
-"""dataset/: every source gives its images and labels, errors name what is wrong, and no file is trusted."""
+"""dataset/: every source returns the right images and labels, errors say what is wrong, unknown files do no harm."""
 
 import errno
 import hashlib
@@ -51,7 +51,7 @@ def random_png(seed: int, size: int = 8) -> bytes:
 
 
 def write_folder(folder, files: dict[str, bytes]):
-    """Files by path."""
+    """Write `files` (content by path) into `folder`; return it."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -59,7 +59,7 @@ def write_folder(folder, files: dict[str, bytes]):
 
 
 def pictures(per_class: int = 3, splits: tuple[str, ...] = ("train", "test")) -> dict[str, bytes]:
-    """A small data set of cats and dogs; all images differ."""
+    """A small data set of cats and dogs; all images are different."""
     names = [f"{split}/{c}/{i}.png" for split in splits for c in ("cat", "dog") for i in range(per_class)]
     return {name.removeprefix("/"): random_png(seed) for seed, name in enumerate(names)}
 
@@ -89,7 +89,7 @@ def names_in(folder) -> list[str]:
 
 @pytest.fixture
 def files(monkeypatch):
-    """Files like the official ones, with fewer images, whose md5 torchvision accepts as official."""
+    """Files like the official ones, but with fewer images. torchvision is patched to accept their md5."""
     rng, kind = np.random.default_rng(0), torchvision.datasets.CIFAR10
     files = {"batches.meta": pickle.dumps({"label_names": CLASSES}, 2)}
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
@@ -104,7 +104,7 @@ def files(monkeypatch):
 
 @pytest.fixture
 def archive(files, tmp_path, monkeypatch):
-    """The archive of these files."""
+    """The content of an archive of these files; torchvision is patched to accept its md5."""
     path = tmp_path / "official.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         tar.add(write_folder(tmp_path / "official", files), FOLDER)
@@ -114,7 +114,7 @@ def archive(files, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["data", "elsewhere"])
-def test_official_files_give_what_was_written(load, tmp_path, files, place):
+def test_official_files_are_read(load, tmp_path, files, place):
     folder = write_folder(tmp_path / place / (FOLDER if place == "data" else "batches"), files)
     loaded = load("CIFAR10" if place == "data" else folder, image_size=32)
     batches = [pickle.loads(content) for name, content in files.items() if name != "batches.meta"]
@@ -129,7 +129,7 @@ def test_official_files_give_what_was_written(load, tmp_path, files, place):
     assert np.array_equal(smaller[7], np.asarray(wanted).transpose(2, 0, 1))
 
 
-def test_nothing_but_the_official_files_is_unpickled(load, tmp_path, files):
+def test_only_official_files_are_unpickled(load, tmp_path, files):
     evil = f"cbuiltins\nopen\n(V{tmp_path / 'ran'}\nVw\ntR.".encode()  # unpickling it opens a file for writing
     for name in files:
         folder = write_folder(tmp_path / f"with {name}" / FOLDER, files | {name: evil})
@@ -145,7 +145,7 @@ def test_cifar100_is_another_archive_and_class(load, tmp_path):
     assert cifar10.class_of("cifar100") is torchvision.datasets.CIFAR100
 
 
-# Failures of a host, and words of the error.
+# Failures of a host, and a part of each error message.
 BAD_HOSTS = {
     "missing": "404", "broken": "500", "loop": "infinite loop", "wrong": "corrupted", "short": "",
     "silent": "timed out", "stalls": "timed out", "hangs-up": "closed connection", "no-http": "220 smtp",
@@ -154,7 +154,7 @@ BAD_HOSTS = {
 
 @pytest.fixture
 def host(archive, monkeypatch):
-    """A web server on this machine: one page gives the archive, each other one fails in another way."""
+    """A local web server: the page "right" serves the archive, every other page fails in another way."""
     monkeypatch.setattr(cifar10, "READ_TIMEOUT", 0.3)
     monkeypatch.setenv("no_proxy", "*")
     requests, released = [], threading.Event()
@@ -180,7 +180,7 @@ def host(archive, monkeypatch):
                     released.wait(10)
 
         def handle(self):
-            with suppress(ConnectionError):  # the client has gone
+            with suppress(ConnectionError):  # the client has closed the connection
                 super().handle()
 
         def log_message(self, *_):
@@ -201,7 +201,7 @@ def host(archive, monkeypatch):
 
 
 @pytest.mark.parametrize("page", BAD_HOSTS)
-def test_a_failing_host_is_skipped_with_a_line(load, host, tmp_path, files, capsys, page):
+def test_a_failing_host_is_skipped_and_reported(load, host, tmp_path, files, capsys, page):
     urls = host.use(page, "right")
     started = time.monotonic()
     assert len(load("cifar10").train) == 100
@@ -214,7 +214,7 @@ def test_a_failing_host_is_skipped_with_a_line(load, host, tmp_path, files, caps
     assert names_in(tmp_path / "data" / FOLDER) == sorted(files)
 
 
-def test_when_all_hosts_fail_the_error_says_what_to_do_and_nothing_is_left(load, host, tmp_path):
+def test_if_all_hosts_fail_the_error_says_what_to_do_and_no_file_is_left(load, host, tmp_path):
     urls = [*host.use("missing", "wrong"), "no address"]
     words = (*(f"\n  {url}: " for url in urls), "--data-url", "curl", "cifar-10-python.tar.gz")
     message = refused(lambda: load("cifar10", data_url="no address"), *words)
@@ -229,7 +229,7 @@ def test_data_url_is_tried_first(load, host):
     assert set(host.requests) == {"right"}
 
 
-def test_an_archive_placed_by_hand_is_taken_and_a_wrong_one_refused(load, host, tmp_path, archive):
+def test_an_existing_archive_is_used_if_its_md5_is_right(load, host, tmp_path, archive):
     host.use("missing")
     path = write_folder(tmp_path / "data", {"cifar-10-python.tar.gz": archive[:-1]}) / "cifar-10-python.tar.gz"
     refused(lambda: load("cifar10"), str(path), "md5", "delete it")
@@ -239,7 +239,7 @@ def test_an_archive_placed_by_hand_is_taken_and_a_wrong_one_refused(load, host, 
     assert host.requests == []
 
 
-def test_an_interrupted_download_leaves_nothing(load, host, monkeypatch, tmp_path):
+def test_an_interrupted_download_leaves_no_file(load, host, monkeypatch, tmp_path):
     host.use("right")
     monkeypatch.setattr(cifar10.os, "replace", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -247,7 +247,7 @@ def test_an_interrupted_download_leaves_nothing(load, host, monkeypatch, tmp_pat
     assert names_in(tmp_path / "data") == []
 
 
-def test_images_come_out_by_class_then_name(load, tmp_path):
+def test_images_are_sorted_by_class_then_name(load, tmp_path):
     files = pictures()
     loaded = load(write_folder(tmp_path / "pets", files))
     assert (loaded.classes, loaded.val, loaded.test_split) == (("cat", "dog"), None, None)
@@ -258,7 +258,7 @@ def test_images_come_out_by_class_then_name(load, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["VAL", "valid", "validation", "Test", "testing"])
-def test_common_names_of_the_test_folder_are_known(load, tmp_path, name):
+def test_common_names_of_the_test_folder_are_recognized(load, tmp_path, name):
     loaded = load(write_folder(tmp_path / "pets", pictures(splits=("Training", name))))
     assert (len(loaded.train), len(loaded.test), loaded.val) == (6, 6, None)
 
@@ -272,7 +272,7 @@ def test_a_folder_of_validation_images_is_used(load, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["", "train"])
-def test_only_class_folders_are_split(load, tmp_path, split):
+def test_without_a_test_folder_each_class_is_split(load, tmp_path, split):
     folder = write_folder(tmp_path / "pets", pictures(per_class=10, splits=(split,)))
     loaded, other = load(folder), load(folder, split_seed=1)
     assert np.bincount(loaded.train.labels).tolist() == [8, 8]
@@ -289,7 +289,7 @@ def test_only_class_folders_are_split(load, tmp_path, split):
         assert np.bincount(few.train.labels).tolist() == np.bincount(few.test.labels).tolist() == [1, 1]
 
 
-def test_nested_folders_belong_to_their_class_and_others_are_ignored(load, tmp_path, capsys):
+def test_subfolders_belong_to_their_class_and_other_files_are_ignored(load, tmp_path, capsys):
     plain = load(write_folder(tmp_path / "plain", pictures()))
     files = {name.replace("cat/", "cat/a/b/"): content for name, content in pictures().items()}
     litter = dict.fromkeys(
@@ -302,14 +302,14 @@ def test_nested_folders_belong_to_their_class_and_others_are_ignored(load, tmp_p
     assert same(load(write_folder(tmp_path / "unpacked", deeper)), plain)
 
 
-def test_threads_decode_to_the_same_arrays(load, tmp_path, monkeypatch):
+def test_decoding_in_threads_gives_the_same_arrays(load, tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "pets", pictures(per_class=30))
     plain = load(folder, data_dir=tmp_path / "one")
     monkeypatch.setattr(image_folder, "num_cores", lambda: 4)
     assert same(load(folder, data_dir=tmp_path / "other"), plain)
 
 
-def test_links_are_followed_each_folder_once(load, tmp_path):
+def test_links_are_followed_but_no_folder_is_visited_twice(load, tmp_path):
     folder = write_folder(tmp_path / "pets", pictures())
     os.symlink(folder / "train", folder / "train" / "cat" / "round")
     os.symlink(folder / "train" / "dog", folder / "test" / "dog" / "more")
@@ -321,7 +321,7 @@ def test_links_are_followed_each_folder_once(load, tmp_path):
 MISTAKES = {
     "a class too few": (lambda files: files | {"train/cow/0.png": random_png(0)}, ["'cow'", "train/", "test/"]),
     "a class without pictures": (
-        lambda files: files | {"train/cow/a.txt": b"x", "test/cow/0.png": random_png(0)}, ["train/cow", "no pictures"],
+        lambda files: files | {"train/cow/a.txt": b"x", "test/cow/0.png": random_png(0)}, ["train/cow", "no images"],
     ),
     "no folders": (lambda _: {"a.png": random_png(0)}, ["has no folders", "train/<class>"]),
     "one image of a class": (
@@ -337,12 +337,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("change", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistaken_layout_is_named(load, tmp_path, change, words):
+def test_a_wrong_layout_is_an_error(load, tmp_path, change, words):
     folder = write_folder(tmp_path / "pets", change(pictures()))
     refused(lambda: load(folder), str(folder), *words)
 
 
-def test_a_source_that_is_not_a_folder_is_named(load, tmp_path, monkeypatch):
+def test_a_source_that_is_no_folder_is_an_error(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(lambda: load("pets"), "--data pets", str(tmp_path), "cifar10, cifar100, digits")
     assert " in " not in refused(lambda: load(tmp_path / "pets")).split(";")[0]
@@ -350,11 +350,11 @@ def test_a_source_that_is_not_a_folder_is_named(load, tmp_path, monkeypatch):
     refused(lambda: load("a\0b"), "--data")
     refused(lambda: load("~nobody-of-this-name/x"), "--data ~nobody")
     (tmp_path / "pets.tar.gz").write_bytes(b"anything")
-    refused(lambda: load("pets.tar.gz"), "--data pets.tar.gz", "Unpack an archive and give the folder")
-    refused(lambda: load("/dev/null"), "--data /dev/null", "a file")
+    refused(lambda: load("pets.tar.gz"), "--data pets.tar.gz", "archive, unpack it and give the folder")
+    refused(lambda: load("/dev/null"), "--data /dev/null is a file")
 
 
-def test_a_folder_that_cannot_be_read_is_named(load, tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_an_error(load, tmp_path, monkeypatch):
     folder, scan = write_folder(tmp_path / "pets", pictures()), os.scandir
 
     def scandir(path):
@@ -364,30 +364,30 @@ def test_a_folder_that_cannot_be_read_is_named(load, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     for locked in ("pets", "train", os.path.join("test", "dog")):
-        refused(lambda: load(folder), f"{locked}: this folder cannot be read (Permission denied)")
+        refused(lambda: load(folder), f"{locked}: cannot read this folder (Permission denied)")
 
 
 def decode(tmp_path, content: bytes, image_size: int, name: str = "x.png"):
-    """The pixels of a file, or the error."""
+    """Decode a file with this content; return its pixels or the error."""
     (tmp_path / name).write_bytes(content)
     found = image_folder.decode(tmp_path / name, image_size)
     return found if isinstance(found, UserError) else found[0]
 
 
-def test_other_sizes_are_resized_and_cropped_and_the_right_size_is_unchanged(tmp_path):
+def test_other_sizes_are_cropped_and_resized_and_the_right_size_is_unchanged(tmp_path):
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, :20, 0] = pixels[:, 20:40, 1] = pixels[:, 40:, 2] = 255  # three squares, red, green and blue
     for turned in (pixels, pixels.transpose(1, 0, 2)):
         decoded = decode(tmp_path, encode(turned), 10)
         assert decoded.shape == (3, 10, 10)
-        assert (decoded[:, 1:-1, 1:-1] == [[[0]], [[255]], [[0]]]).all()  # the neighbours blend in at its edge
+        assert (decoded[:, 1:-1, 1:-1] == [[[0]], [[255]], [[0]]]).all()  # at the border, the other squares blend in
     noise = np.random.default_rng(0).integers(0, 256, (30, 23, 3), np.uint8)
     wanted = ImageOps.fit(Image.fromarray(noise), (8, 8), Image.Resampling.BILINEAR)
     assert np.array_equal(decode(tmp_path, encode(noise), 8), np.asarray(wanted).transpose(2, 0, 1))
     assert np.array_equal(decode(tmp_path, encode(noise[:8, :8]), 8), noise[:8, :8].transpose(2, 0, 1))
 
 
-def test_grey_alpha_palette_and_deep_images_become_rgb(tmp_path):
+def test_grey_alpha_palette_and_16_bit_images_become_rgb(tmp_path):
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 256, (8, 8), np.uint8)
     colour = rng.integers(0, 2, (8, 8, 3)).astype(np.uint8) * 255
@@ -404,7 +404,7 @@ def test_grey_alpha_palette_and_deep_images_become_rgb(tmp_path):
 
 @pytest.mark.parametrize("side", [20_000, 1 << 31 - 1])
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, side):
-    content = bytearray(random_png(0))  # of 64 pixels; its header says otherwise
+    content = bytearray(random_png(0))  # it has 64 pixels, but its header claims many more
     content[16:24] = struct.pack(">II", side, side)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     tracemalloc.start()
@@ -419,29 +419,29 @@ def test_postscript_is_refused_and_not_run(tmp_path):
         assert "PostScript" in str(decode(tmp_path, content, 8, "x.eps"))
 
 
-def test_images_larger_than_memory_are_refused(load, tmp_path, files):
+def test_images_that_do_not_fit_in_memory_are_refused(load, tmp_path, files):
     folders = [write_folder(tmp_path / "pets", pictures()), write_folder(tmp_path / "official", files)]
     for source, count in zip((*folders, "digits"), ("12", "100", "1,797"), strict=True):
         words = f"--image-size {10**7}", f"{count} images", "memory"
         refused(lambda source=source: load(source, image_size=10**7), *words)
 
 
-def test_exif_orientation_is_honoured(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: turn by 90° clockwise to see it right
+    exif[0x0112] = 6  # to be rotated by 90° clockwise
     wanted = np.rot90(pixels, -1).transpose(2, 0, 1)
     assert np.array_equal(decode(tmp_path, encode(pixels, exif=exif), 8), wanted)
     (tmp_path / "turned.png").write_bytes(encode(np.zeros((20, 30, 3), np.uint8), exif=exif))
     assert image_folder.decode(tmp_path / "turned.png", 8)[1] == (20, 30)
 
 
-def test_pictures_that_cannot_be_read_are_listed_together(load, tmp_path):
+def test_unreadable_images_are_listed_together(load, tmp_path):
     whole = encode(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
     broken = {f"train/cat/broken{number:02}.png": whole[: len(whole) // 2] for number in range(7)}
     broken |= {f"train/dog/text{number:02}.jpg": b"just some text" for number in range(6)}
     folder = write_folder(tmp_path / "pets", pictures() | broken)
-    message = refused(lambda: load(folder), "13 of 25 pictures cannot be read", "broken03.png", "text00.jpg", "3 more")
+    message = refused(lambda: load(folder), "13 of 25 images cannot be read", "broken03.png", "text00.jpg", "3 more")
     assert message.count("\n") == 11
     assert "heif" not in message
     (folder / "train" / "cat" / "phone.heic").write_bytes(b"....ftypheic")
@@ -455,7 +455,7 @@ def test_pictures_that_cannot_be_read_are_listed_together(load, tmp_path):
         assert "not a file" in str(image_folder.decode(fifo, 8))
 
 
-def test_the_second_start_decodes_nothing(load, tmp_path, monkeypatch):
+def test_the_second_start_uses_the_cache(load, tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "pets", pictures())
     first = load(folder)
     monkeypatch.setattr(image_folder, "decode", mock.Mock(side_effect=AssertionError("an image is decoded")))
@@ -464,7 +464,7 @@ def test_the_second_start_decodes_nothing(load, tmp_path, monkeypatch):
         load(folder, image_size=9)
 
 
-def test_a_changed_folder_is_read_again_and_old_copies_are_deleted(load, tmp_path):
+def test_a_changed_folder_is_decoded_again_and_old_copies_are_deleted(load, tmp_path):
     folder = write_folder(tmp_path / "pets", pictures())
     digests = [load(folder).digest]
     path = folder / "train/cat/0.png"
@@ -476,9 +476,9 @@ def test_a_changed_folder_is_read_again_and_old_copies_are_deleted(load, tmp_pat
     (folder / "train/cat/0.png").rename(folder / "train/cat/9.png")
     digests.append(load(folder).digest)
     assert len(set(digests)) == 6
-    assert len(names_in(tmp_path / "data" / "cache")) == image_folder.KEPT_COPIES
+    assert len(names_in(tmp_path / "data" / "cache")) == image_folder.MAX_CACHED_COPIES
     load(write_folder(tmp_path / "others", pictures()))
-    assert len(names_in(tmp_path / "data" / "cache")) == image_folder.KEPT_COPIES + 1
+    assert len(names_in(tmp_path / "data" / "cache")) == image_folder.MAX_CACHED_COPIES + 1
 
 
 def test_a_damaged_cache_is_rebuilt_with_a_warning(load, tmp_path, capsys):
@@ -502,10 +502,10 @@ def test_a_cache_that_cannot_be_written_is_a_warning(load, tmp_path, capsys):
     folder = write_folder(tmp_path / "pets", pictures())
     (tmp_path / "data").write_bytes(b"a file in its place")
     assert len(load(folder).train) == 6
-    assert "every start decodes again" in capsys.readouterr().err
+    assert "every start decodes all images again" in capsys.readouterr().err
 
 
-def test_digits_are_scikit_learns(load):
+def test_digits_equal_scikit_learns(load):
     from sklearn.datasets import load_digits
 
     loaded, original = load("digits"), load_digits()
@@ -522,14 +522,14 @@ def test_digits_are_scikit_learns(load):
     assert np.array_equal(images[5, 1], np.asarray(small.resize((32, 32), Image.Resampling.BILINEAR)))
 
 
-def test_digits_without_scikit_learn_say_what_to_install(load, monkeypatch):
+def test_digits_without_scikit_learn_are_an_error(load, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     refused(lambda: load("digits"), "--data digits", "pip install scikit-learn")
 
 
 @pytest.fixture
 def numbered(load, tmp_path):
-    """A source of different images, with 12, 9 and 7 of the three classes; in test, 5 of each."""
+    """A folder of different images: 12, 9 and 7 training images of three classes, and 5 test images of each."""
     sizes = {"train": (12, 9, 7), "test": (5, 5, 5)}
     names = [
         f"{s}/{'abc'[c]}/{i:02}.png" for s, counts in sizes.items() for c, n in enumerate(counts) for i in range(n)
@@ -543,7 +543,7 @@ def numbers(split: dataset.Split) -> list[int]:
     return split.images[:, 0, 0, 0].tolist()
 
 
-def test_a_hold_out_is_disjoint_and_the_same_for_every_train_size(numbered):
+def test_validation_images_are_disjoint_from_training_and_do_not_depend_on_train_size(numbered):
     one = numbered(val_size=7)
     assert sorted(numbers(one.val) + numbers(one.train)) == numbers(numbered().train)
     assert numbers(one.train) == sorted(numbers(one.train))
@@ -554,24 +554,24 @@ def test_a_hold_out_is_disjoint_and_the_same_for_every_train_size(numbered):
         assert not set(numbers(other.val)) & set(numbers(other.train))
 
 
-def test_choices_depend_on_split_seed_only(numbered):
+def test_random_choices_depend_on_split_seed(numbered):
     sizes = {"train_size": 9, "test_size": 6, "val_size": 3}
     one, again, other = numbered(**sizes), numbered(**sizes), numbered(**sizes, split_seed=1)
     for split in ("train", "test", "val"):
         assert numbers(getattr(one, split)) == numbers(getattr(again, split))
         assert numbers(getattr(one, split)) != numbers(getattr(other, split))
     assert numbers(numbered(test_size=6).test) == numbers(one.test)
-    # each choice has its own stream: the same size from the same images gives another set
+    # Each choice has its own random stream: the same size gives different images.
     assert numbers(numbered(val_size=9).val) != numbers(numbered(train_size=9).train)
 
 
-def test_the_digest_is_that_of_the_whole_source(load, tmp_path, numbered):
+def test_the_digest_depends_on_the_whole_source(load, tmp_path, numbered):
     digests = {numbered().digest, numbered(val_size=3).digest, numbered(train_size=3).digest}
     assert len(digests) == 1
     files = pictures()
     renamed = {name.replace("cat", "cow"): content for name, content in files.items()}
     relabelled = {name.replace("cat", "x").replace("dog", "cat").replace("x", "dog"): c for name, c in files.items()}
-    # the last cat becomes the first dog, so the images keep their order
+    # The last cat becomes the first dog, so the order of the images is the same.
     moved = {name.replace("train/cat/2", "train/dog/+2"): content for name, content in files.items()}
     repainted = files | {"train/cat/0.png": random_png(99)}
     for number, other in enumerate((files, renamed, relabelled, moved, repainted)):
@@ -582,19 +582,19 @@ def test_the_digest_is_that_of_the_whole_source(load, tmp_path, numbered):
 @pytest.mark.parametrize(
     ("sizes", "flag", "least", "largest"),
     [
-        ({"train_size": 24}, "--train-size 24", 3, 23),  # seven each and one more of the two larger classes
+        ({"train_size": 24}, "--train-size 24", 3, 23),  # 7 images of each class, and 8 of the two larger ones
         ({"train_size": 2}, "--train-size 2", 3, 23),  # a class would have none
         ({"train_size": 21, "val_size": 3}, "--train-size 21", 3, 20),
         ({"test_size": 16}, "--test-size 16", 1, 15),
-        ({"val_size": 21}, "--val-size 21", 1, 20),  # one image of the smallest class is left to train on
+        ({"val_size": 21}, "--val-size 21", 1, 20),  # one image of each class must remain for training
     ],
 )
-def test_an_impossible_size_is_named_with_the_largest_possible_one(numbered, sizes, flag, least, largest):
+def test_an_impossible_size_is_an_error_with_the_possible_range(numbered, sizes, flag, least, largest):
     refused(lambda: numbered(**sizes), f"{flag}: expected {least} to {largest}.")
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("train", range(3, 24)), ("test", range(1, 16)), ("val", range(1, 21))])
-def test_each_size_up_to_the_largest_is_balanced_and_in_order(numbered, name, sizes):
+def test_subsets_of_every_size_are_balanced_and_in_order(numbered, name, sizes):
     whole = numbered().test if name == "test" else numbered().train
     for size in sizes:
         loaded = numbered(**{f"{name}_size": size})
@@ -607,6 +607,6 @@ def test_each_size_up_to_the_largest_is_balanced_and_in_order(numbered, name, si
         assert np.array_equal(part.labels, whole.labels[rows])
 
 
-def test_the_folder_that_a_script_writes_to_is_no_data_set(load, tmp_path):
+def test_the_folder_of_the_cache_is_no_data_set(load, tmp_path):
     (tmp_path / "a").mkdir()
-    refused(lambda: load(tmp_path), str(tmp_path), "data/, where decoded images are kept", "start from another folder")
+    refused(lambda: load(tmp_path), str(tmp_path), "data/, the folder of decoded images", "from another folder")

@@ -1,4 +1,4 @@
-"""Several processes: N of them train as one does that takes their shares in turn."""
+"""Several processes: the same training as in one process, errors, signals and restarts."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def free_port():
 
 
 def environment(rank, world_size, port):
-    """What torchrun tells a process."""
+    """The environment variables that torchrun sets for a process."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUTF8": "1",
@@ -47,7 +47,7 @@ def forks():
 
 @pytest.fixture
 def run(forks, tmp_path):
-    """Train in so many processes: their exit statuses, and what each printed. tests/tiny_run.py explains the rest."""
+    """Run tests/tiny_run.py in `world_size` processes; return their exit statuses and what each printed."""
 
     def run_processes(world_size, changes=None, *fault):
         argv = [str(tmp_path), json.dumps(changes or {}), *fault]
@@ -92,7 +92,7 @@ def finish(process, seconds=150):
 
 
 @pytest.mark.parametrize("batch_size", [8, 11, 16])
-def test_the_processes_shares_of_a_batch_make_up_the_batch(monkeypatch, tmp_path, batch_size):
+def test_the_processes_parts_of_a_batch_make_up_the_batch(monkeypatch, tmp_path, batch_size):
     data, settings = tiny_images().train, tiny_recipe_in(tmp_path).augmentation()
     whole = list(TrainLoader(data, batch_size, settings).epoch(1, start=1))
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
@@ -111,13 +111,15 @@ def test_processes_on_gpus_exchange_signals_every_16_steps(monkeypatch, device, 
     monkeypatch.setattr(distributed, "all_reduce_max", lambda number: asked.append(number) or number)
     stop = StopSignals()
     stop.number = signal.SIGTERM
-    stopped = [stop.after_step(step, torch.device(device)) for step in range(1, 41)]
+    stopped = [stop.should_stop(step, torch.device(device)) for step in range(1, 41)]
     assert len(asked) == sum(stopped) == exchanges
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 6), (3, 8)])
 @pytest.mark.parametrize("settings", [{}, {**ALL_ON, "ema_horizon": 0.5}], ids=["baseline", "all on"])
-def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, world_size, batch_size, settings):
+def test_several_processes_equal_a_plain_loop_over_their_parts_of_a_batch(
+    run, tmp_path, world_size, batch_size, settings
+):
     settings = {**settings, "batch_size": batch_size}
     statuses, logs = run(world_size, settings)
     assert statuses == world_size * [0], logs
@@ -126,8 +128,8 @@ def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, w
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world_size)]
     for one in found:
         assert without_times(one["history"]) == without_times(found[0]["history"])
-        for name, value in tested.items():  # the norms' statistics are the first process's, in all of them
-            if "num_batches" in name:  # which a moving average does not have
+        for name, value in tested.items():  # with the batch-norm statistics of the first process
+            if "num_batches" in name:  # not averaged by the EMA
                 continue
             torch.testing.assert_close(one["model"][name], value, rtol=1e-9, atol=1e-9)
     for row, expected in zip(found[0]["history"], history, strict=True):
@@ -138,19 +140,19 @@ def test_processes_train_as_one_that_takes_their_shares_in_turn(run, tmp_path, w
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-9, atol=1e-9)
     assert len(read_csv(tmp_path / "plots" / "tiny.csv")) == 3
     assert f"in {world_size} processes" in logs[0]
-    assert f"batches of {batch_size} images, over all processes" in logs[0]
-    assert logs[1:] == (world_size - 1) * [""], "one process alone prints"
+    assert f"batches of {batch_size} images over all processes" in logs[0]
+    assert logs[1:] == (world_size - 1) * [""], "only rank 0 prints"
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(run, tmp_path):
     settings = {**ALL_ON, "epochs": 6, "batch_size": 8, "resume": True}
     for world_size, fault in ((2, "1:5"), (3, "1:6")):
         (tmp_path / "killed").unlink(missing_ok=True)
         statuses, logs = run(world_size, settings, fault)
         assert statuses[1] == -signal.SIGKILL
         assert statuses[0] == 2
-        assert "another process of this run is gone" in logs[0]
+        assert "another process of this run has died" in logs[0]
         assert "Traceback" not in logs[0]
     assert run(1, settings)[0] == [0]
     content = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")
@@ -168,14 +170,14 @@ def test_a_loss_that_is_not_finite_ends_all_processes(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"batch_size": 3}, "--batch-size 3 of 22 images leaves fewer than two for each of 2 processes"),
+        ({"batch_size": 3}, "--batch-size 3 with 22 training images leaves fewer than two for each of 2 processes"),
         ({"batch_size": 6, "sync_bn": True}, "--sync-bn needs several processes on CUDA; found 2 on CPU"),
         ({"batch_size": 6, "reference": "nowhere.csv"}, "nowhere.csv"),
-        ({"batch_size": 6}, "exists already"),
+        ({"batch_size": 6}, "already exists"),
     ],
 )
-def test_what_cannot_be_done_is_said_by_the_first_process_alone(run, tmp_path, changes, words):
-    if words == "exists already":
+def test_an_error_common_to_all_processes_is_printed_once(run, tmp_path, changes, words):
+    if words == "already exists":
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints" / "tiny.pt").touch()
     statuses, logs = run(2, changes)
@@ -185,14 +187,14 @@ def test_what_cannot_be_done_is_said_by_the_first_process_alone(run, tmp_path, c
     assert logs[1] == ""
 
 
-def test_mps_is_for_one_process(run):
+def test_mps_allows_one_process(run):
     statuses, logs = run(2, {"batch_size": 6, "device": "mps"})
     assert statuses == [2, 2]
     assert "--device mps has one GPU" in logs[0]
 
 
 @pytest.mark.slow
-def test_torchrun_names_the_process_that_dies_and_goes_on_from_the_checkpoint(run, tmp_path):
+def test_torchrun_names_a_dead_process_and_restarts_from_the_checkpoint(run, tmp_path):
     arguments = [str(tmp_path), json.dumps({"batch_size": 6, "resume": True}), "1:6"]
     out, err, status = finish(torchrun(2, tmp_path, arguments, "--standalone", "--max-restarts=1"))
     assert status == 0, err
@@ -207,8 +209,8 @@ def test_torchrun_names_the_process_that_dies_and_goes_on_from_the_checkpoint(ru
 
 
 @pytest.mark.parametrize(("world_size", "said"), [("2", "done\n"), ("1", "done\ntaken down\n")])
-def test_one_of_several_processes_ends_without_taking_python_down(world_size, said):
-    """Or else a thread of Gloo's, late with the last exchange, aborts about every fourth that ends right behind it."""
+def test_one_of_several_processes_exits_without_pythons_shutdown(world_size, said):
+    """With Python's shutdown, a Gloo thread aborted about one in four processes that exited after a collective."""
     code = "import atexit; atexit.register(print, 'taken down')"
     code += "; from common import errors; errors.run(lambda: print('done') or 3)"
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "WORLD_SIZE": world_size}
@@ -242,7 +244,7 @@ def test_a_signal_to_torchrun_saves_the_step(tmp_path, number):
     process = torchrun(2, tmp_path, [str(tmp_path), json.dumps({"batch_size": 6, "epochs": 30_000})])
     while "epoch     2/" not in (line := process.stdout.readline()):
         assert line, process.communicate()
-    os.killpg(process.pid, number)  # as a terminal does; torchrun then sends its own
+    os.killpg(process.pid, number)  # as a terminal does; torchrun then sends the signal again
     out, err, status = finish(process)
     assert status != 0
     assert "saved to" in out, err
@@ -250,8 +252,8 @@ def test_a_signal_to_torchrun_saves_the_step(tmp_path, number):
     assert 2 <= content["training"]["epoch"] == len(content["history"]) < 30_000
 
 
-def test_data_that_is_not_there_ends_two_processes_without_a_traceback(tmp_path):
-    """Without torchrun, which might end the second before it can say anything."""
+def test_missing_data_ends_two_processes_without_a_traceback(tmp_path):
+    """Without torchrun, which might kill the second process before it prints anything."""
     port = free_port()
     processes = [
         subprocess.Popen(
@@ -267,12 +269,12 @@ def test_data_that_is_not_there_ends_two_processes_without_a_traceback(tmp_path)
     (_, first, status), (_, second, second_status) = map(finish, processes)
     assert (status, second_status) == (2, 2), [first, second]
     assert first.startswith("error: --data nowhere: there is no such folder")
-    assert "error in process 1: another process of this run is gone" in second
+    assert "error in process 1: another process of this run has died" in second
     assert "Traceback" not in first + second
 
 
 @pytest.mark.slow
-def test_a_script_itself_trains_in_two_processes(tmp_path):
+def test_a_script_trains_in_two_processes(tmp_path):
     flags = "--data digits --image-size 16 --train-size 60 --test-size 20 --width 0.25 --epochs 1 --batch-size 20"
     out, err, status = finish(torchrun(2, tmp_path, [*flags.split(), "--device", "cpu"], script="mobilenetv2.py"))
     assert status == 0, err

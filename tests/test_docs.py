@@ -1,4 +1,4 @@
-"""What README.md and docs/python.md say, done: the code runs, and photos become a tested, exported ensemble."""
+"""README.md and docs/python.md: their code runs, and their commands train, test and export an ensemble."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from command_line import SIZES, in_a_process
+from command_line import SIZES, in_subprocess
 from conftest import ROOT, assert_same
 from PIL import Image
 
@@ -37,19 +37,19 @@ raise SystemExit(0)
 
 
 def blocks():
-    """The code blocks, each with the file that it is for, or ""."""
+    """The code blocks, each with the file to which it belongs, or ""."""
     return [(title, textwrap.dedent(code)) for _, title, code in BLOCK.findall(TEXT)]
 
 
 def python(folder, *arguments):
-    done = in_a_process(folder, *arguments)
+    done = in_subprocess(folder, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture
 def copied(tmp_path):
-    """A copy of the project, without what is not its own."""
+    """A copy of the project's Python files."""
     names = ["models", "common", "dataset", "training", "evaluation", "plotting", *(p.name for p in ROOT.glob("*.py"))]
     for name in names:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -62,13 +62,13 @@ def test_the_code_runs(copied):
     printed = python(copied, "-c", code).splitlines()
     accuracy = next(line for line in printed if re.fullmatch(r"[01]\.\d+", line))
     assert float(accuracy) == checkpoint.read(copied / "checkpoints" / "mobilenetv2.pt")["history"][3]["test_accuracy"]
-    assert float(accuracy) > 0.5, "the example ought to learn"
+    assert float(accuracy) > 0.5, "the example should learn"
     assert printed[-1].startswith("['")
     assert checkpoint.read(copied / "checkpoints" / "mobilenetv2.pt")["finished"]
     assert (copied / "plots" / "mobilenetv2.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_network_of_ones_own_joins_the_ensemble_in_three_steps(copied):
+def test_your_own_network_joins_the_ensemble_in_three_steps(copied):
     steps = [(title, code) for title, code in blocks() if title and title != "training/loop.py"]
     assert [title for title, _ in steps] == ["models/smallnet.py", "models/__init__.py", "smallnet.py"]
     for title, code in steps:
@@ -80,7 +80,7 @@ def test_a_network_of_ones_own_joins_the_ensemble_in_three_steps(copied):
     assert "without smallnet:" in said
 
 
-def test_another_optimizer_is_one_line(copied):
+def test_another_optimizer_needs_one_line(copied):
     ((_, code),) = [block for block in blocks() if block[0] == "training/loop.py"]
     path = copied / "training" / "loop.py"
     text = path.read_text(encoding="utf-8")
@@ -97,13 +97,13 @@ def test_another_optimizer_is_one_line(copied):
     assert_same(half["model"], whole["model"])
 
 
-# Images of each class in train and test: unbalanced, with names in several alphabets.
+# Number of training and test images by class: unbalanced, with names in several scripts.
 CLASSES = {"café crème": (24, 6), "Äpfel": (15, 5), "猫": (9, 4)}
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Pictures of about 48×48 pixels; each class has a tint."""
+    """Images of about 48×48 pixels; each class has its own tint."""
     rng = np.random.default_rng(0)
     for number, (name, sizes) in enumerate(CLASSES.items()):
         for split, count in zip(("train", "test"), sizes, strict=True):
@@ -117,13 +117,13 @@ def photos(tmp_path):
 
 
 def commands():
-    """The commands of the README's section."""
+    """The commands in the README's section about your own images."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own images")[1]
     block = re.search(r"```\n(.*?)```", section, re.DOTALL)[1]
     return [shlex.split(line) for line in block.splitlines()]
 
 
-def test_the_readmes_five_commands_lead_to_an_exported_ensemble(photos):
+def test_the_readmes_five_commands_export_an_ensemble(photos):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     lines = commands()

@@ -1,4 +1,4 @@
-"""models/ensemble.py and what its members cost: from checkpoints to probabilities, all at once or as a cascade."""
+"""models/ensemble.py and evaluation/cost.py: averages, cascades, and accuracy against cost."""
 
 import json
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def paths(train, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("average", models.ensemble.AVERAGES)
-def test_an_ensemble_gives_the_average_of_its_members(paths, images, average):
+def test_an_ensemble_averages_its_members(paths, images, average):
     changed(paths[1], lambda content: content["data"].update(mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4]))
     ensemble = members.load(paths, average=average)
     assert (ensemble.classes, ensemble.image_size, ensemble.training) == (["red", "green", "blue"], 8, False)
@@ -44,11 +44,11 @@ def test_an_ensemble_gives_the_average_of_its_members(paths, images, average):
     probs = ensemble(images)
     assert (probs.dtype, probs.shape) == (torch.float32, (11, 3))
     torch.testing.assert_close(probs, average_probs(torch.stack(logits), average), rtol=1e-5, atol=1e-6)
-    assert probs.std(0).min() > 1e-4, "the output ought to depend on the image"
+    assert probs.std(0).min() > 1e-4, "the output should depend on the image"
 
 
 @pytest.mark.parametrize("average", models.ensemble.AVERAGES)
-def test_a_temperature_divides_the_logarithms_of_what_was_averaged(average):
+def test_a_temperature_divides_the_log_of_the_average(average):
     logits = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (3, 50, 7)))
     for temperature in (0.5, 1.0, 3.0):
         powers = average_probs(logits, average).pow(1 / temperature)
@@ -56,12 +56,12 @@ def test_a_temperature_divides_the_logarithms_of_what_was_averaged(average):
         torch.testing.assert_close(average_probs(logits, average, temperature), expected)
 
 
-def test_no_member_is_no_ensemble():
+def test_an_ensemble_without_members_is_refused():
     with pytest.raises(UserError, match="none is given"):
         members.load([])
 
 
-def test_images_that_it_was_not_trained_for_are_refused(paths, images):
+def test_images_of_another_dtype_or_shape_are_refused(paths, images):
     ensemble = members.load(paths)
     for wrong in (images / 255, images[0], images[:, :, :4], images[:, :1]):  # floats, one image, another size, grey
         with pytest.raises(ValueError, match=r"expected torch\.uint8, values 0 to 255, of shape \(B, 3, 8, 8\)"):
@@ -70,9 +70,9 @@ def test_images_that_it_was_not_trained_for_are_refused(paths, images):
 
 
 COSTS = [
-    {"name": "dear", "milliseconds": 30.0, "multiply_adds": 300},
+    {"name": "expensive", "milliseconds": 30.0, "multiply_adds": 300},
     {"name": "cheap", "milliseconds": 2.0, "multiply_adds": 10},
-    {"name": "middling", "milliseconds": 9.0, "multiply_adds": 90},
+    {"name": "medium", "milliseconds": 9.0, "multiply_adds": 90},
 ]
 ORDER = [1, 2, 0]  # of COSTS, the cheapest first
 
@@ -87,7 +87,7 @@ def made_up():
 
 
 def plain_cascade(probs, threshold):
-    """One image after the other: probabilities, and how many members saw each."""
+    """The cascade image by image: probabilities, and how many members ran on each image."""
     results, counts = [], []
     for image in range(probs.shape[1]):
         for count in range(1, len(probs) + 1):
@@ -99,13 +99,13 @@ def plain_cascade(probs, threshold):
     return torch.stack(results), counts
 
 
-def test_its_rows_have_the_cost_of_what_each_member_saw(made_up):
+def test_cascade_rows_have_the_cost_of_the_members_that_ran(made_up):
     rows = cost.cascade_rows(made_up.probs, made_up.labels, COSTS)
     assert [row["threshold"] for row in rows] == list(cost.THRESHOLDS)
     for row in rows:
         expected, counts = plain_cascade(made_up.probs[ORDER], row["threshold"])
         shares = [np.mean([count > place for count in counts]) for place in range(3)]
-        assert list(row["seen"]) == ["cheap", "middling", "dear"]
+        assert list(row["seen"]) == ["cheap", "medium", "expensive"]
         assert list(row["seen"].values()) == pytest.approx(shares)
         assert row["milliseconds"] == pytest.approx(2 * shares[0] + 9 * shares[1] + 30 * shares[2])
         assert row["multiply_adds"] == pytest.approx(10 * shares[0] + 90 * shares[1] + 300 * shares[2])
@@ -115,25 +115,25 @@ def test_its_rows_have_the_cost_of_what_each_member_saw(made_up):
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (3, 7), (6, 63), (7, 7 + 21 + 7 + 1), (8, 8 + 28 + 8 + 1)])
-def test_which_subsets_there_are(count, expected):
+def test_the_number_of_subsets(count, expected):
     found = list(cost.subsets(count))
     assert len(found) == len(set(found)) == expected
     assert found[-1] == tuple(range(count))
 
 
-def test_subsets_have_their_own_average_and_cost(made_up):
+def test_subset_rows_have_the_average_and_the_cost_of_the_subset(made_up):
     rows = cost.subset_rows(made_up.logits, made_up.labels, COSTS, "softmax", 1.0)
-    assert [row["members"] for row in rows[:4]] == [["dear"], ["cheap"], ["middling"], ["dear", "cheap"]]
+    assert [row["members"] for row in rows[:4]] == [["expensive"], ["cheap"], ["medium"], ["expensive", "cheap"]]
     mean = made_up.probs[[0, 2]].mean(0)
-    assert rows[4]["members"] == ["dear", "middling"]
+    assert rows[4]["members"] == ["expensive", "medium"]
     assert rows[4]["loss"] == pytest.approx(metrics.negative_log_likelihood(mean, made_up.labels))
     assert (rows[4]["milliseconds"], rows[4]["multiply_adds"]) == (39, 390)
-    # The whole has the ensemble's temperature, a single member has none.
+    # The temperature applies to averages, not to single members.
     warm = cost.subset_rows(made_up.logits, made_up.labels, COSTS, "softmax", 2.0)
     assert [one["loss"] == two["loss"] for one, two in zip(rows, warm, strict=True)] == [True] * 3 + [False] * 4
 
 
-def test_the_threshold_is_the_lowest_that_costs_no_accuracy(made_up):
+def test_the_lowest_threshold_without_loss_of_accuracy_is_picked(made_up):
     ensemble = made_up.probs.mean(0)
     value = cost.pick_threshold(made_up.logits, made_up.labels, COSTS)["value"]
     accuracies = {row["threshold"]: row["accuracy"] for row in cost.cascade_rows(made_up.probs, made_up.labels, COSTS)}
@@ -142,7 +142,7 @@ def test_the_threshold_is_the_lowest_that_costs_no_accuracy(made_up):
     assert all(accuracy < enough for threshold, accuracy in accuracies.items() if threshold < value)
 
 
-def test_the_picture_of_the_costs_is_whole(made_up, tmp_path):
+def test_the_legend_of_the_cost_plot_fits_in_the_figure(made_up, tmp_path):
     subsets = cost.subset_rows(made_up.logits, made_up.labels, COSTS, "softmax", 1.0)
     cascade = cost.cascade_rows(made_up.probs, made_up.labels, COSTS)
     figure = plot_cost(
@@ -152,10 +152,10 @@ def test_the_picture_of_the_costs_is_whole(made_up, tmp_path):
     box = legend.get_window_extent()
     assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
     assert len(legend.get_texts()) == 5
-    assert legend.get_title().get_text() == "A dear   B cheap   C middling"
+    assert legend.get_title().get_text() == "A expensive   B cheap   C medium"
 
 
-def test_doubtful_labels_are_the_least_probable(made_up):
+def test_doubtful_labels_are_the_least_probable_labels(made_up):
     probs = made_up.probs.mean(0)
     rows = report.doubtful_labels(probs, made_up.labels, "abcd")
     assert len(rows) == 50
@@ -172,7 +172,7 @@ def test_doubtful_labels_are_the_least_probable(made_up):
 
 @pytest.fixture
 def folder(tmp_path, train):
-    """Three checkpoints whose costs differ, and 30 pictures."""
+    """Three checkpoints with different costs, and 30 images."""
     for seed, (name, channels) in enumerate(zip(MEMBERS, (9, 3, 6), strict=True)):
         train(name=name, channels=channels, epochs=2, seed=seed)
     (tmp_path / "photos").mkdir()
@@ -191,12 +191,12 @@ CHEAPEST_FIRST = ["mobilenetv2", "resnext", "densenet"]
 
 
 def middle_threshold(folder):
-    """One at which some images stop at each member."""
+    """A threshold at which some images stop at each member."""
     probs = softmax(command_line.numpy_logits(folder, made_up_images(), CHEAPEST_FIRST))
     return float(np.median(probs[0].max(1)))
 
 
-def test_the_module_and_predict_and_the_rows_of_main_ens_agree(folder):
+def test_module_and_predict_equal_a_plain_cascade(folder):
     threshold = middle_threshold(folder)
     probs = torch.from_numpy(softmax(command_line.numpy_logits(folder, made_up_images(), CHEAPEST_FIRST)))
     expected, counts = plain_cascade(probs, threshold)
@@ -218,7 +218,7 @@ def test_the_module_and_predict_and_the_rows_of_main_ens_agree(folder):
     assert "seen by " + ", ".join(map("{} {}".format, CHEAPEST_FIRST, saw)) in done.stderr
 
 
-def test_only_images_of_low_confidence_go_on(folder):
+def test_only_images_of_low_confidence_reach_the_next_member(folder):
     ensemble = members.load(
         [folder / "checkpoints" / f"{name}.pt" for name in MEMBERS], cascade=middle_threshold(folder)
     )
@@ -239,14 +239,14 @@ def test_only_images_of_low_confidence_go_on(folder):
     [
         (["--cascade", "--threshold", "1.5"], "the threshold of the cascade is 1.5; it must be 0 to 1"),
         (["--cascade", "--checkpoints", "checkpoints/resnext.pt"], "there is only checkpoints/resnext.pt"),
-        (["--cascade", "--average", "logits"], "leave out --average logits"),
-        (["--cascade", "--temperature", "2"], "leave out --average logits and --temperature"),
+        (["--cascade", "--average", "logits"], "remove --average logits"),
+        (["--cascade", "--temperature", "2"], "remove --average logits and --temperature"),
     ],
 )
-def test_what_makes_no_cascade_is_refused(folder, flags, words):
+def test_an_invalid_cascade_is_refused(folder, flags, words):
     assert words in command_line.refused(folder, predict, "photos", *flags)
 
 
-def test_a_cascade_of_another_average_is_refused_in_python():
+def test_a_cascade_with_another_average_is_a_value_error():
     with pytest.raises(ValueError, match="averages softmax outputs"):
         Ensemble([], ["a"], 8, average="logits", cascade=0.9)

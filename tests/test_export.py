@@ -1,4 +1,4 @@
-"""export.py: one file that gives PyTorch's probabilities and says what they mean."""
+"""export.py: the exported file has PyTorch's probabilities and the right metadata."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ CLASSES = ["red", "grün", "blue"]
 
 @pytest.fixture
 def paths(train, tiny_data, tmp_path):
-    """Checkpoints of two members that are confident, and differ."""
+    """Checkpoints of two different members with confident predictions."""
 
     def change(content):
         content["model"]["classifier.weight"] *= 20
@@ -33,13 +33,13 @@ def paths(train, tiny_data, tmp_path):
 
 
 def some_images(count, size=8):
-    """Noise, of another tint in each image."""
+    """Noise with a different tint in each image."""
     rng = np.random.default_rng(count)
     return (rng.integers(0, 256, (count, 3, size, size)) * rng.random((count, 3, 1, 1))).astype(np.uint8)
 
 
 def opened(path):
-    """What a file gives for images and says of itself, in the ways that export.py's first lines tell."""
+    """The prediction function and the metadata of a file, read as the docstring of export.py shows it."""
     if path.suffix == ".onnx":
         session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
         return lambda images: session.run(None, {"images": images})[0], session.get_modelmeta().custom_metadata_map
@@ -57,7 +57,7 @@ def skip_without_packages(file_format):
     ("file", "average", "temperature"),
     [("a.onnx", "softmax", 1.0), ("b.onnx", "logits", 2.5), ("c.pt2", "softmax", 0.5), ("d.pt2", "logits", 1.0)],
 )
-def test_a_file_gives_the_ensembles_probabilities_and_says_what_it_is(paths, tmp_path, file, average, temperature):
+def test_an_exported_file_has_the_ensembles_probabilities_and_metadata(paths, tmp_path, file, average, temperature):
     skip_without_packages(file.partition(".")[2])
     chosen = ["--average", average, "--temperature", temperature, "--data", "digits", "--images", 70]
     printed = succeeded(tmp_path, export, *paths, "--output", f"new/{file}", *chosen).stdout
@@ -71,7 +71,7 @@ def test_a_file_gives_the_ensembles_probabilities_and_says_what_it_is(paths, tmp
         expected = ensemble(torch.from_numpy(some_images(count))).numpy()
         assert (probs.dtype, probs.shape) == (np.float32, (count, 3))
         np.testing.assert_allclose(probs, expected, rtol=0, atol=1e-6)
-    assert probs.std(0).max() > 0.05, "the output ought to depend on the image"
+    assert probs.std(0).max() > 0.05, "the output should depend on the image"
 
     assert json.loads(metadata["classes"]) == CLASSES
     assert json.loads(metadata["members"]) == ["tiny0", "tiny1"]
@@ -86,7 +86,7 @@ def test_a_file_gives_the_ensembles_probabilities_and_says_what_it_is(paths, tmp
 @torch.no_grad()
 @pytest.mark.parametrize("file_format", export.FORMATS)
 def test_a_real_network(file_format):
-    """A small MobileNetV2, untrained, but with norms that know their inputs and with clear answers."""
+    """A small, untrained MobileNetV2, but with batch-norm statistics and confident predictions."""
     skip_without_packages(file_format)
     torch.manual_seed(0)
     network = mobilenetv2(10, width=0.25)
@@ -101,10 +101,10 @@ def test_a_real_network(file_format):
     predict = export.FORMATS[file_format].read(export.FORMATS[file_format].write(ensemble, {}))
     for count in (1, 2, 7):
         torch.testing.assert_close(predict(images[:count]), ensemble(images[:count]), rtol=0, atol=1e-5)
-    assert ensemble(images).std(0).max() > 0.05, "the output ought to depend on the image"
+    assert ensemble(images).std(0).max() > 0.05, "the output should depend on the image"
 
 
-def test_the_default_checkpoints_and_only_one(paths, tmp_path):
+def test_default_checkpoints_and_a_single_network(paths, tmp_path):
     error = refused(tmp_path, export, "--output", "a.pt2")
     assert "has none of densenet.pt, mobilenetv2.pt, resnext.pt; train one" in error
     done = succeeded(tmp_path, export, paths[0], "--output", "a.model", "--format", "pt2", "--random", "--images", 1)
@@ -119,11 +119,11 @@ def test_the_default_checkpoints_and_only_one(paths, tmp_path):
 @pytest.mark.parametrize(
     ("source", "reason"), [("made up", "made up"), ("cifar10", "cifar-10-python.tar.gz: there is no such file")]
 )
-def test_without_the_training_images_it_takes_random_ones_and_says_so(paths, tmp_path, monkeypatch, source, reason):
+def test_without_the_data_set_random_images_are_used_with_a_warning(paths, tmp_path, monkeypatch, source, reason):
     monkeypatch.setattr(cifar10, "download_archive", lambda *_: pytest.fail("it downloads"))
     changed(paths[0], lambda content: content["data"].update(source=source))
     done = succeeded(tmp_path, export, paths[0], "--output", "a.pt2", "--images", 3)
-    assert "warning: the file is compared on random images" in done.stderr
+    assert "warning: comparing on random images" in done.stderr
     assert reason in done.stderr
     assert "on 3 random images" in done.stdout
 
@@ -132,7 +132,7 @@ def test_without_the_training_images_it_takes_random_ones_and_says_so(paths, tmp
     ("error", "words"),
     [(5e-5, ""), (2e-4, "by up to 2.0e-04, more than 1e-04"), (np.nan, "by up to nan, more than 1e-04")],
 )
-def test_a_file_that_differs_is_refused_and_the_old_one_stays(paths, tmp_path, monkeypatch, error, words):
+def test_a_file_with_different_probabilities_is_not_written(paths, tmp_path, monkeypatch, error, words):
     pt2 = export.FORMATS["pt2"]
     wrong = dataclasses.replace(pt2, read=lambda content: lambda images: pt2.read(content)(images) + error)
     monkeypatch.setitem(export.FORMATS, "pt2", wrong)
@@ -146,14 +146,14 @@ def test_a_file_that_differs_is_refused_and_the_old_one_stays(paths, tmp_path, m
     assert [path.read_bytes() == b"old" for path in (tmp_path / "out").iterdir()] == [words != ""]
 
 
-def test_missing_packages_are_named(tmp_path, monkeypatch):
+def test_missing_packages_are_an_error(tmp_path, monkeypatch):
     for package, found in (("onnx", None), ("onnxscript", None), ("onnxruntime", sys)):
         monkeypatch.setitem(sys.modules, package, found)
     error = refused(tmp_path, export, "--output", "a.onnx")
     assert error == "error: the format onnx needs the packages onnx, onnxscript: pip install onnx onnxscript\n"
 
 
-def test_packages_that_are_too_old_for_pytorch_are_named(paths, tmp_path, monkeypatch):
+def test_packages_that_are_too_old_are_an_error(paths, tmp_path, monkeypatch):
     def write(*_):
         raise ModuleNotFoundError("No module named 'onnxscript.torch_2_11'")
 
@@ -167,7 +167,7 @@ def test_packages_that_are_too_old_for_pytorch_are_named(paths, tmp_path, monkey
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--output", "a.bin"], "--output a.bin: its ending names no format; expected one of .onnx, .pt2"),
+        (["--output", "a.bin"], "--output a.bin: unknown extension; expected one of .onnx, .pt2"),
         (["--output", "a.pt2", "--images", "0"], "--images is 0"),
         (["--output", "a.pt2", "--data", "nowhere"], "nowhere"),
         (["--output", "file/a.pt2", "--random"], "file: the file could not be written"),
@@ -178,7 +178,7 @@ def test_packages_that_are_too_old_for_pytorch_are_named(paths, tmp_path, monkey
         (["checkpoints/broken.pt", "--output", "a.pt2", "--random"], "broken.pt: its predictions are not finite"),
     ],
 )
-def test_mistakes_are_named_before_the_work(paths, tmp_path, monkeypatch, flags, words):
+def test_mistakes_are_errors_before_the_export(paths, tmp_path, monkeypatch, flags, words):
     (tmp_path / "file").write_bytes(b"")
     changed(paths[1], overflow, tmp_path / "checkpoints" / "broken.pt")
     monkeypatch.setattr(torch.export, "export", None)

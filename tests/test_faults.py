@@ -1,6 +1,6 @@
-"""Runs that are killed again and again, at any moment, against runs that were left alone: bit for bit.
+"""Runs that are killed or stopped many times, at any moment, end bit-identical to uninterrupted runs.
 
-FAULTS=N says how many kills there are, half as many Ctrl-Cs and SIGTERMs besides; `make test-faults` has 200.
+FAULTS=N is the number of kills; there are half as many signals (SIGINT and SIGTERM). `make test-faults` has 200 kills.
 """
 
 import os
@@ -29,12 +29,12 @@ FLAGS = [
     "mobilenetv2.py", "--data", "digits", "--image-size", "16", "--train-size", "200", "--test-size", "50",
     "--width", "0.25", "--device", "cpu", "--batch-size", "32", "--compile", "none", "--resume",
 ]  # fmt: skip
-WRITING = ("before", "fsync", "replace", "after")  # the moments of a file's writing at which a process can kill itself
-MOST_SECONDS = 1.5  # that a process is left alone: a few epochs
+WRITING = ("before", "fsync", "replace", "after")  # moments during a write at which a process can kill itself
+MAX_SECONDS = 1.5  # until a process is killed or stopped: enough for a few epochs
 
 
 def train(folder: str, flags: list[str], log: str, moment: str | None, count: int) -> None:
-    """What a process does: the script's main; with `moment`, until that moment of the file number `count` it writes."""
+    """Run the script's main. With `moment`, the process kills itself at that moment of its write number `count`."""
     import torch
 
     import mobilenetv2
@@ -44,7 +44,7 @@ def train(folder: str, flags: list[str], log: str, moment: str | None, count: in
     torch.set_num_threads(1)
     if moment:
         die_writing(moment, count)
-    sys.stdout = sys.stderr = open(log, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (for a traceback as well)
+    sys.stdout = sys.stderr = open(log, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (catches tracebacks too)
     errors.run(mobilenetv2.main)
 
 
@@ -57,7 +57,7 @@ def die_writing(moment: str, count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def dying_fsync(number: int) -> None:
-        if moment == "before":  # some of the file is still in Python's or the system's buffers
+        if moment == "before":  # a part of the file is still in a buffer of Python or the system
             die()
         fsync(number)
         if moment == "fsync":
@@ -75,13 +75,13 @@ def die_writing(moment: str, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def forks():
-    # Of 200 processes that begin by importing PyTorch most would die importing.
+    # If each of 200 processes imported PyTorch first, most would be killed during the import.
     with tiny_run.forkserver("mobilenetv2", "sklearn.datasets", "torchvision.transforms.v2", "test_faults") as context:
         yield context
 
 
 class Chain:
-    """A run in a folder of its own that is started again and again."""
+    """A run in its own folder that is started many times."""
 
     def __init__(self, forks, folder, *flags):
         self.forks, self.folder, self.flags = forks, folder, list(map(str, flags))
@@ -98,7 +98,7 @@ class Chain:
         return process
 
     def check(self):
-        """What holds after any end: nothing that was reported is lost, and the files are whole."""
+        """Check what must be true after every end: no reported epoch is lost, and the files are undamaged."""
         said = self.log.read_text() if self.log.exists() else ""
         assert "Traceback" not in said, said
         reported = [line for line in said.splitlines() if line.startswith("epoch ")]
@@ -107,7 +107,7 @@ class Chain:
             content = checkpoint.read(self.path)
             self.done = content["training"]["epoch"]
             curves = self.folder / "plots" / "mobilenetv2.csv"
-            if curves.exists():  # after a kill it may lack the checkpoint's last epoch, which a resumed run puts there
+            if curves.exists():  # after a kill it may lack the last epoch, which the resumed run adds
                 rows = read_csv(curves)
                 assert rows == content["history"][: len(rows)]
                 assert len(rows) >= self.done - 1
@@ -130,69 +130,69 @@ class Chain:
         return content
 
 
-def assert_as_undisturbed(chain):
-    alone = Chain(chain.forks, chain.folder.with_name("undisturbed"), *chain.flags)
+def assert_equals_uninterrupted(chain):
+    alone = Chain(chain.forks, chain.folder.with_name("uninterrupted"), *chain.flags)
     assert_same(chain.finish(), alone.finish())
     left = sorted(path.name for path in chain.folder.rglob("*") if path.is_file())
     assert left == ["log", "mobilenetv2.csv", "mobilenetv2.png", "mobilenetv2.pt"]
 
 
 def batches(total):
-    """Parts of `total` of FAULTS_IN_A_RUN or fewer, each with a number."""
+    """Split `total` into parts of at most FAULTS_IN_A_RUN, and number them."""
     return list(enumerate([min(FAULTS_IN_A_RUN, total - at) for at in range(0, total, FAULTS_IN_A_RUN)]))
 
 
 @pytest.mark.parametrize(("seed", "count"), batches(FAULTS))
-def test_killed_at_any_moment(forks, tmp_path, seed, count):
+def test_kills_at_any_moment(forks, tmp_path, seed, count):
     rng, epochs = random.Random(seed), 3 * count
     chain = Chain(forks, tmp_path / "killed", "--seed", seed, "--epochs", epochs)
     killed = 0
     while killed < count and chain.done < epochs - 1:
-        if rng.random() < 0.5:  # by itself, while it writes the checkpoint or the CSV
+        if rng.random() < 0.5:  # it kills itself while it writes the checkpoint or the CSV
             process = chain.start(rng.choice(WRITING), rng.randrange(1, 7))
         else:
             process = chain.start()
-            time.sleep(rng.uniform(0, MOST_SECONDS))
+            time.sleep(rng.uniform(0, MAX_SECONDS))
             process.kill()
         process.join(60)
         assert process.exitcode in (-signal.SIGKILL, 0), chain.log.read_text()
         killed += process.exitcode != 0
         chain.check()
     assert killed == count, "the run was finished too early; give it more epochs"
-    assert_as_undisturbed(chain)
+    assert_equals_uninterrupted(chain)
 
 
 @pytest.mark.parametrize(("seed", "count"), batches(FAULTS // 2))
-def test_stopped_at_any_moment(forks, tmp_path, seed, count):
+def test_signals_at_any_moment(forks, tmp_path, seed, count):
     rng, epochs = random.Random(1000 + seed), 4 * count
     chain = Chain(forks, tmp_path / "stopped", "--seed", seed, "--epochs", epochs, "--val-size", 40)
     saved = 0
     for number in rng.choices([signal.SIGINT, signal.SIGTERM], k=count):
         process = chain.start()
-        time.sleep(rng.uniform(0.3, MOST_SECONDS))
+        time.sleep(rng.uniform(0.3, MAX_SECONDS))
         os.kill(process.pid, number)
         process.join(60)
         said = chain.check()
-        # Before the script has begun, Python itself ends on the signal.
+        # Before the script has started, the signal ends Python.
         assert process.exitcode in (0, 128 + number, -number, 1), said
         if "stopped in epoch" in said:
             assert process.exitcode == 128 + number
             assert "the same command with --resume continues from there" in said
             step = int(said.split("after step ")[1].split()[0])
-            assert checkpoint.read(chain.path)["training"]["step"] == step, "no more than the step in flight is lost"
+            assert checkpoint.read(chain.path)["training"]["step"] == step, "at most the current step is lost"
             saved += 1
-    assert saved > 0, "no signal came while it trained"
-    assert_as_undisturbed(chain)
+    assert saved > 0, "no signal came during training"
+    assert_equals_uninterrupted(chain)
 
 
-def test_a_second_signal_quits_at_once_and_the_files_are_whole(forks, tmp_path):
+def test_a_second_signal_exits_at_once_and_damages_no_file(forks, tmp_path):
     chain = Chain(forks, tmp_path / "twice", "--epochs", 1000)
     process = chain.start()
     while not chain.path.exists() and process.is_alive():
         time.sleep(0.05)
-    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):  # both at once, however busy it is
+    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):  # so that both arrive at once
         os.kill(process.pid, number)
     process.join(20)
     assert process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-    assert "stopped in epoch" not in chain.check(), "as it says after one signal"
+    assert "stopped in epoch" not in chain.check(), "that is the message after one signal"
     assert chain.done >= 1

@@ -1,4 +1,4 @@
-"""Logits as the network computes them, and as they come back from the cache next to the checkpoint."""
+"""evaluation/logits.py: the logits of checkpoints, and their cache."""
 
 import io
 import shutil
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def contents(train, tmp_path):
-    """Two checkpoints, each with its path."""
+    """Two checkpoints: paths and contents."""
     for seed in range(2):
         train(name=f"tiny{seed}", epochs=1, seed=seed)
     return [(path, checkpoint.read(path)) for path in sorted((tmp_path / "checkpoints").glob("*.pt"))]
@@ -32,7 +32,7 @@ def member_logits(*arguments, **settings):
     return logits_cache.member_logits(*arguments, **settings)[0]
 
 
-def test_the_time_they_took_is_stored_with_them(contents, images, monkeypatch):
+def test_the_time_is_cached_with_the_logits(contents, images, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(logits_cache.time, "perf_counter", lambda: now.append(now[-1] + 0.22) or now[-1])
     arguments = (contents, images, CPU)
@@ -47,7 +47,9 @@ def stored(contents):
     return sorted((contents[0][0].parent / logits_cache.CACHE).iterdir())
 
 
-def test_only_what_determines_the_logits_or_their_time_makes_another_file(contents, images, monkeypatch, tmp_path):
+def test_everything_that_determines_the_logits_or_their_time_is_in_the_cache_key(
+    contents, images, monkeypatch, tmp_path
+):
     first = member_logits(contents, images, CPU)
     forbid_building(monkeypatch)
     assert torch.equal(member_logits(contents[::-1], images, CPU), first.flip(0))
@@ -72,7 +74,7 @@ def test_only_what_determines_the_logits_or_their_time_makes_another_file(conten
         file.write("\n# edited\n")
     with monkeypatch.context() as patch:
         patch.setattr(models, "__file__", str(tmp_path / "models" / "__init__.py"))
-        patch.setattr(logits_cache, "sources", logits_cache.sources.__wrapped__)
+        patch.setattr(logits_cache, "models_digest", logits_cache.models_digest.__wrapped__)
         with pytest.raises(AssertionError, match="is built"):
             member_logits(contents, images, CPU)
     path = changed(contents[1][0], lambda content: content["model"]["classifier.bias"].add_(1))
@@ -92,7 +94,7 @@ def test_a_few_images_warm_up_before_the_time_is_taken(contents, images, monkeyp
     assert calls == [5, 11]
 
 
-def test_without_the_cache_nothing_is_stored_and_its_entry_is_removed(contents, images):
+def test_without_the_cache_nothing_is_stored_and_cached_logits_are_deleted(contents, images):
     member_logits(contents, images, CPU, cached=False)
     assert not (contents[0][0].parent / logits_cache.CACHE).exists()
     member_logits(contents, images, CPU)
@@ -101,7 +103,7 @@ def test_without_the_cache_nothing_is_stored_and_its_entry_is_removed(contents, 
     assert stored(contents) == []
 
 
-def test_a_checkpoint_that_is_replaced_meanwhile_keeps_its_logits(contents, images):
+def test_logits_are_cached_for_the_checkpoint_that_was_read(contents, images):
     old = member_logits(contents, images, CPU, cached=False)
     path = changed(contents[0][0], lambda content: content["model"]["classifier.bias"].add_(1))
     assert torch.equal(member_logits(contents, images, CPU), old)
@@ -135,13 +137,13 @@ def test_damaged_logits_are_computed_again(contents, images, capsys, damage):
     assert capsys.readouterr().err == ""
 
 
-def test_a_place_that_cannot_be_written_is_only_noted(contents, images, capsys, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_only_a_warning(contents, images, capsys, monkeypatch):
     expected = member_logits(contents, images, CPU, cached=False)
 
     def refuse(*arguments, **options):
         raise UserError("no room")
 
-    monkeypatch.setattr(files, "replacing", refuse)
+    monkeypatch.setattr(files, "atomic_write", refuse)
     assert torch.equal(member_logits(contents, images, CPU), expected)
     assert "warning: no room" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The training loop against a naive one, what it writes, what it refuses, a run in pieces against a whole one."""
+"""The training loop: compared with a naive loop, checkpoints and CSV, errors, signals, resumed runs."""
 
 import itertools
 import math
@@ -48,7 +48,7 @@ def csv_path(tmp_path):
 
 
 def at_call(number, action, *, training=True):
-    """An `on_forward` that calls `action(logits)` at forward pass `number`, from 0, of training or of evaluation."""
+    """An `on_forward` that calls `action(logits)` at forward pass `number` (from 0) of training or of evaluation."""
     calls = Counter()
 
     def on_forward(model, logits):
@@ -70,7 +70,7 @@ def send(*numbers):
 
 
 def assert_same_end(path, expected_path):
-    """Two checkpoints of one recipe tell of the same run; only how long it took and how it was started may differ."""
+    """Two checkpoints are of identical runs: everything but the times and the recipe (paths, --resume) is equal."""
     contents = [checkpoint.read(path), checkpoint.read(expected_path)]
     for content in contents:
         content["history"] = without_times(content["history"])
@@ -80,7 +80,7 @@ def assert_same_end(path, expected_path):
 
 @pytest.mark.parametrize("changes", [{}, ALL_ON], ids=["baseline", "all on"])
 @pytest.mark.parametrize("val", [False, True], ids=["", "val"])
-def test_weights_and_curves_are_those_of_a_naive_loop(
+def test_weights_and_history_equal_a_naive_loop(
     train, tiny, tiny_data, tiny_recipe, path, csv_path, monkeypatch, val, changes
 ):
     monkeypatch.setitem(utils.EVAL_PIXELS, "cpu", 4 * 8 * 8)  # the test images in three batches
@@ -90,10 +90,10 @@ def test_weights_and_curves_are_those_of_a_naive_loop(
     assert [row.keys() - TIMES for row in run.history] == [row.keys() for row in expected]
     for found, row in zip(run.history, expected, strict=True):
         assert {name: found[name] for name in row} == pytest.approx(row, rel=1e-5, abs=1e-6)
-    assert expected[-1]["train_loss"] < 0.95 * expected[0]["train_loss"], "the network ought to have learned"
+    assert expected[-1]["train_loss"] < 0.95 * expected[0]["train_loss"], "the network should learn"
     for name, value in model.state_dict().items():
         torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
-        if name != "norm.num_batches_tracked":  # which the average does not need
+        if name != "norm.num_batches_tracked":  # not averaged by the EMA
             torch.testing.assert_close(run.eval_model.state_dict()[name], tested[name], rtol=1e-5, atol=1e-6)
     assert all(row["seconds"] > 0 and row["images_per_second"] > 0 for row in run.history)
     assert read_csv(csv_path) == checkpoint.read(path)["history"] == run.history
@@ -103,7 +103,7 @@ def test_weights_and_curves_are_those_of_a_naive_loop(
 
 @pytest.mark.parametrize("each", ["epoch", "batch"])
 @pytest.mark.parametrize("warmup", [0.0, 0.2, 0.25])
-def test_the_rate_climbs_and_then_falls_without_a_leap(each, warmup):
+def test_the_learning_rate_rises_and_then_falls_smoothly(each, warmup):
     schedule = CosineSchedule(0.08, 0.0008, 10, 5, warmup, each)
     rates = [schedule(epoch, step) for epoch in range(10) for step in range(5)]
     changes = 10 if each == "epoch" else 50
@@ -113,12 +113,12 @@ def test_the_rate_climbs_and_then_falls_without_a_leap(each, warmup):
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert rates[0] == pytest.approx(0.08 / (warmup * changes) if warmup else 0.08)
     assert 0.0008 < rates[-1] < 0.005
-    assert len(set(rates)) in (changes, changes - 1)  # the climb's end and the cosine's start may be the same
+    assert len(set(rates)) in (changes, changes - 1)  # the last warm-up rate may equal the first cosine rate
     assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < (0.05 if each == "epoch" else 0.01)
 
 
 @pytest.mark.parametrize(("step_seconds", "least", "most"), [(0.01, 1, 1), (0.5, 3, 4)])
-def test_the_device_is_asked_once_a_second_and_at_the_end_of_an_epoch(train, monkeypatch, step_seconds, least, most):
+def test_the_sums_are_read_once_a_second_and_at_the_end_of_an_epoch(train, monkeypatch, step_seconds, least, most):
     clock, reads, read = [1000.0], [], loop.RunningSums.read
     monkeypatch.setattr(messages, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(loop.RunningSums, "read", lambda *arguments: reads.append(arguments[1]) or read(*arguments))
@@ -132,14 +132,14 @@ def test_the_device_is_asked_once_a_second_and_at_the_end_of_an_epoch(train, mon
         assert least <= reads.count(epoch) <= most
 
 
-def test_predict_keeps_its_batches_small_for_large_images(monkeypatch):
+def test_predict_uses_smaller_batches_for_larger_images(monkeypatch):
     monkeypatch.setitem(utils.EVAL_PIXELS, "cpu", 4 * 8 * 8)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     sizes = []
 
     def network(batch):
         sizes.append(len(batch))
-        assert not torch.backends.cudnn.benchmark, "each size would be searched for the fastest algorithm"
+        assert not torch.backends.cudnn.benchmark, "cuDNN would search for algorithms for each batch size"
         return torch.zeros(len(batch), 3)
 
     predict(network, torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"))
@@ -149,12 +149,12 @@ def test_predict_keeps_its_batches_small_for_large_images(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_device_that_is_not_there_is_refused(train):
+def test_a_missing_device_is_an_error(train):
     with pytest.raises(UserError, match=r"--device cuda.* finds no such device"):
         train(device="cuda")
 
 
-def test_with_validation_the_best_epoch_is_kept_beside_the_last(train, path, monkeypatch):
+def test_with_validation_the_checkpoint_has_the_best_and_the_last_weights(train, path, monkeypatch):
     accuracies = {"test": iter([0.9, 0.1, 0.2, 1.0]), "val": iter([0.2, 0.5, 0.5, 0.4])}
     contents, write = [], checkpoint.write
 
@@ -171,7 +171,7 @@ def test_with_validation_the_best_epoch_is_kept_beside_the_last(train, path, mon
     monkeypatch.setattr(checkpoint, "write", write_and_read)
     train(val=True, epochs=4, on_forward=at_call(2 * STEPS + 1, send(signal.SIGINT)))
     run = train(val=True, epochs=4, resume=True)
-    # The third is that of the signal; of two equal epochs the first one is kept.
+    # The third checkpoint was written after the signal. Of two equally good epochs, the first one is kept.
     assert [content["chosen"]["epoch"] for content in contents] == [1, 2, 2, 2, 2]
     assert {content["chosen"]["by"] for content in contents} == {"val_accuracy"}
     best, last = contents[1], contents[-1]
@@ -190,7 +190,7 @@ def test_a_checkpoint_describes_itself(train, path):
 
 
 @pytest.mark.parametrize("epochs_done", [0, 1])
-def test_a_disk_that_is_full_keeps_the_epoch_before_and_says_what_is_saved(train, path, monkeypatch, epochs_done):
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_error_says_what_is_saved(train, path, monkeypatch, epochs_done):
     kept = []
 
     def fill(_):
@@ -206,7 +206,7 @@ def test_a_disk_that_is_full_keeps_the_epoch_before_and_says_what_is_saved(train
 
 
 @pytest.mark.parametrize("folder", ["checkpoints", "plots"])
-def test_a_folder_that_vanishes_ends_the_run_and_is_not_made_anew(train, tmp_path, folder):
+def test_a_deleted_folder_ends_the_run_and_is_not_created_again(train, tmp_path, folder):
     def vanish(_):
         shutil.move(tmp_path / folder, tmp_path / "elsewhere")
 
@@ -226,12 +226,12 @@ def test_another_seed_trains_another_network(train):
 
 @pytest.fixture
 def in_background(monkeypatch):
-    """Save as on a GPU."""
+    """Save in the background, as on a GPU."""
     saver = checkpoint.Saver
     monkeypatch.setattr(checkpoint, "Saver", lambda recipe, **_: saver(recipe, in_background=True))
 
 
-def test_what_is_saved_in_the_background_is_what_stood_there_then(train, path, csv_path, monkeypatch, request):
+def test_saving_in_the_background_saves_the_state_at_the_end_of_the_epoch(train, path, csv_path, monkeypatch, request):
     train(name="whole", **ALL_ON)
     request.getfixturevalue("in_background")
     written, contents = checkpoint.write, []
@@ -254,7 +254,7 @@ def test_what_is_saved_in_the_background_is_what_stood_there_then(train, path, c
     assert_same_end(path, path.with_name("whole.pt"))
 
 
-def test_a_disk_that_fills_up_in_the_background_ends_the_run(train, monkeypatch, in_background):
+def test_an_error_while_saving_in_the_background_ends_the_run(train, monkeypatch, in_background):
     written = []
 
     def write(target, content):
@@ -263,10 +263,10 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run(train, monkeypatch,
 
     monkeypatch.setattr(checkpoint, "write", write)
     with pytest.raises(UserError, match=r"tiny\.pt: full"):
-        train(epochs=1)  # the last epoch's error is not lost either
+        train(epochs=1)  # also an error in the last epoch is raised
     with pytest.raises(UserError, match=r"tiny\.pt: full"):
         train()
-    assert written == [1, 1], "no epoch is written behind a lost one"
+    assert written == [1, 1], "after a failed write, no later epoch is written"
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run(train, monkeypatch,
         (MemoryError(), "memory", True),
     ],
 )
-def test_memory_that_runs_out_names_the_batch_size_and_a_smaller_one(train, path, error, memory, training):
+def test_out_of_memory_suggests_a_smaller_batch_size(train, path, error, memory, training):
     kept = []
 
     def run_out(_):
@@ -292,7 +292,7 @@ def test_memory_that_runs_out_names_the_batch_size_and_a_smaller_one(train, path
     assert path.read_bytes() == kept[0]
 
 
-def test_two_images_that_are_too_many_and_another_error(train):
+def test_out_of_memory_with_two_images_and_other_errors(train):
     with pytest.raises(UserError, match=r"--batch-size 2: .* try smaller images or a smaller network"):
         train(batch_size=2, on_forward=mock.Mock(side_effect=MemoryError))
     with pytest.raises(RuntimeError, match="shapes do not match"):
@@ -301,7 +301,7 @@ def test_two_images_that_are_too_many_and_another_error(train):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the files of Linux")
 @pytest.mark.parametrize("version", [None, 1, 2])
-def test_memory_that_is_free_is_what_the_container_allows(tmp_path, version):
+def test_free_memory_respects_the_limit_of_the_container(tmp_path, version):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  8000 kB\n")
     folder = tmp_path / "sys" / "fs" / "cgroup" / ("memory" if version == 1 else "")
@@ -331,7 +331,7 @@ def stop_and_spoil(logits):
     ("spoil", "number", "where"),
     [
         (times_nan, STEPS, "the loss is not finite at epoch 2, step 1"),
-        # A fourth class, without images, takes all the probability.
+        # A fourth class, without images, gets all the probability.
         (lambda logits: F.pad(logits - math.inf, (0, 1)), STEPS + 3, "the loss is not finite at epoch 2, step 4"),
         (times_nan, 2 * STEPS - 1, "the loss is not finite at epoch 2, step 6"),
         (stop_and_spoil, STEPS + 2, "the loss is not finite at epoch 2, step 3"),
@@ -339,7 +339,7 @@ def stop_and_spoil(logits):
     ],
     ids=["first step", "infinite", "last step", "with a signal", "evaluation"],
 )
-def test_a_loss_that_is_not_finite_is_named_and_nothing_of_it_saved(train, path, csv_path, spoil, number, where):
+def test_a_non_finite_loss_ends_the_run_and_is_not_saved(train, path, csv_path, spoil, number, where):
     kept = []
 
     def keep_and_spoil(logits):
@@ -357,7 +357,7 @@ def test_a_loss_that_is_not_finite_is_named_and_nothing_of_it_saved(train, path,
     ("number", "flags", "instead"),
     [(signal.SIGINT, {}, ""), (signal.SIGTERM, {"overwrite": True}, " instead of --overwrite")],
 )
-def test_a_signal_ends_after_the_step_and_says_how_to_go_on(train, path, capsys, number, flags, instead):
+def test_a_signal_stops_the_run_after_the_step_and_says_how_to_resume(train, path, capsys, number, flags, instead):
     before = signal.getsignal(number)
     run = train(on_forward=at_call(STEPS + 3, send(number)), **flags)
     assert run.exit_status == 128 + number
@@ -371,8 +371,8 @@ def test_a_signal_ends_after_the_step_and_says_how_to_go_on(train, path, capsys,
     assert f"resuming from {path}: epoch 2, step 5" in capsys.readouterr().out
 
 
-# Where each piece is signalled: in forward pass so-and-so of training or of evaluation, counted from the piece's start.
-# An evaluation is 3 batches of the test split, then 2 of the validation's if there is one.
+# When each part of a run gets a signal: at this forward pass of training or evaluation, counted from its start. An
+# evaluation has 3 batches of test images, then 2 of validation images, if there are any.
 PIECES = {
     "first step": [("train", 0)],
     "mid-epoch": [("train", 8)],
@@ -392,7 +392,7 @@ PIECES = {
     ids=["", "val", "all on, bfloat16", "val, all on"],
 )
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
-def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path, monkeypatch, pieces, settings):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(train, path, csv_path, monkeypatch, pieces, settings):
     monkeypatch.setitem(utils.EVAL_PIXELS, "cpu", 4 * 8 * 8)
     whole = train(**settings, name="whole")
     for kind, number in pieces:
@@ -409,13 +409,13 @@ def test_a_run_in_pieces_is_the_whole_run_to_the_last_bit(train, path, csv_path,
     assert without_times(read_csv(csv_path)) == without_times(whole_csv)
 
 
-def test_images_that_were_split_off_for_the_test_are_told_once(train, tiny_data, capsys):
+def test_a_split_off_test_set_is_printed_once(train, tiny_data, capsys):
     train(replace(tiny_data(), test_split=0.25), split_seed=3)
-    said = "25 % of each class is the test set; made up has none (--test-split 0.25, --split-seed 3)"
+    said = "made up has no test set: 25 % of each class is used as one (--test-split 0.25, --split-seed 3)"
     assert capsys.readouterr().out.splitlines().count(said) == 1
 
 
-def test_a_run_keeps_its_precision_when_it_goes_on(train, path, capsys):
+def test_a_resumed_run_keeps_its_precision(train, path, capsys):
     whole = train(precision="bfloat16")
     assert ", in bfloat16" in capsys.readouterr().out
     assert not torch.equal(whole.model.conv.weight, train(name="other", precision="float32").model.conv.weight)
@@ -440,7 +440,7 @@ def test_a_run_keeps_its_precision_when_it_goes_on(train, path, capsys):
         ({"avx512_bf16": True}, "DEFAULT", "mps", "float32"),
     ],
 )
-def test_auto_takes_bfloat16_where_there_are_instructions_for_it(monkeypatch, there, allowed, device, expected):
+def test_precision_auto_is_bfloat16_if_there_are_instructions_for_it(monkeypatch, there, allowed, device, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: allowed)
     for choice in ("auto", "float32", "bfloat16"):
@@ -448,7 +448,7 @@ def test_auto_takes_bfloat16_where_there_are_instructions_for_it(monkeypatch, th
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="the files of Linux")
-def test_what_the_processor_can_do_is_what_it_says():
+def test_bfloat16_detection_agrees_with_proc_cpuinfo():
     command = [sys.executable, "-c", "from common.device import cpu_has_bfloat16; print(cpu_has_bfloat16())"]
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx512"}
     printed = subprocess.check_output(command, env=environment, cwd=ROOT, text=True)
@@ -456,7 +456,7 @@ def test_what_the_processor_can_do_is_what_it_says():
     assert printed.strip() == str(bool(expected))
 
 
-def test_a_resumed_epoch_counts_its_first_part_in_its_time(train, path):
+def test_the_time_of_a_resumed_epoch_includes_its_first_part(train, path):
     train(on_forward=at_call(3, send(signal.SIGINT)))
     changed(path, lambda content: content["training"].update(seconds=1000.0))
     row, *_ = train(resume=True).history
@@ -464,13 +464,13 @@ def test_a_resumed_epoch_counts_its_first_part_in_its_time(train, path):
     assert 22 / 1100 < row["images_per_second"] < 22 / 1000
 
 
-def test_a_signal_after_the_last_epoch_ends_a_run_that_is_finished(train, path):
+def test_a_signal_after_the_last_epoch_still_finishes_the_run(train, path):
     assert train(epochs=1, on_forward=at_call(0, send(signal.SIGINT), training=False)).exit_status == 0
     assert checkpoint.read(path)["finished"]
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_at_once_with_the_epoch_before(train, path, second):
+def test_a_second_signal_exits_at_once_and_keeps_the_last_checkpoint(train, path, second):
     kept = []
 
     def stop(_):
@@ -488,7 +488,7 @@ def test_a_second_signal_ends_at_once_with_the_epoch_before(train, path, second)
 def test_a_finished_run_has_nothing_left_to_train(train, path, csv_path, capsys):
     weights = dict(train().model.state_dict())
     whole, curves = path.read_bytes(), csv_path.read_bytes()
-    csv_path.unlink()  # as after a kill between writing the checkpoint and writing the CSV
+    csv_path.unlink()  # as if the run was killed after writing the checkpoint and before writing the CSV
     run = train(resume=True, on_forward=lambda *_: pytest.fail("trained"))
     assert "is finished: all 3 epochs are done" in capsys.readouterr().out
     assert run.exit_status == 0
@@ -496,7 +496,7 @@ def test_a_finished_run_has_nothing_left_to_train(train, path, csv_path, capsys)
     assert [path.read_bytes(), csv_path.read_bytes()] == [whole, curves]
 
 
-def test_another_recipe_is_refused_flag_by_flag(train, path):
+def test_resume_with_another_recipe_is_refused_and_lists_the_flags(train, path):
     train()
     whole = path.read_bytes()
     with pytest.raises(UserError) as error:
@@ -522,13 +522,13 @@ def test_a_checkpoint_is_not_read_while_another_process_writes_it(train, tiny_re
         pass
 
 
-def test_another_network_than_the_recipes_is_refused(tiny, tiny_recipe, tiny_data, tmp_path):
-    with pytest.raises(UserError, match="the model is not the tiny of the recipe"):
+def test_a_model_that_is_not_the_recipes_is_refused(tiny, tiny_recipe, tiny_data, tmp_path):
+    with pytest.raises(UserError, match="the model is not the recipe's tiny"):
         loop.fit(tiny(channels=5), tiny_data(), tiny_recipe())
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_other_images_are_refused(train, tiny_data, path):
+def test_resume_with_other_images_is_refused(train, tiny_data, path):
     train()
     whole = path.read_bytes()
     other = replace(tiny_data(seed=1), source="elsewhere")
@@ -551,7 +551,7 @@ def test_other_images_are_refused(train, tiny_data, path):
     ],
     ids=["another network", "no history", "other shapes", "no momentum"],
 )
-def test_a_checkpoint_that_cannot_be_resumed_is_refused(train, path, change, words):
+def test_resume_from_an_unusable_checkpoint_is_refused(train, path, change, words):
     train()
     before = changed(path, change).read_bytes()
     with pytest.raises(UserError) as error:
@@ -562,20 +562,20 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(train, path, change, wor
 
 
 @pytest.mark.parametrize("folder", ["checkpoint_dir", "plot_dir"])
-def test_a_folder_that_cannot_be_written_is_named_before_training(train, tmp_path, folder):
+def test_an_unwritable_folder_is_an_error_before_training(train, tmp_path, folder):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"file.*could not be written"):
         train(on_forward=lambda *_: pytest.fail("trained"), **{folder: str(tmp_path / "file")})
 
 
 def script(folder, *flags):
-    """Call mobilenetv2.py's main in a folder: exit status, stdout, stderr."""
+    """Run mobilenetv2.py in `folder`: exit status, stdout, stderr."""
     small = "--data digits --image-size 16 --train-size 40 --test-size 20 --width 0.25 --epochs 1 --device cpu"
     done = run_script(folder, mobilenetv2, *small.split(), *flags)
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_script_trains_and_then_minds_its_checkpoint(tmp_path):
+def test_a_script_trains_and_protects_its_checkpoint(tmp_path):
     status, out, err = script(tmp_path, "--name", "small")
     assert status == 0, err
     path = tmp_path / "checkpoints" / "small.pt"
@@ -585,7 +585,7 @@ def test_a_script_trains_and_then_minds_its_checkpoint(tmp_path):
 
     status, _, err = script(tmp_path, "--name", "small")
     assert status == 2
-    assert err.startswith("error: checkpoints/small.pt exists already; --resume continues from it, --overwrite")
+    assert err.startswith("error: checkpoints/small.pt already exists; --resume continues from it, --overwrite")
     status, out, err = script(tmp_path, "--name", "small", "--resume", "--base-lr", "0.02")
     assert status == 2
     assert "--base-lr: 0.05 in the checkpoint, 0.02 now" in err
@@ -600,7 +600,7 @@ def test_a_script_trains_and_then_minds_its_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_script_that_is_stopped_in_its_first_epoch_ends_in_good_order(monkeypatch, tmp_path, number):
+def test_a_script_stopped_in_its_first_epoch_saves(monkeypatch, tmp_path, number):
     add = loop.RunningSums.add
     monkeypatch.setattr(loop.RunningSums, "add", lambda *arguments: add(*arguments) or signal.raise_signal(number))
     status, out, err = script(tmp_path, "--batch-size", "10")
@@ -610,7 +610,7 @@ def test_a_script_that_is_stopped_in_its_first_epoch_ends_in_good_order(monkeypa
     assert checkpoint.read(tmp_path / "checkpoints" / "mobilenetv2.pt")["training"]["step"] == 1
 
 
-def test_tensorboard_that_is_missing_is_asked_for_before_training(train, monkeypatch, tmp_path):
+def test_missing_tensorboard_is_an_error_before_training(train, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"--tensorboard .* pip install tensorboard"):
         train(tensorboard=True, on_forward=lambda *_: pytest.fail("trained"))
@@ -618,7 +618,7 @@ def test_tensorboard_that_is_missing_is_asked_for_before_training(train, monkeyp
     train()
 
 
-def test_tensorboard_shows_what_the_csv_has(train, csv_path, tmp_path):
+def test_tensorboard_has_the_values_of_the_csv(train, csv_path, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,4 +1,4 @@
-"""The ensemble as a user runs it: three small networks trained by their scripts, then main_ens.py on their files."""
+"""main_ens.py as a user runs it, on the checkpoints of three small networks that their scripts have trained."""
 
 import json
 import math
@@ -38,14 +38,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tested(folder):
-    """What the command line prints, and what it stores."""
-    done = command_line.in_a_process(folder, ROOT / "main_ens.py")
+    """The output of main_ens.py, and the content of ensemble.json."""
+    done = command_line.in_subprocess(folder, ROOT / "main_ens.py")
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((folder / "plots" / "ensemble.json").read_text())
 
 
 def analysed(folder, *flags):
-    """What main_ens.py prints and stores, with flags, in a folder of its own."""
+    """Run main_ens.py with flags and its own --plot-dir: the result of the run, and ensemble.json."""
     done = succeeded(folder, main_ens, *flags, "--plot-dir", "analysed")
     return done, json.loads((folder / "analysed" / "ensemble.json").read_text())
 
@@ -70,7 +70,7 @@ def test_members_and_ensemble_equal_numpy(folder, tested):
         assert (row["loss"], row["accuracy"]) == (pytest.approx(last["test_loss"], abs=1e-6), last["test_accuracy"])
 
 
-def test_logits_averaged_on_fewer_images_equal_numpy(folder):
+def test_averaged_logits_on_fewer_images_equal_numpy(folder):
     done, result = analysed(folder, "--average", "logits", "--test-size", "50", "--batch-size", "7")
     test = digits(test_size=50)
     assert (result["average"], result["num_images"]) == ("logits", 50)
@@ -92,7 +92,7 @@ def test_what_is_stored_and_printed(folder, tested):
         assert f"{100 * row['calibration_error']:.2f} %" in printed
         low, high = row["intervals"]["accuracy"]
         assert f"[{100 * low:.2f}, {100 * high:.2f}]" in printed
-    assert f"ensemble against its best member, {result['best_member']}: " in printed
+    assert f"ensemble minus its best member, {result['best_member']}: " in printed
     assert len(result["confusions"]) <= 10
     for row in result["confusions"][:3]:
         assert f"{row['true']} → {row['predicted']} ({row['images']})" in printed
@@ -101,14 +101,14 @@ def test_what_is_stored_and_printed(folder, tested):
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_in_bfloat16_it_is_another_computation_and_nearly_the_same_result(folder, tested):
+def test_bfloat16_gives_nearly_the_same_result(folder, tested):
     done, result = analysed(folder, "--precision", "bfloat16")
     assert "on 100 test images of digits, in bfloat16" in done.stdout
     assert (result["precision"], tested[1]["precision"]) == ("bfloat16", "float32")
     assert 0 < abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) < 0.05
 
 
-def test_flipped_images_equal_doing_it_by_hand(folder, tested):
+def test_tta_flip_equals_numpy(folder, tested):
     done, result = analysed(folder, "--tta", "flip")
     assert "with --tta flip" in done.stdout
     assert "ensemble (softmax averaged, --tta flip)" in done.stdout
@@ -119,10 +119,10 @@ def test_flipped_images_equal_doing_it_by_hand(folder, tested):
     probs = np.mean(views, 0)
     for row, expected in zip([*result["members"], result["ensemble"]], [*probs, probs.mean(0)], strict=True):
         assert row["loss"] == loss(expected, test.labels)
-    assert abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) > 1e-5, "flipped images ought to differ"
+    assert abs(result["ensemble"]["loss"] - tested[1]["ensemble"]["loss"]) > 1e-5, "flipping should change the result"
 
 
-def test_a_second_analysis_computes_no_logits_and_gives_the_same(folder, tested, monkeypatch):
+def test_a_second_run_uses_the_cached_logits(folder, tested, monkeypatch):
     forbid_building(monkeypatch)
     done, result = analysed(folder)
     assert result == tested[1]
@@ -133,7 +133,7 @@ def test_a_second_analysis_computes_no_logits_and_gives_the_same(folder, tested,
 
 @pytest.fixture(scope="module")
 def held_out(folder):
-    """Two checkpoints of one network, with validation images, trained for long enough to have a temperature."""
+    """Two checkpoints of one network with validation images, trained long enough for a useful temperature."""
     easy = ["--recipe", "baseline", "--flip", "0", "--crop-padding", "1", "--randaugment-ops", "0"]
     easy += [word for name in ("brightness", "contrast", "saturation", "hue") for word in (f"--{name}", "0")]
     easy += ["--epochs", "12", "--batch-size", "16", "--base-lr", "0.05", "--val-size", "100"]
@@ -143,7 +143,7 @@ def held_out(folder):
     return [f"checkpoints/{name}.pt" for name in names]
 
 
-def test_subsets_and_the_cascade_are_those_of_the_module(folder, tested):
+def test_subsets_and_cascade_equal_the_module(folder, tested):
     printed, result = tested
     whole = result["subsets"][-1]
     assert (len(result["subsets"]), whole["members"]) == (7, list(MEMBERS))
@@ -168,7 +168,7 @@ def test_validation_images_choose_the_threshold_of_the_cascade(folder, held_out)
     assert analysed(folder, *held_out, "--temperature", "fit")[1]["cascade"] == []
 
 
-def test_seeds_of_one_network_with_a_temperature_fitted_on_the_validation_images_only(folder, held_out):
+def test_two_seeds_of_one_network_with_a_temperature_fitted_on_validation_images(folder, held_out):
     done, result = analysed(folder, *held_out, "--temperature", "fit")
     temperature = result["temperature"]
     assert temperature["fitted_on"] == 100
@@ -187,7 +187,7 @@ def test_seeds_of_one_network_with_a_temperature_fitted_on_the_validation_images
     before, after = temperature["before"], temperature["after"]
     assert after == {name: result["ensemble"][name] for name in after}
     assert before["accuracy"] == after["accuracy"]
-    assert f"test loss from {before['loss']:.4f} to {after['loss']:.4f}" in done.stdout
+    assert f"the test loss from {before['loss']:.4f} to {after['loss']:.4f}" in done.stdout
     assert "fitted on 100 validation images" in done.stdout
 
     [group] = result["by_network"]
@@ -204,22 +204,22 @@ def test_a_temperature_can_be_given(folder, tested):
     assert "T = 2" in done.stdout
 
 
-def test_a_fit_without_common_validation_images_is_refused(folder, held_out):
+def test_fitting_without_common_validation_images_is_refused(folder, held_out):
     error = refused(folder, "--temperature", "fit")
-    assert "checkpoints/densenet.pt was trained without" in error
+    assert "checkpoints/densenet.pt has none" in error
     assert "--val-size" in error
     assert "--val-size: 0 in" in refused(folder, "checkpoints/densenet.pt", held_out[0], "--temperature", "fit")
     assert "--data digits replaces them" in refused(folder, *held_out, "--temperature", "fit", "--data", "digits")
 
 
-def test_data_flag_tests_on_other_images(folder, tmp_path):
+def test_the_data_flag_tests_on_other_images(folder, tmp_path):
     names = [f"{split}/{label}/{n}.png" for split in ("train", "test") for label in range(10) for n in range(4)]
     write_folder(tmp_path, {name: random_png(seed, 16) for seed, name in enumerate(names)})
     _, result = analysed(folder, "--data", tmp_path)
-    assert (result["data"], result["num_images"]) == (str(tmp_path), 40), "whatever subset the members had"
+    assert (result["data"], result["num_images"]) == (str(tmp_path), 40), "without the --test-size of the members"
 
 
-def test_one_member_unfinished_and_trained_without_flips(folder, tmp_path):
+def test_warnings_about_an_unfinished_member_and_one_trained_without_flips(folder, tmp_path):
     def change(content):
         content["finished"], content["training"]["epoch"], content["recipe"]["flip"] = False, 1, 0.0
 
@@ -253,7 +253,7 @@ def test_missing_checkpoint_names_its_script(folder, tmp_path):
         (lambda data: data["split"].update(test_split=0.5), "--test-split: 0.2 in {}, 0.5 in {}"),
     ],
 )
-def test_members_of_other_data_are_refused(folder, tmp_path, change, words):
+def test_members_with_different_test_data_are_refused(folder, tmp_path, change, words):
     first, second = (folder / "checkpoints" / f"{name}.pt" for name in ("densenet", "resnext"))
     other = changed(second, lambda content: change(content["data"]), tmp_path / "other.pt")
     error = refused(folder, first, other)
@@ -261,7 +261,7 @@ def test_members_of_other_data_are_refused(folder, tmp_path, change, words):
     assert str(other) in error
 
 
-def test_members_of_other_training_images_go_together(folder, tmp_path):
+def test_members_with_different_training_images_are_allowed(folder, tmp_path):
     first, second = (folder / "checkpoints" / f"{name}.pt" for name in ("densenet", "resnext"))
     change = {"val_size": 20, "train_size": 30}
     other = changed(second, lambda content: content["data"]["split"].update(change), tmp_path / "other.pt")
@@ -269,14 +269,14 @@ def test_members_of_other_training_images_go_together(folder, tmp_path):
     assert f"--val-size: 20 in {other}, 0 in {first}" in refused(folder, other, first, "--temperature", "fit")
 
 
-def test_the_checkpoints_of_a_folder_and_those_that_are_there(folder, tmp_path):
+def test_a_folder_of_checkpoints_and_missing_default_checkpoints(folder, tmp_path):
     for name in ("mobilenetv2", "resnext"):
         shutil.copy(folder / "checkpoints" / f"{name}.pt", tmp_path)
     by_folder = run(folder, main_ens, tmp_path, "--plot-dir", tmp_path)
     by_default = run(folder, main_ens, "--checkpoint-dir", tmp_path, "--plot-dir", tmp_path)
     assert by_folder.stdout == by_default.stdout
     assert "without resnext:" in by_folder.stdout
-    assert by_default.stderr == f"note: without {tmp_path / 'densenet.pt'}, which python dense.py makes\n"
+    assert by_default.stderr == f"note: {tmp_path / 'densenet.pt'} is missing; python dense.py trains it\n"
     (tmp_path / "none").mkdir()
     assert "none: this folder has no checkpoints" in refused(folder, tmp_path / "none")
     assert f"{tmp_path / 'none'} has none of densenet.pt" in refused(folder, "--checkpoint-dir", tmp_path / "none")
@@ -289,12 +289,12 @@ def test_the_checkpoints_of_a_folder_and_those_that_are_there(folder, tmp_path):
         (lambda content: content["data"].update(classes=["a"]), "--data digits has the classes 0, 1, 2, 3, "),
         (
             lambda content: content["data"].update(source="photos"),
-            "{} was trained on this path, relative to the working folder of that run; give the",
+            "{} was trained on this path, relative to the current folder of that run; give the",
         ),
         (lambda content: content["model"]["classifier.weight"].fill_(math.nan), "{}: its predictions are not finite"),
     ],
 )
-def test_a_member_whose_data_changed_or_whose_weights_are_broken_is_refused(folder, tmp_path, change, words):
+def test_changed_data_and_broken_weights_are_errors(folder, tmp_path, change, words):
     path = changed(folder / "checkpoints" / "resnext.pt", change, tmp_path / "changed.pt")
     assert words.format(path) in refused(folder, path)
 

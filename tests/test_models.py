@@ -1,4 +1,4 @@
-"""Each network against its paper's parameter count, and against torchvision's own implementation."""
+"""The networks: parameter counts, and outputs compared with torchvision's implementations."""
 
 import copy
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from models import NETWORKS
 from models.densenet import BLOCKS, densenet
-from models.mobilenetv2 import DepthwiseConv2d, mobilenetv2, scaled
+from models.mobilenetv2 import DepthwiseConv2d, mobilenetv2, scale_channels
 from models.resnext import resnext29
 
 SMALL = [
@@ -33,7 +33,7 @@ def test_parameter_count(name, count):
 
 
 def copy_weights(source, target):
-    """Hand over tensors one by one in the order in which both networks list them."""
+    """Copy the weights in the order of both state dicts."""
     ours, theirs = source.state_dict(), target.state_dict()
     assert [tuple(value.shape) for value in ours.values()] == [tuple(value.shape) for value in theirs.values()]
     target.load_state_dict(dict(zip(theirs, ours.values(), strict=True)))
@@ -45,14 +45,14 @@ def images_for(model):
 
 
 def assert_same_output(ours, theirs):
-    # In float64: in training a norm over a channel that hardly varies would blow float32's rounding up.
+    # In float64: in training mode, a norm over a nearly constant channel enlarges the rounding errors of float32.
     expected = theirs.double()(images_for(theirs))
-    assert expected.std(0).min() > 1e-3, "the output ought to depend on the image"
+    assert expected.std(0).min() > 1e-3, "the output should depend on the image"
     torch.testing.assert_close(ours.double()(images_for(ours)), expected, rtol=1e-6, atol=1e-6)
 
 
 def with_trained_norms(model):
-    """Give each norm statistics of its input and an affine map: fresh ones would hide a norm in the wrong place."""
+    """Set realistic statistics and random affine weights: with initial ones, a misplaced norm would not be noticed."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -82,8 +82,8 @@ def test_mobilenetv2_equals_torchvision(width, training):
     theirs = torchvision.models.MobileNetV2(num_classes=10, width_mult=width, dropout=0.0)
     theirs.features[0][0].stride = (1, 1)
     theirs.features[2].conv[1][0].stride = (1, 1)
-    # The block has a shortcut where stride and channels allow it (section 3.3), as they do at 0.35 times the width.
-    theirs.features[2].use_res_connect = scaled(16, width) == scaled(24, width)
+    # The block has a shortcut if stride and channels allow it (section 3.3), as they do with width 0.35.
+    theirs.features[2].use_res_connect = scale_channels(16, width) == scale_channels(24, width)
     copy_weights(ours, theirs)
     assert_same_output(ours.train(training), theirs.train(training))
 
@@ -109,7 +109,7 @@ def test_image_sizes(name, arguments, size):
 
 
 def rounded_to_bfloat16(model):
-    """Round the weights, what every layer gives and, in the backward pass, the gradient of it to bfloat16 numbers.
+    """Round the weights, the output of every layer and, in the backward pass, its gradient to bfloat16 numbers.
 
     The classifier stays in the precision of its weights.
     """
@@ -123,9 +123,9 @@ def rounded_to_bfloat16(model):
 
 
 @by_name
-def test_bfloat16_is_off_by_its_rounding_and_by_no_more(name, arguments):
-    # At random weights the networks enlarge rounding errors, MobileNetV2 to 30 % of its logits. So the tolerance is
-    # twice what rounding alone does to the network in float64.
+def test_the_error_of_bfloat16_is_that_of_rounding(name, arguments):
+    # With random weights the networks enlarge rounding errors, MobileNetV2's to 30 % of its logits. So the tolerance is
+    # twice the effect that rounding alone has on the network in float64.
     torch.manual_seed(0)
     model = NETWORKS[name](10, **arguments).to(memory_format=torch.channels_last)
     images = nn.functional.interpolate(torch.randn(16, 3, 4, 4), size=(16, 16), mode="bicubic")
@@ -147,7 +147,7 @@ def test_bfloat16_is_off_by_its_rounding_and_by_no_more(name, arguments):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_the_gradients_of_a_depthwise_convolution_in_bfloat16_are_those_of_its_rounded_numbers(stride):
+def test_depthwise_convolutions_have_the_right_gradients_in_bfloat16(stride):
     torch.manual_seed(0)
     convolution = DepthwiseConv2d(8, stride)
     images = torch.randn(4, 8, 7, 7).bfloat16().requires_grad_()

@@ -1,4 +1,4 @@
-"""The pictures and the CSV files behind them: numbers that survive, mistakes that are named, legends and titles."""
+"""The CSV files and the plots: exact numbers, errors, legends and titles."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from plotting.style import GREEN, line_style
 from plotting.training import plot_training
 from training.history import read_csv, write_csv
 
-# The figures without the file.
+# The functions that return the figure without saving it.
 draw_training, draw_ensemble = plot_training.__wrapped__, plot_ensemble.__wrapped__
 draw_reliability, draw_mistakes = plot_reliability.__wrapped__, plot_mistakes.__wrapped__
 BASELINE = Path(__file__).parent.parent / "docs" / "baseline"
@@ -30,12 +30,12 @@ NAMES = [
     *(f"number {index}, with a name longer than anyone would write" for index in range(4)),
 ]  # fmt: skip
 
-# Whatever matplotlib has to say about a picture, a user should not have to read it.
+# No plot may cause a warning of matplotlib.
 pytestmark = pytest.mark.filterwarnings("error")
 
 
 def make_history(epochs: int, *, val: bool = False) -> list[dict]:
-    """A run that learns; its figures have all the digits a float can have."""
+    """The history of a run that learns, with numbers that use the full precision of a float."""
     history = []
     for epoch in range(1, epochs + 1):
         left = math.exp(-4 * epoch / epochs)
@@ -56,7 +56,7 @@ def make_history(epochs: int, *, val: bool = False) -> list[dict]:
 
 
 def make_probs(members: int, classes: int, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (M, N, C) of members that are right more often than not, and the labels."""
+    """Probabilities (M, N, C) of members that are usually right, and the labels."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, images)
     logits = rng.normal(size=(members, images, classes))
@@ -65,7 +65,7 @@ def make_probs(members: int, classes: int, images: int) -> tuple[np.ndarray, np.
 
 
 def make_ensemble(members: int, classes: int, images: int = 300) -> dict:
-    """What a picture of an ensemble needs of its members and of the mean of their probabilities."""
+    """The arguments of plot_ensemble, except for `classes` and `title`."""
     probs, labels = make_probs(members, classes, images)
 
     def row(name: str, probs: np.ndarray) -> dict:
@@ -82,14 +82,14 @@ def make_ensemble(members: int, classes: int, images: int = 300) -> dict:
 
 
 def make_bins(names: list[str]) -> list[dict]:
-    """A row of a reliability picture for each name; the first bin holds nothing, the second few images."""
+    """The rows of plot_reliability, one per name; the first bin is empty, the second has few images."""
     counts = np.array([0, 9, 30, 61])
     confidence, accuracy = np.array([0, 0.4, 0.6, 0.9]), np.array([0, 0.5, 0.5, 1.0])
     return [{"name": name, "calibration_error": 0.1234, "bins": (counts, confidence, accuracy)} for name in names]
 
 
 def make_mistakes(members: int, classes: int, images: int = 300) -> dict:
-    """At least some of the images have labels that no member predicts."""
+    """The arguments of plot_mistakes, except for `classes` and `title`. Every ninth label is changed."""
     probs, labels = make_probs(members, classes, images)
     labels[::9] = (labels[::9] + 1) % classes
     return {
@@ -102,7 +102,7 @@ def make_mistakes(members: int, classes: int, images: int = 300) -> dict:
 
 
 def png_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the header."""
+    """Width and height of a PNG in pixels, from its header."""
     head = path.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     return struct.unpack(">II", head[16:24])
@@ -121,7 +121,7 @@ LINE = "1,0.1,2.5,0.5,2.5,0.5,9.0,5000.0"
 
 
 @pytest.mark.parametrize("val", [False, True])
-def test_csv_gives_back_the_same_numbers(tmp_path, val):
+def test_the_csv_keeps_the_exact_numbers(tmp_path, val):
     history = make_history(7, val=val)
     history[0] |= {"epoch": np.int64(1), "test_accuracy": np.float64(0.1) + 0.2, "test_loss": math.inf, "seconds": 12}
     path = tmp_path / "plots" / "deep" / "run.csv"
@@ -135,7 +135,7 @@ def test_csv_gives_back_the_same_numbers(tmp_path, val):
 
 
 def test_csv_from_a_spreadsheet_reads_the_same(tmp_path):
-    """With a byte order mark, other line ends, and a column of the user's."""
+    """With a byte order mark, other line ends, and a column added by the user."""
     path = tmp_path / "run.csv"
     write_csv(make_history(2), path)
     lines = zip(path.read_text().splitlines(), (",note", ",warm-up", ","), strict=True)
@@ -147,8 +147,8 @@ def test_csv_from_a_spreadsheet_reads_the_same(tmp_path):
     ("content", "problem"),
     [
         (f"{COLUMNS}\n{LINE}\n2,0.1,fast,{LINE[10:]}", ", line 3: could not convert string to float: 'fast'"),
-        # As an interrupted copy leaves it:
-        (f"{COLUMNS}\n{LINE[:-7]}", ", line 2: not as many cells as in the first line"),
+        # An incomplete copy:
+        (f"{COLUMNS}\n{LINE[:-7]}", ", line 2: the number of cells differs from the first line"),
         (COLUMNS, ": has no epochs"),
         (
             "epoch,train_loss,train_accuracy,test_accuracy,seconds,images_per_second\n1",
@@ -158,7 +158,7 @@ def test_csv_from_a_spreadsheet_reads_the_same(tmp_path):
         (None, ": cannot be read (No such file or directory)"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_named(tmp_path, content, problem):
+def test_an_invalid_csv_is_an_error(tmp_path, content, problem):
     path = tmp_path / "run.csv"
     if content is not None:
         path.write_text(content, "latin-1")
@@ -167,12 +167,12 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path, content, problem):
     assert str(caught.value).startswith(f"{path}{problem}")
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_path_is_an_error(tmp_path):
     (tmp_path / "plots").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"plots/run\.csv: the history could not be written"):
         write_csv(make_history(1), tmp_path / "plots" / "run.csv")
     (tmp_path / "run.png").mkdir()
-    with pytest.raises(UserError, match=r"run\.png: the picture could not be written"):
+    with pytest.raises(UserError, match=r"run\.png: the plot could not be written"):
         plot_training(tmp_path / "run.png", make_history(1), title="run")
 
 
@@ -180,7 +180,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     ("epochs", "name", "result", "hours"),
     [(1, "densenet", 95.87, 13.5), (200, "mobilenetv2", 94.90, 7.2), (230, "resnext", 95.45, 9.3)],
 )
-def test_training_picture_alone_and_over_the_baselines(tmp_path, epochs, name, result, hours):
+def test_training_plot_alone_and_with_the_baseline(tmp_path, epochs, name, result, hours):
     path = tmp_path / "plots" / "run.png"
     plot_training(path, make_history(epochs, val=True), title="DenseNet")
     width, height = png_size(path)
@@ -209,14 +209,14 @@ def test_training_picture_alone_and_over_the_baselines(tmp_path, epochs, name, r
     ],
 )
 @pytest.mark.parametrize("epochs", [1, 4])
-def test_training_picture_of_odd_numbers(tmp_path, epochs, change):
+def test_training_plot_with_nan_infinite_and_zero(tmp_path, epochs, change):
     history = make_history(epochs)
     history[-1] |= change
     plot_training(tmp_path / "run.png", history, title="5 $ a run, 10 $ a day\nand $\\frac$")
     png_size(tmp_path / "run.png")
 
 
-def test_training_picture_names_what_it_shows():
+def test_labels_of_the_training_plot():
     history = make_history(200, val=True)
     history[-1] |= {"train_loss": 0.0104, "test_loss": 0.1735, "train_accuracy": 0.99714, "test_accuracy": 0.9587}
     history[-1] |= {"val_loss": 0.2, "val_accuracy": 0.95}
@@ -232,7 +232,7 @@ def test_training_picture_names_what_it_shows():
     assert accuracy.lines[2].get_ydata()[-1] == pytest.approx(95.87)
 
 
-def test_training_picture_marks_a_single_epoch_and_keeps_a_narrow_loss_linear():
+def test_training_plot_marks_a_single_epoch_and_has_a_linear_axis_for_a_narrow_loss():
     figure = draw_training(make_history(1), title="run")
     assert figure.get_suptitle() == "run · 1 epoch, 12 s"
     assert {line.get_marker() for line in figure.axes[0].lines} == {"o"}
@@ -241,7 +241,7 @@ def test_training_picture_marks_a_single_epoch_and_keeps_a_narrow_loss_linear():
 
 
 @pytest.mark.parametrize(("members", "classes"), [(1, 2), (3, 10), (9, 100), (13, 10)])
-def test_pictures_of_any_number_of_members_and_classes_of_any_name(tmp_path, caplog, members, classes):
+def test_ensemble_plots_with_any_number_of_members_and_any_class_names(tmp_path, caplog, members, classes):
     names = list(itertools.islice(itertools.cycle(NAMES), classes))
     plot_ensemble(tmp_path / "ensemble.png", **make_ensemble(members, classes), classes=names, title="鸟 $1 & $2")
     plot_reliability(tmp_path / "reliability.png", make_bins(NAMES[: members + 1]), title="Calibration $1\nof $2")
@@ -254,7 +254,7 @@ def test_pictures_of_any_number_of_members_and_classes_of_any_name(tmp_path, cap
     assert not caplog.records
 
 
-def test_pictures_of_one_image_and_of_no_mistake(tmp_path):
+def test_ensemble_plots_of_one_image_and_without_mistakes(tmp_path):
     result = make_ensemble(1, 2, images=1)
     for row in result["rows"]:
         row["intervals"] = {name: [row[name]] * 2 for name in ("loss", "accuracy")}  # without any width
@@ -262,11 +262,11 @@ def test_pictures_of_one_image_and_of_no_mistake(tmp_path):
     mistakes = make_mistakes(1, 2)
     mistakes["labels"] = mistakes["ensemble"].argmax(axis=1)
     figure = plot_mistakes(tmp_path / "mistakes.png", **mistakes, classes="ab", title="none")
-    assert "no image was mistaken" in all_texts(figure)
+    assert "the ensemble makes no mistakes" in all_texts(figure)
     assert png_size(tmp_path / "mistakes.png")[1] < 400
 
 
-def test_ensemble_picture_names_what_it_shows():
+def test_labels_of_the_ensemble_plot():
     result = make_ensemble(3, 10)
     figure = draw_ensemble(**result, classes=CIFAR10, title="Ensemble of three")
     accuracy, loss, accuracy_lines, loss_lines, matrix = figure.findobj(Axes)
@@ -290,13 +290,13 @@ def test_ensemble_picture_names_what_it_shows():
     assert percent == pytest.approx(100 * counts / counts.sum(axis=1, keepdims=True))
 
 
-def test_many_members_stay_apart():
+def test_many_members_have_different_line_styles():
     lines = draw_ensemble(**make_ensemble(12, 3), classes="abc", title="twelve").findobj(Axes)[2].lines
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 13
     assert len({tuple(line_style(number).values()) for number in range(24)}) == 24
 
 
-def test_many_classes_name_the_worst_confusion():
+def test_with_many_classes_the_worst_confusion_is_named():
     result = make_ensemble(1, 100)
     result["confusion_matrix"] = 3 * np.eye(100, dtype=int)
     result["confusion_matrix"][7, [7, 60]] = 0, 3
@@ -304,7 +304,7 @@ def test_many_classes_name_the_worst_confusion():
     assert any("kind 7 → kind 60  100.0 %" in text for text in all_texts(figure))
 
 
-def test_reliability_picture_names_what_it_shows():
+def test_labels_of_the_reliability_plot():
     figure = draw_reliability(make_bins(["densenet", "resnext", "ensemble"]), title="Two")
     assert [axes.get_title() for axes in figure.axes] == [
         f"{name}\nECE 12.34 %" for name in ("densenet", "resnext", "ensemble")
@@ -319,7 +319,7 @@ def test_reliability_picture_names_what_it_shows():
 
 
 @pytest.mark.parametrize("members", [3, 9])
-def test_mistakes_picture_names_what_it_shows(members):
+def test_labels_of_the_mistakes_plot(members):
     result = make_mistakes(members, 10)
     figure = draw_mistakes(**result, classes=CIFAR10, title="Mistakes")
     labels, ensemble = result["labels"], result["ensemble"]
@@ -342,7 +342,7 @@ def test_mistakes_picture_names_what_it_shows(members):
         assert name in texts
 
 
-def test_the_epoch_that_is_kept_is_marked_and_its_results_named(tmp_path):
+def test_the_best_epoch_is_marked_with_its_results(tmp_path):
     history = make_history(5)
     for row, val_accuracy in zip(history, (0.5, 0.7, 0.9, 0.9, 0.8), strict=True):
         row |= {"val_loss": 1.0, "val_accuracy": val_accuracy}
@@ -352,7 +352,7 @@ def test_the_epoch_that_is_kept_is_marked_and_its_results_named(tmp_path):
     assert "epoch 3 is kept" in labels
 
 
-def test_runs_are_drawn_again_from_their_csv(tmp_path):
+def test_the_script_plots_runs_from_their_csv(tmp_path):
     for name, epochs in (("short", 3), ("long", 7)):
         write_csv(make_history(epochs), tmp_path / f"{name}.csv")
     assert run(tmp_path, training, "short.csv").stdout == "short.png\n"

@@ -1,4 +1,4 @@
-"""predict.py as a user runs it, on pictures made here and three networks so small that they load in a moment."""
+"""predict.py as a user runs it, on random images, with three tiny networks."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ CLASSES = ["red", "green", "blue"]
 
 @pytest.fixture
 def folder(tmp_path, train):
-    """A folder with checkpoints under the three scripts' names and eight pictures, one of them further down."""
+    """A folder with the default checkpoints and eight images, one of them in a subfolder."""
     for seed, name in enumerate(MEMBERS):
         train(name=name, epochs=1, seed=seed)
     (tmp_path / "photos" / "more").mkdir(parents=True)
@@ -42,7 +42,7 @@ def run(folder, *flags, **options):
 
 
 def json_of(folder, *flags, status=0):
-    """The objects of --json, and the text on stderr."""
+    """The content of --json, and stderr."""
     done = run(folder, *flags, "--json", "-", "--device", "cpu")
     assert done.returncode == status, done.stderr
     return json.loads(done.stdout), done.stderr
@@ -68,15 +68,15 @@ def test_predictions_are_the_average_in_numpy(folder):
     probs = numpy_probs(folder, pixels())
     for number, row in enumerate(rows):
         mean = probs[:, number].mean(0)
-        assert [vote["class"] for vote in row["top"]] == [CLASSES[label] for label in np.argsort(-mean)]
-        assert [vote["prob"] for vote in row["top"]] == pytest.approx(np.sort(mean)[::-1], abs=1e-6)
+        assert [entry["class"] for entry in row["top"]] == [CLASSES[label] for label in np.argsort(-mean)]
+        assert [entry["prob"] for entry in row["top"]] == pytest.approx(np.sort(mean)[::-1], abs=1e-6)
         assert list(row["members"]) == list(MEMBERS)
-        for expected, vote in zip(probs[:, number], row["members"].values(), strict=True):
-            assert vote == {"class": CLASSES[expected.argmax()], "prob": pytest.approx(expected.max(), abs=1e-6)}
+        for expected, entry in zip(probs[:, number], row["members"].values(), strict=True):
+            assert entry == {"class": CLASSES[expected.argmax()], "prob": pytest.approx(expected.max(), abs=1e-6)}
     assert err.splitlines()[-1] == "8 images, 0 skipped"
 
 
-def test_flags_between_the_images_choose_members_average_and_temperature(folder):
+def test_flags_between_the_images_select_members_average_and_temperature(folder):
     flags = ["--average", "logits", "--temperature", "2", "--top", "1"]
     checkpoints = ["--checkpoints", "checkpoints/resnext.pt", "checkpoints/densenet.pt"]
     rows, _ = json_of(folder, "photos/1.png", *flags, "photos/0.png", *checkpoints)
@@ -89,8 +89,8 @@ def test_flags_between_the_images_choose_members_average_and_temperature(folder)
         ]
 
 
-def test_the_networks_see_what_they_would_see_in_training(folder, monkeypatch):
-    """Rotated by EXIF, with alpha, grey, deep, palette, animated, large, not square."""
+def test_images_are_decoded_as_in_training(folder, monkeypatch):
+    """Images rotated by EXIF, with alpha, grey, 16 bits, palette, animated, large, not square."""
     made = folder / "made"
     for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
         (made / split / name).mkdir(parents=True)
@@ -128,14 +128,14 @@ def test_broken_images_are_reported_and_skipped_in_batches_of_any_size(folder):
         assert f"skipped: {error}\n" in err
     assert all(set(row) == {"image", "error"} for row in rows if "error" in row)
     assert err.splitlines()[-1] == "6 images, 3 skipped"
-    # The others are none the worse for it.
+    # The predictions for the other images do not change.
     for name in broken:
         (photos / name).unlink()
     whole, _ = json_of(folder, "photos")
     for row, other in zip(whole, (row for row in rows if "top" in row), strict=True):
         assert row["image"] == other["image"]
-        for vote, same in zip(row["top"], other["top"], strict=True):
-            assert vote == {"class": same["class"], "prob": pytest.approx(same["prob"], abs=1e-6)}
+        for entry, same in zip(row["top"], other["top"], strict=True):
+            assert entry == {"class": same["class"], "prob": pytest.approx(same["prob"], abs=1e-6)}
 
     (folder / "text.jpg").write_bytes(b"just some text")
     done = run(folder, "text.jpg")
@@ -143,7 +143,7 @@ def test_broken_images_are_reported_and_skipped_in_batches_of_any_size(folder):
     assert done.stderr.endswith("0 images, 1 skipped\n")
 
 
-def test_what_is_no_image_by_its_name_is_passed_over_in_folders_unless_it_is_named(folder):
+def test_folders_are_filtered_by_extension_and_named_files_are_not(folder):
     photos = folder / "photos"
     (photos / ".hidden").mkdir()
     picture(1).save(photos / ".hidden" / "1.png")
@@ -156,8 +156,8 @@ def test_what_is_no_image_by_its_name_is_passed_over_in_folders_unless_it_is_nam
     assert "out.csv: not an image" in run(folder, "photos/out.csv").stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes any bytes for a file's name")
-def test_names_that_are_no_text_steer_no_terminal(folder):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux allows any bytes in a file name")
+def test_file_names_with_control_characters_are_escaped(folder):
     names = ["two\nlines \x1b[31mred.png", os.fsdecode(b"\xff.png")]
     for number, name in enumerate(names):
         picture(number).save(folder / name)
@@ -174,13 +174,13 @@ def test_verbose_shows_each_members_class(folder):
     done = run(folder, "photos/0.png", "--verbose", "--top", 1)
     lines = done.stdout.splitlines()
     assert len(lines) == 4
-    for line, (name, vote) in zip(lines[1:], rows[0]["members"].items(), strict=True):
-        assert line.split() == [name, vote["class"], f"{vote['prob'] * 100:.1f}", "%"]
+    for line, (name, entry) in zip(lines[1:], rows[0]["members"].items(), strict=True):
+        assert line.split() == [name, entry["class"], f"{entry['prob'] * 100:.1f}", "%"]
     assert len(set(map(len, lines))) == 1
     assert len(run(folder, "photos/0.png").stdout.splitlines()) == 1
 
 
-def test_json_and_csv_hold_the_same(folder):
+def test_json_and_csv_have_the_same_content(folder):
     (folder / "photos" / "3.png").write_bytes(b"just some text")
     done = run(folder, "photos", "--top", 2, "--json", "out/all.json", "--csv", "out/all.csv")
     assert done.returncode == 1
@@ -190,14 +190,14 @@ def test_json_and_csv_hold_the_same(folder):
     assert header == ["image", "class1", "prob1", "class2", "prob2", "error"]
     assert len(rows) == len(table) == 8
     for row, cells in zip(rows, table, strict=True):
-        votes = [str(vote[key]) for vote in row.get("top", []) for key in ("class", "prob")]
-        assert cells == [row["image"], *(votes or [""] * 4), row.get("error", "")]
+        entries = [str(entry[key]) for entry in row.get("top", []) for key in ("class", "prob")]
+        assert cells == [row["image"], *(entries or [""] * 4), row.get("error", "")]
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["all.csv", "all.json"]
     printed = run(folder, "photos", "--top", 2, "--csv", "-").stdout
     assert printed == (folder / "out" / "all.csv").read_text("utf-8")
 
 
-def test_a_run_that_fails_leaves_the_files_as_they_were(folder):
+def test_a_failed_run_leaves_the_old_files(folder):
     (folder / "out.json").write_text("before")
     changed(folder / "checkpoints" / "resnext.pt", overflow)
     assert "resnext.pt: its predictions are not finite" in refused(folder, "photos", "--json", "out.json")
@@ -205,16 +205,16 @@ def test_a_run_that_fails_leaves_the_files_as_they_were(folder):
     assert not list(folder.glob(".out*"))
 
 
-def test_which_sizes_are_far_from_eight():
+def test_unusual_sizes():
     near = [(8, 8), (32, 32), (64, 32), (4, 4), (16, 8)]
     far = [(33, 33), (3, 3), (17, 8), (8, 17), (4000, 3000)]
     assert [predict.is_unusual(size, 8) for size in near + far] == [False] * 5 + [True] * 5
 
 
-def test_sizes_far_from_training_are_noted(folder):
+def test_unusual_sizes_are_noted(folder):
     for number in range(4):
         picture(number, (50 + number, 40)).save(folder / "photos" / f"large{number}.png")
-    assert "note" not in run(folder, "photos").stderr, "these networks may have learned from pictures as large"
+    assert "note" not in run(folder, "photos").stderr, "networks trained on a folder may know such sizes"
     changed(folder / "checkpoints" / "densenet.pt", lambda content: content["data"].update(source="digits"))
     assert "note" not in run(folder, "photos/0.png").stderr
     done = run(folder, "photos", "--verbose")
@@ -227,9 +227,9 @@ def test_sizes_far_from_training_are_noted(folder):
     assert (done.stdout + done.stderr).count("far from") == 1
 
 
-def test_in_bfloat16_the_probabilities_are_nearly_the_same(folder):
+def test_bfloat16_gives_nearly_the_same_probabilities(folder):
     exact, rounded = (
-        [vote["prob"] for row in json_of(folder, "photos", "--precision", precision)[0] for vote in row["top"]]
+        [entry["prob"] for row in json_of(folder, "photos", "--precision", precision)[0] for entry in row["top"]]
         for precision in ("float32", "bfloat16")
     )
     assert exact != rounded
@@ -252,14 +252,14 @@ def test_in_bfloat16_the_probabilities_are_nearly_the_same(folder):
         (["photos", "--json", "empty"], "empty: the predictions could not be written"),
     ],
 )
-def test_mistakes_are_named(folder, flags, words):
+def test_invalid_arguments_are_errors(folder, flags, words):
     (folder / "empty").mkdir()
     (folder / "empty" / ".hidden.png").write_bytes(b"")
     assert words in refused(folder, *flags)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json", "-"], ["--csv", "-"]])
-def test_when_nobody_reads_on_it_ends_quietly(folder, flags):
+def test_a_closed_stdout_ends_the_script_quietly(folder, flags):
     (folder / "other.json").write_text("before")
     extra = flags or ["--json", "other.json"]
     reading, writing = os.pipe()
@@ -270,6 +270,6 @@ def test_when_nobody_reads_on_it_ends_quietly(folder, flags):
     assert (folder / "other.json").read_text() == "before"
 
 
-def test_checkpoints_may_stand_among_the_images(folder):
+def test_checkpoints_may_be_among_the_images(folder):
     rows, _ = json_of(folder, "photos/0.png", "checkpoints/resnext.pt", "photos/1.png")
     assert [list(row["members"]) for row in rows] == [["resnext"]] * 2

@@ -1,6 +1,6 @@
-"""Random sources, images and flags: each one works, or ends in an error that names it.
+"""Random folders, images and flags: each is accepted, or ends with an error that names it.
 
-The examples are the same on every run. PROPERTY_SCALE=20 in the environment tries 20 times as many.
+The examples are the same in every run. The environment variable PROPERTY_SCALE=20 gives 20 times as many.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from dataset import image_folder
 from training import recipe
 
 
-def tries(number: int):
-    """This number of examples, always the same, with no time limit."""
+def num_examples(number: int):
+    """Settings for this number of examples: always the same ones, without a time limit."""
     return settings(
         max_examples=number * int(os.environ.get("PROPERTY_SCALE", "1")),
         deadline=None,
@@ -59,7 +59,7 @@ def load(source: Path, data_dir: Path) -> dataset.Dataset | None:
 
 @st.composite
 def damaged(draw, wholes: list[bytes]) -> bytes:
-    """One of these files with bits flipped, bytes set or removed, or its end removed."""
+    """One of these files with flipped bits, changed or removed bytes, or without its end."""
     content = bytearray(draw(st.sampled_from(wholes)))
     for _ in range(draw(st.integers(1, 6))):
         if not content:
@@ -78,7 +78,7 @@ def damaged(draw, wholes: list[bytes]) -> bytes:
     return bytes(content)
 
 
-# Common names, and unusual ones that a file system accepts.
+# Common file names, and unusual ones that are allowed.
 NAMES = st.one_of(
     st.sampled_from(["cat", "Käfer", "Ka\u0308fer", "кошка", "犬", "🐕", "قطة", "a b", " a", "a ", "..a", "-rf"]),
     st.sampled_from([".hidden", "Thumbs.db", "train", "test", "data_batch_1", "batches.meta", "~", "a.png", "a\\b"]),
@@ -103,9 +103,9 @@ def picture(kind: str, mode: str, size: tuple[int, int], seed: int = 0) -> bytes
     return encode(image if mode == "LAB" else image.convert(mode), kind)
 
 
-@tries(60)
+@num_examples(60)
 @given(data=st.data())
-def test_made_up_class_folders_give_their_classes_and_counts_or_are_refused(data):
+def test_random_class_folders_are_loaded_or_refused(data):
     classes = data.draw(st.sets(NAMES, min_size=1, max_size=4), label="classes")
     contents = st.sets(NAMES, min_size=data.draw(st.integers(0, 1)), max_size=3)
     found = {split: {name: data.draw(contents) for name in sorted(classes)} for split in ("train", "test")}
@@ -133,7 +133,7 @@ def test_made_up_class_folders_give_their_classes_and_counts_or_are_refused(data
 
 
 def decode(content: bytes, image_size: int):
-    """The pixels of a file with this content, or the error."""
+    """Decode a file with this content; return its pixels or the error."""
     with folder() as place:
         (place / "the-file").write_bytes(content)
         found = image_folder.decode(place / "the-file", image_size)
@@ -145,7 +145,7 @@ WHOLE_IMAGES = [picture(kind, mode, (11, 7)) for kind, modes in KINDS.items() fo
 MAGIC = [content[:4] for content in WHOLE_IMAGES] + [b"%!PS-Adobe", b"8BPS", b"icns", b"SIMPLE  =", b"\xd7\xcd\xc6\x9a"]
 
 
-@tries(300)
+@num_examples(300)
 @given(
     st.one_of(
         st.binary(max_size=200),
@@ -155,7 +155,7 @@ MAGIC = [content[:4] for content in WHOLE_IMAGES] + [b"%!PS-Adobe", b"8BPS", b"i
     st.sampled_from([1, 8, 33]),
 )
 @pytest.mark.filterwarnings("ignore")
-def test_any_bytes_as_an_image_are_decoded_or_refused(content, image_size):
+def test_random_bytes_are_decoded_or_refused(content, image_size):
     with mock.patch("subprocess.Popen", side_effect=AssertionError("a program was started")):
         decoded = decode(content, image_size)
     if isinstance(decoded, UserError):
@@ -164,7 +164,7 @@ def test_any_bytes_as_an_image_are_decoded_or_refused(content, image_size):
         assert (decoded.shape, decoded.dtype) == ((3, image_size, image_size), np.uint8)
 
 
-@tries(60)
+@num_examples(60)
 @given(st.sampled_from(READABLE), st.integers(1, 300), st.integers(1, 300), st.integers(1, 40))
 def test_images_of_any_kind_and_size_are_decoded(kind_mode, width, height, image_size):
     assume(kind_mode[0] != "ICO" or max(width, height) <= 256)  # the largest icon
@@ -202,23 +202,23 @@ def parse(script, argv: list[str]) -> tuple[recipe.Recipe | None, str]:
 
 
 @pytest.mark.parametrize(("script", "item"), FLAGS, ids=[f"{s.__name__} {i.name}" for s, i in FLAGS])
-@tries(25)
+@num_examples(25)
 @given(value=arguments)
-def test_any_value_of_a_flag_is_taken_or_refused_by_its_name(script, item, value):
-    parsed, message = parse(script, [f"{recipe.spelled(item.name)}={value}"])
-    assert parsed or recipe.spelled(item.name) in message
+def test_any_value_of_a_flag_is_accepted_or_an_error_that_names_the_flag(script, item, value):
+    parsed, message = parse(script, [f"{recipe.flag_name(item.name)}={value}"])
+    assert parsed or recipe.flag_name(item.name) in message
 
 
-@tries(150)
+@num_examples(150)
 @given(
     st.dictionaries(
         st.sampled_from(recipe.flags(mobilenetv2.RECIPE)).map(lambda item: item.name), arguments, max_size=6
     )
 )
-def test_any_values_of_several_flags_are_taken_or_refused_by_name(values):
-    parsed, message = parse(mobilenetv2, [f"{recipe.spelled(name)}={value}" for name, value in values.items()])
+def test_any_values_of_several_flags_are_accepted_or_an_error_that_names_one(values):
+    parsed, message = parse(mobilenetv2, [f"{recipe.flag_name(name)}={value}" for name, value in values.items()])
     if not parsed:
-        assert any(recipe.spelled(name) in message for name in values)
+        assert any(recipe.flag_name(name) in message for name in values)
         return
     assert all(math.isfinite(value) for value in asdict(parsed).values() if isinstance(value, float))
     assert parsed.min_lr <= parsed.lr

@@ -1,4 +1,4 @@
-"""The recipe: every hyperparameter is a flag, and whatever cannot be trained is refused in words."""
+"""The recipe: every hyperparameter is a flag, and invalid values are errors."""
 
 from dataclasses import replace
 
@@ -14,12 +14,12 @@ from training import recipe
 SCRIPTS = [dense, mobilenetv2, resnext]
 by_script = pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for script in SCRIPTS])
 
-# All flags that may differ from the checkpoint's when a run is resumed: none of them changes what is trained.
+# The flags that may differ from the checkpoint's when a run is resumed, because they do not change the training.
 FREE = {
     "device", "deterministic", "compile", "data", "data_url", "name", "checkpoint_dir", "plot_dir", "reference",
     "resume", "overwrite", "dry_run", "tensorboard", "epochs", "dense",
 }  # fmt: skip
-# Values of flags for which "twice as much and one" would be refused.
+# Other values of the flags for which `another` cannot compute one.
 ANOTHER = {
     "depth": 37, "recipe": "baseline", "base_min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
     "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_horizon": 0.5, "device": "cpu",
@@ -35,7 +35,7 @@ def parse(*argv: str, script=mobilenetv2):
 
 
 def another(item, value):
-    """A value for a field that it does not have yet."""
+    """A valid value of a field that differs from `value`."""
     if item.name in ANOTHER:
         return ANOTHER[item.name]
     if isinstance(value, int | float):
@@ -44,7 +44,7 @@ def another(item, value):
 
 
 @by_script
-def test_each_field_is_a_flag_of_its_name(script):
+def test_each_field_is_a_flag(script):
     assert parse(script=script) == script.RECIPE
     for item in recipe.flags(script.RECIPE):
         value = another(item, getattr(script.RECIPE, item.name))
@@ -57,7 +57,7 @@ def test_each_field_is_a_flag_of_its_name(script):
 
 
 @by_script
-def test_help_lists_each_flag_with_its_meaning_and_value(script, capsys):
+def test_help_lists_each_flag_with_its_default(script, capsys):
     with pytest.raises(SystemExit) as end:
         parse("--help", script=script)
     assert end.value.code == 0
@@ -74,11 +74,11 @@ def test_help_lists_each_flag_with_its_meaning_and_value(script, capsys):
 
 
 @by_script
-def test_the_baselines_recipe_has_its_values_and_the_flags_beside_it_count(script):
+def test_recipe_baseline_has_the_baselines_values_and_other_flags_override_it(script):
     baseline = parse("--recipe", "baseline", script=script)
     assert {name: getattr(baseline, name) for name in recipe.BASELINE} == recipe.BASELINE
     assert (baseline.epochs, baseline.batch_size, baseline.base_lr, baseline.base_min_lr) == (200, 64, 0.01, 0.0001)
-    # All that decides the training of a network stands there; the rest says which images, which network, which files.
+    # The baseline sets everything that determines the training; all other flags select images, network and files.
     which_images = {"image_size", "train_size", "test_size", "val_size", "split_seed", "test_split"}
     free = FREE - {"epochs"} | which_images | {"recipe", "init", "seed", "precision", "sync_bn"}
     assert recipe.BASELINE.keys() == {item.name for item in recipe.flags(recipe.Recipe)} - free
@@ -111,7 +111,7 @@ def test_the_baselines_recipe_has_its_values_and_the_flags_beside_it_count(scrip
         "--base-width 1025",
     ],
 )  # fmt: skip
-def test_a_value_out_of_range_is_refused_by_flag_and_value(arguments):
+def test_a_value_out_of_range_is_an_error_with_flag_and_value(arguments):
     flag, value = arguments.split()
     name = flag.removeprefix("--").replace("-", "_")
     script = next(script for script in (mobilenetv2, dense, resnext) if hasattr(script.RECIPE, name))
@@ -141,18 +141,18 @@ def test_a_value_out_of_range_is_refused_by_flag_and_value(arguments):
     ],
     ids=repr,
 )
-def test_values_that_do_not_go_together_and_impossible_names_are_refused(arguments, words):
+def test_conflicting_values_and_invalid_names_are_refused(arguments, words):
     with pytest.raises(UserError) as refusal:
         parse(*arguments)
     assert words in str(refusal.value)
 
 
-def test_equal_rates_are_a_constant_rate():
+def test_a_constant_learning_rate_is_allowed():
     assert parse("--base-lr", "0.0001", "--base-min-lr", "0.0001").base_min_lr == 0.0001
 
 
 @by_script
-def test_a_recipe_differs_from_another_in_what_it_trains_and_in_nothing_else(script):
+def test_recipes_differ_only_in_fields_that_change_the_training(script):
     ours = script.RECIPE
     assert ours.differences(ours.as_dict()) == []
     for item in recipe.flags(ours):

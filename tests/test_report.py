@@ -1,4 +1,4 @@
-"""The report and its metrics: on made-up members, against NumPy, some against torchmetrics too."""
+"""The report and its metrics, on random members, compared with NumPy and torchmetrics."""
 
 import math
 
@@ -17,7 +17,7 @@ CLASSES = tuple("pqrst")
 
 
 def make_logits(*, views=1, images=400, seed=0):
-    """Members that are right more often than not, (3, views, images, 5), and the labels."""
+    """Logits of members that are usually right, (3, views, images, 5), and the labels."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 5, images)
     logits = rng.normal(0, 1.5, (3, views, images, 5)) + rng.normal(0, 1, (images, 5))
@@ -27,9 +27,9 @@ def make_logits(*, views=1, images=400, seed=0):
 
 @pytest.mark.parametrize("how", AVERAGES)
 @pytest.mark.parametrize("views", [1, 2])
-def test_members_ensemble_and_the_ensemble_without_each(how, views):
+def test_probabilities_of_members_ensemble_and_leave_one_out(how, views):
     logits, _ = make_logits(views=views)
-    probs = report.average(logits.float(), how, 1.5)
+    probs = report.ensemble_probs(logits.float(), how, 1.5)
     flat = logits.float().double().reshape(3, views, -1, 5)
     everything = torch.cat(list(flat))
     torch.testing.assert_close(probs.ensemble, average_probs(everything, how, 1.5))
@@ -38,13 +38,13 @@ def test_members_ensemble_and_the_ensemble_without_each(how, views):
         others = torch.cat([flat[other] for other in range(3) if other != member])
         torch.testing.assert_close(probs.without[member], average_probs(others, how, 1.5))
     if how == "softmax":
-        untempered = report.average(logits, how).ensemble
+        untempered = report.ensemble_probs(logits, how).ensemble
         torch.testing.assert_close(untempered, logits.softmax(-1).mean((0, 1)))
 
 
-def test_a_single_member_has_nothing_to_leave_out():
+def test_a_single_member_has_no_leave_one_out():
     logits, labels = make_logits()
-    probs = report.average(logits[:1], "softmax")
+    probs = report.ensemble_probs(logits[:1], "softmax")
     torch.testing.assert_close(probs.ensemble, probs.members[0])
     result = report.report(probs, labels, MEMBERS[:1], CLASSES)
     assert (result["leave_one_out"], result["disagreement"]) == ([], [[0.0]])
@@ -52,7 +52,7 @@ def test_a_single_member_has_nothing_to_leave_out():
 
 
 @pytest.mark.parametrize("how", AVERAGES)
-def test_the_fit_is_the_least_loss_of_a_fine_grid(how):
+def test_the_fitted_temperature_is_the_best_of_a_fine_grid(how):
     logits, labels = make_logits()
     averaged = report.average_logits(logits.flatten(0, 1), how)
     grid = np.exp(np.linspace(-3, 3, 3001))
@@ -60,7 +60,7 @@ def test_the_fit_is_the_least_loss_of_a_fine_grid(how):
     assert report.fit_temperature(logits, labels, how) == pytest.approx(best, rel=2e-3)
 
 
-def test_the_fit_stays_in_its_range():
+def test_the_fitted_temperature_stays_in_its_range():
     labels = torch.arange(5).repeat(8)
     right = 1000 * F.one_hot(labels, 5).double()[None, None]
     low, high = report.TEMPERATURES
@@ -68,9 +68,9 @@ def test_the_fit_stays_in_its_range():
     assert report.fit_temperature(-right, labels, "softmax") == pytest.approx(high, rel=1e-6)
 
 
-def test_report_against_numpy():
+def test_the_report_equals_numpy():
     logits, labels = make_logits()
-    probs = report.average(logits, "softmax")
+    probs = report.ensemble_probs(logits, "softmax")
     result = report.report(probs, labels, MEMBERS, CLASSES)
     assert [(row["name"], row["checkpoint"]) for row in result["members"]] == [(name, f"{name}.pt") for name in NAMES]
     assert result["temperature"] is None
@@ -98,10 +98,10 @@ def test_report_against_numpy():
     assert first["images"] == ((labels == true) & (probs.ensemble.argmax(1) == predicted)).sum()
 
 
-def test_the_effect_of_a_temperature():
+def test_the_report_of_a_temperature():
     logits, labels = make_logits()
-    plain = report.report(report.average(logits, "softmax"), labels, MEMBERS, CLASSES)
-    result = report.report(report.average(logits, "softmax", 1.5), labels, MEMBERS, CLASSES, fitted_on=50)
+    plain = report.report(report.ensemble_probs(logits, "softmax"), labels, MEMBERS, CLASSES)
+    result = report.report(report.ensemble_probs(logits, "softmax", 1.5), labels, MEMBERS, CLASSES, fitted_on=50)
     effect = result["temperature"]
     assert (effect["value"], effect["fitted_on"]) == (1.5, 50)
     for name in (*metrics.PER_IMAGE, "calibration_error"):
@@ -110,12 +110,14 @@ def test_the_effect_of_a_temperature():
     assert result["members"] == plain["members"]
     for name in metrics.PER_IMAGE:
         assert effect["difference"][name] == pytest.approx(effect["after"][name] - effect["before"][name])
-    change = [metrics.per_image(report.average(logits, "softmax", value).ensemble, labels) for value in (1.5, 1.0)]
+    change = [
+        metrics.per_image(report.ensemble_probs(logits, "softmax", value).ensemble, labels) for value in (1.5, 1.0)
+    ]
     means = metrics.bootstrap((change[0] - change[1]).numpy())
     assert effect["difference"]["intervals"]["loss"] == pytest.approx(metrics.intervals(means)["loss"])
 
 
-def test_mean_and_standard_deviation_of_the_members_of_one_network():
+def test_mean_and_standard_deviation_by_network():
     members = [
         {"name": str(number), "loss": number / 2, "accuracy": number / 10, "brier": 0.1, "calibration_error": 0.2}
         for number in range(5)
@@ -123,7 +125,7 @@ def test_mean_and_standard_deviation_of_the_members_of_one_network():
     small, large = {"name": "resnext", "arguments": {"depth": 29}}, {"name": "resnext", "arguments": {"depth": 38}}
     dense = {"name": "densenet", "arguments": {"depth": 121}}
     groups = report.by_network(members, [small, dense, small, large, small])
-    assert len(groups) == 1, "one of a kind has no spread"
+    assert len(groups) == 1, "a single member has no standard deviation"
     assert (groups[0]["network"], groups[0]["members"]) == ("resnext", ["0", "2", "4"])
     assert groups[0]["loss"] == {"mean": 1.0, "std": pytest.approx(np.std([0, 1, 2], ddof=1))}
     assert groups[0]["accuracy"]["std"] == pytest.approx(0.2)
@@ -149,7 +151,7 @@ def test_loss_accuracy_and_brier_score_equal_numpy(logits, labels):
     assert metrics.negative_log_likelihood(tensor, targets) == pytest.approx(loss.mean(), abs=1e-12)
 
 
-def test_a_probability_of_zero_is_a_large_loss_not_an_infinite_one():
+def test_a_probability_of_zero_gives_a_large_finite_loss():
     loss = metrics.negative_log_likelihood(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
     assert 80 < loss < math.inf
 
@@ -158,12 +160,12 @@ def test_both_averages_equal_numpy(logits):
     tensor, mean = torch.from_numpy(logits), softmax(logits).mean(0)
     np.testing.assert_allclose(average_probs(tensor), mean, atol=1e-12)
     np.testing.assert_allclose(average_probs(tensor, "logits"), softmax(logits.mean(0)), atol=1e-12)
-    assert not np.allclose(softmax(logits.mean(0)), mean, atol=1e-2), "the two averages ought to differ"
+    assert not np.allclose(softmax(logits.mean(0)), mean, atol=1e-2), "the two averages should differ"
     with pytest.raises(ValueError, match="'median'"):
         average_probs(tensor, "median")
 
 
-def test_calibration_equals_a_loop_in_numpy(logits, labels):
+def test_reliability_and_calibration_error_equal_a_loop_in_numpy(logits, labels):
     probs = softmax(logits[0])
     confidence, hits = probs.max(1), probs.argmax(1) == labels
     tensor, targets = torch.from_numpy(probs), torch.from_numpy(labels)
@@ -191,7 +193,7 @@ def test_calibration_error_equals_torchmetrics(logits, labels):
         assert metrics.calibration_error(probs, targets) == pytest.approx(reference(probs, targets).item(), abs=1e-6)
 
 
-def test_a_bin_holds_its_upper_edge(monkeypatch):
+def test_a_bin_includes_its_upper_edge(monkeypatch):
     monkeypatch.setattr(metrics, "BINS", 4)
     probs = torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]])
     counts, _, _ = metrics.reliability(probs, torch.zeros(3, dtype=torch.long))
@@ -225,7 +227,7 @@ def test_bootstrap_equals_a_loop(monkeypatch, at_once):
     np.testing.assert_allclose(metrics.bootstrap(values), expected, atol=1e-12)
 
 
-def test_an_interval_is_as_wide_as_the_normal_distribution_has_it():
+def test_an_interval_has_the_width_of_the_normal_approximation():
     values = np.random.default_rng(5).random((400, 1)) < 0.9
     low, high = metrics.intervals(metrics.bootstrap(values.repeat(3, axis=1)))["accuracy"]
     share = values.mean()

@@ -1,4 +1,4 @@
-"""What a training step and the loader may do on a GPU, watched operator by operator, on the CPU."""
+"""What a training step and the loader may do on a GPU, checked on the CPU by tracing all operators."""
 
 import contextlib
 import json
@@ -29,12 +29,12 @@ SMALL = {
     resnext: {"base_width": 2},
 }
 CPU = torch.device("cpu")
-# Operators for which the host waits for the device: their result decides what is run, or how large it is.
+# Operators that synchronize host and device, because the host needs their result.
 SYNCHRONIZING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators, and collects the storages that were there before and are written."""
+    """Counts operators, and collects the storages that existed before and are written."""
 
     def __init__(self):
         super().__init__()
@@ -77,21 +77,21 @@ def step(trainer, images=None):
     trainer.step(images, torch.tensor([0, 1, 2, 0]), trainer.model)
 
 
-def test_a_step_writes_nothing_that_its_state_does_not_name(trainer):
+def test_a_step_writes_only_tensors_of_its_state(trainer):
     with Watch() as watch:
         step(trainer)
     known, parameters = storages(trainer.state()), storages(list(trainer.model.parameters()))
-    assert parameters <= watch.written <= known  # batch norm writes its statistics without saying so
+    assert parameters <= watch.written <= known  # batch norm's schema does not declare that it writes its statistics
 
 
-def test_a_step_makes_the_host_wait_for_nothing_and_copies_no_activation(trainer):
+def test_a_step_neither_synchronizes_nor_copies_activations(trainer):
     with Watch() as watch:
         step(trainer)
     assert not SYNCHRONIZING & watch.operators.keys()
     assert watch.operators["clone"] == 0
 
 
-def test_addresses_stay_the_same(trainer):
+def test_tensors_keep_their_addresses(trainer):
     before = [tensor.data_ptr() for tensor in (*trainer.state(), trainer.lr_tensor, trainer.ema.update_rate)]
     for number in range(3):
         trainer.train_step(0, number, torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
@@ -101,8 +101,8 @@ def test_addresses_stay_the_same(trainer):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_step_reads_and_writes_no_more_than_it_did(name):
-    """After a change that is meant to, run benchmarks/roofline.py again."""
+def test_the_memory_traffic_of_a_step_equals_the_stored_one(name):
+    """After an intended change, run benchmarks/roofline.py again."""
     stored = json.loads((Path(__file__).parents[1] / "benchmarks/results/roofline.json").read_text())["networks"][name]
     counted = roofline.count(name)
     for quantity in ("kernels", "bytes_eager", "bytes_fused"):
@@ -110,9 +110,9 @@ def test_a_step_reads_and_writes_no_more_than_it_did(name):
 
 
 class Streams(TorchDispatchMode):
-    """Stands in for CUDA's streams, and has PyTorch's sanitizer look for two that use memory at the same time.
+    """Simulates CUDA streams. PyTorch's CUDA sanitizer finds two streams that use the same memory without waiting.
 
-    As in CUDA's allocator, memory that a stream has freed can be given to a new tensor of the same stream.
+    As with CUDA's allocator, memory that one stream frees can be reused for a new tensor of the same stream.
     """
 
     def __init__(self):
@@ -136,7 +136,7 @@ class Streams(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        is_new = "lift_fresh" in str(function)  # the tensor of torch.tensor
+        is_new = "lift_fresh" in str(function)  # the result of torch.tensor
         if is_new or not function.is_view:
             inputs, outputs = storages((args, kwargs)), storages(result)
             made = outputs if is_new else outputs - inputs
@@ -155,18 +155,18 @@ class Streams(TorchDispatchMode):
         return result
 
 
-def test_the_loader_augments_on_a_second_stream_without_a_race(monkeypatch):
+def test_the_loader_has_no_race_between_its_two_streams(monkeypatch):
     def copied(plan, _):
-        draws = {field.name: getattr(plan.draws, field.name).clone() for field in fields(plan.draws)}
+        params = {field.name: getattr(plan.params, field.name).clone() for field in fields(plan.params)}
         tensors = {name: getattr(plan, name).clone() for name in ("index", "sort_order", "inverse_order")}
-        return replace(plan, **tensors, draws=replace(plan.draws, **draws))
+        return replace(plan, **tensors, params=replace(plan.params, **params))
 
     streams = Streams()
     monkeypatch.setattr(Plan, "to", copied)  # a copy, as from the host to a GPU
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: streams.stream(streams.current))
     monkeypatch.setattr(torch.cuda, "stream", streams.on)
     settings = dense.RECIPE.augmentation()
-    loader = TrainLoader(tiny_images(train_size=60).train, 4, settings, chunk_size=8, ahead=True)
+    loader = TrainLoader(tiny_images(train_size=60).train, 4, settings, chunk_size=8, prefetch=True)
     loader.stream = streams.stream(1)
     with streams:
         for epoch in range(3):

@@ -1,11 +1,11 @@
-"""--resume alone and with more epochs, --init, --dry-run; batches that do not fit the images; a loss that grows."""
+"""--resume with and without more epochs, --init, --dry-run, unusual batch sizes, warnings, plots and remaining time."""
 
 import math
 import threading
 from dataclasses import replace
 
 from common.errors import UserError
-from common.text import counted
+from common.text import pluralize
 
 import pytest
 import torch
@@ -16,19 +16,19 @@ from training import checkpoint, loop, messages
 from training.recipe import parse_flags
 
 
-def test_flags_say_what_was_given():
+def test_given_has_the_fields_that_flags_set():
     recipe = parse_flags(mobilenetv2.RECIPE, "", ["--epochs", "3", "--no-nesterov"])
     assert recipe.given == {"epochs", "nesterov"}
     baseline = parse_flags(mobilenetv2.RECIPE, "", ["--recipe", "baseline"])
     assert {"recipe", "weight_decay", "randaugment_ops"} <= baseline.given
 
 
-def test_a_run_resumed_without_its_flags_is_the_run_itself(train, tmp_path):
+def test_resume_takes_the_recipe_from_the_checkpoint(train, tmp_path):
     unusual = {"base_lr": 0.3, "weight_decay": 1e-3, "seed": 4, "label_smoothing": 0.1, "ema_horizon": 0.2}
     places = {"checkpoint_dir": str(tmp_path / "whole"), "plot_dir": str(tmp_path / "whole")}
     whole = train(epochs=3, **unusual, **places)
     train(epochs=2, **unusual)
-    # Given the third epoch, it goes on by the schedule of three: the end differs from the whole run's.
+    # With a third epoch, it continues with the schedule of three epochs; the weights differ from the whole run's.
     longer = train(resume=True, epochs=3, given=frozenset({"resume", "epochs"}))
     assert [row["epoch"] for row in longer.history] == [1, 2, 3]
     assert longer.history[2]["learning_rate"] == whole.history[2]["learning_rate"]
@@ -40,10 +40,10 @@ def test_a_run_resumed_without_its_flags_is_the_run_itself(train, tmp_path):
     assert "given" not in stored
 
 
-def test_resume_says_that_a_run_is_new_or_longer_and_refuses_a_shorter_one(train, capsys):
+def test_resume_reports_a_new_or_longer_run_and_refuses_a_shorter_one(train, capsys):
     train(resume=True, epochs=2)
-    assert "tiny.pt: there is no checkpoint to resume from; this is a new run" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"--epochs 1: .* is in epoch 2 already"):
+    assert "tiny.pt: there is no checkpoint to resume from; starting a new run" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--epochs 1: .* is already in epoch 2"):
         train(resume=True, epochs=1, given=frozenset({"epochs"}))
     train(resume=True, epochs=4, given=frozenset({"epochs"}))
     assert "4 epochs instead of 2" in capsys.readouterr().out
@@ -55,7 +55,7 @@ def test_init_starts_from_the_weights_of_a_checkpoint(train, tmp_path, tiny_data
     theirs = checkpoint.read(first)["model"]
 
     def start(data, **changes):
-        """The weights that a run starts from: what is left of them after a step of almost no length."""
+        """The initial weights of a run: its weights after an epoch with a learning rate of almost zero."""
         run = train(data, init=str(first), epochs=1, base_lr=1e-30, base_min_lr=0.0, **changes)
         return {name: value for name, value in run.model.state_dict().items() if "running" not in name}
 
@@ -70,7 +70,7 @@ def test_init_starts_from_the_weights_of_a_checkpoint(train, tmp_path, tiny_data
     other = start(two, name="other")
     assert torch.equal(other["conv.weight"], theirs["conv.weight"])
     assert other["classifier.weight"].shape == (2, 4)
-    assert "with a new classifier: 2 classes, which are not its 3" in capsys.readouterr().out
+    assert "with a new classifier for 2 classes: they differ from its 3" in capsys.readouterr().out
 
     with pytest.raises(UserError, match=r"--init .*first\.pt holds tiny \(channels 4\), not tiny \(channels 5\)"):
         start(tiny_data(), name="wide", channels=5)
@@ -78,7 +78,7 @@ def test_init_starts_from_the_weights_of_a_checkpoint(train, tmp_path, tiny_data
         train(init=str(tmp_path / "nowhere.pt"), name="none")
 
 
-def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(train, tmp_path, capsys):
+def test_a_dry_run_prints_the_cost_of_a_run_and_saves_nothing(train, tmp_path, capsys):
     run = train(dry_run=True, tensorboard=True)
     said = capsys.readouterr().out
     multiply_adds = 64 * (3 * 4 * 9) + 4 * 3  # the convolution on 8×8 pixels, and the classifier
@@ -90,21 +90,21 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(train, tmp_path, cap
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(4, 6), (7, 3), (21, 1), (500, 1)])
-def test_no_batch_is_too_small_or_larger_than_the_images(train, tmp_path, batch_size, steps, capsys):
-    run = train(batch_size=batch_size, epochs=2)  # 22 images: of batches of 7 and 21, one would be left
+def test_batches_are_neither_too_small_nor_larger_than_the_data_set(train, tmp_path, batch_size, steps, capsys):
+    run = train(batch_size=batch_size, epochs=2)  # of 22 images, batches of 7 and 21 would leave a batch of one
     assert run.optimizer.state[next(run.model.parameters())]["momentum_buffer"].isfinite().all()
     said, real_size = capsys.readouterr().out, min(batch_size, 22)
-    assert f"2 epochs of {counted(steps, 'step')}\n" in said
-    # Both rates are for the batch that there is.
+    assert f"2 epochs of {pluralize(steps, 'step')}\n" in said
+    # The learning rates are scaled with the real batch size.
     rates = [row["learning_rate"] for row in run.history]
     assert rates == pytest.approx([0.8 * real_size / 64, 0.408 * real_size / 64])
-    assert f"peak learning rate {0.8 * real_size / 64:g}, from 0.8 × {real_size}/64" in said
+    assert f"peak learning rate {0.8 * real_size / 64:g} = 0.8 × {real_size}/64" in said
     assert 0 < run.history[-1]["train_accuracy"] <= 1
     stored = checkpoint.read(tmp_path / "checkpoints" / "tiny.pt")["recipe"]
     assert stored["batch_size"] == batch_size, "--resume with the same flags continues"
 
 
-def test_another_image_is_left_out_in_every_epoch(tiny_recipe, tiny_data):
+def test_each_epoch_drops_a_different_image(tiny_recipe, tiny_data):
     loader = loop.train_loader(tiny_recipe(batch_size=7), tiny_data().train)
     seen = [len(torch.cat([labels for _, labels in loader.epoch(epoch)])) for epoch in range(3)]
     assert seen == [21, 21, 21]
@@ -112,7 +112,7 @@ def test_another_image_is_left_out_in_every_epoch(tiny_recipe, tiny_data):
     assert len({tuple(order) for order in orders}) > 1
 
 
-def test_a_growing_loss_is_warned_of_once(tiny_recipe, capsys):
+def test_a_growing_loss_gives_one_warning(tiny_recipe, capsys):
     def warnings(*losses, num_classes=10):
         report = messages.EpochReport(tiny_recipe(), num_classes, lambda row: None, lambda *_: None)
         for number in range(len(losses)):
@@ -120,42 +120,42 @@ def test_a_growing_loss_is_warned_of_once(tiny_recipe, capsys):
         return capsys.readouterr().err
 
     assert warnings(2.4, 2.5, 2.0, 1.0, 1.1) == ""
-    assert warnings(1.0, 2.5, 0.9, 0.8) == "", "a single epoch may be an accident"
+    assert warnings(1.0, 2.5, 0.9, 0.8) == "", "a single bad epoch is no reason to warn"
     assert warnings(2.0, 1.0, 2.5, 2.6, 2.7, 1.0, 3.0, 3.0).count("warning") == 1
-    once = warnings(9.0, 9.5, 9.6)  # from the start worse than guessing, which has log(10) = 2.3
+    once = warnings(9.0, 9.5, 9.6)  # worse than uniform guessing, log(10) = 2.3, from the start
     assert once.count("warning") == once.count("grown to 9.500") == 1
     assert "--base-lr below 0.8; the peak learning rate is 0.05" in once
     limit = 1.2 * 1.5 * math.log(3)
     assert warnings(*[limit - 0.01] * 3, num_classes=3) == ""
 
 
-def test_pictures_are_drawn_at_the_end_and_in_between_as_far_as_they_cost_little(tiny_recipe, monkeypatch):
+def test_plots_between_epochs_take_at_most_5_percent_of_the_time(tiny_recipe, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
-    drawn = []
+    plotted = []
 
-    def draw(history, recipe):
-        drawn.append(len(history))
+    def plot(history, recipe):
+        plotted.append(len(history))
         now[0] += 2
 
-    report = messages.EpochReport(tiny_recipe(), 10, lambda row: None, draw)
+    report = messages.EpochReport(tiny_recipe(), 10, lambda row: None, plot)
     row = {"epoch": 1, "learning_rate": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "test_loss": 1.0}
     row |= {"test_accuracy": 0.5, "seconds": 15.0, "images_per_second": 10.0}
     for number in range(1, 9):
         now[0] += 15
         report.epoch([row] * number)
-    assert drawn == [2, 5, 8]  # the first is taken to cost a second, the others cost 2 of every 40 seconds
+    assert plotted == [2, 5, 8]  # the first plot is expected to take 1 s; the others take 2 s, at most every 40 s
 
 
-def test_the_time_to_go_is_said_after_a_minute(monkeypatch, capsys):
+def test_the_remaining_time_is_printed_after_a_minute(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
-    pace = messages.Pace(10, 1000)  # resumed at step 10
+    remaining_time = messages.RemainingTime(10, 1000)  # resumed at step 10
     now[0] += 30
-    assert pace.left(20) == "49.0 min"
+    assert remaining_time.estimate(20) == "49.0 min"
     assert capsys.readouterr().out == ""
     now[0] += 60
-    assert pace.left(40) == pace.left(40) == "48.0 min"
+    assert remaining_time.estimate(40) == remaining_time.estimate(40) == "48.0 min"
     assert capsys.readouterr().out == "about 48.0 min left\n"
 
 
@@ -178,8 +178,8 @@ def test_a_dry_run_resumes_with_the_checkpoints_recipe(train, tmp_path, capsys):
         train(dry_run=True, reference="nowhere.csv", name="other")
 
 
-def test_fit_replaces_no_checkpoint_unasked(train, tiny, tiny_data, tiny_recipe):
+def test_fit_does_not_replace_a_checkpoint_without_overwrite(train, tiny, tiny_data, tiny_recipe):
     train(epochs=1)
-    with pytest.raises(UserError, match=r"tiny\.pt exists already; --resume continues"):
+    with pytest.raises(UserError, match=r"tiny\.pt already exists; --resume continues"):
         loop.fit(tiny(), tiny_data(), tiny_recipe(epochs=1))
     assert loop.fit(tiny(), tiny_data(), tiny_recipe(epochs=1, overwrite=True)).epoch == 1

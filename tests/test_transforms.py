@@ -1,4 +1,4 @@
-"""Every operator, the random parameters and the whole chain, compared with torchvision on the same images."""
+"""Every operator, the random parameters and the whole augmentation, compared with torchvision on the same images."""
 
 import platform
 from dataclasses import fields, replace
@@ -24,15 +24,15 @@ NOTHING = Augmentation(
     crop_padding=0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, flip=0.0, randaugment_ops=0
 )
 
-# Operators that blend two images round once if the processor has a fused multiply-add, and twice otherwise. Our addcmul
-# may differ from torchvision's add in this; a value that should be an integer may then be truncated to the next lower.
-# On x86-64 they agree, in plain, AVX2 and AVX-512 kernels. All other operators must be equal on any processor.
+# Operators that blend two images round once with a fused multiply-add, and twice without. Our addcmul may differ from
+# torchvision's add in this, and a value just below an integer is truncated to the next lower one. On x86-64 they agree,
+# in default, AVX2 and AVX-512 kernels. All other operators must be equal on any processor.
 ROUNDS_ALIKE = platform.machine().lower() in ("x86_64", "amd64")
 BLENDING = ("contrast", "saturation", "Color", "Contrast", "Sharpness")
 
 
 def photos(count, size, seed=0):
-    """Soft coloured shapes with a little texture; brightness and contrast differ between images."""
+    """Smooth coloured shapes with some texture; brightness and contrast differ between images."""
     generator = torch.Generator().manual_seed(seed)
     shapes = torch.rand(count, 3, 4, 4, generator=generator)
     shapes = interpolate(shapes, size=(size, size), mode="bicubic", align_corners=False)
@@ -86,14 +86,14 @@ JITTER = {
 
 
 def by_torchvision(image, name, magnitude):
-    """One operator of RandAugment, on one image or on several with the same magnitude."""
+    """torchvision's RandAugment operator, on one image or on several with the same magnitude."""
     return RANDAUGMENT._apply_image_or_video_transform(
         image, name, magnitude, interpolation=RANDAUGMENT.interpolation, fill=RANDAUGMENT._fill
     )
 
 
 def mixed(operator, images, values):
-    """Apply `operator` to each image with each value, all in one batch and out of order: (values, images, 3, H, W)."""
+    """Apply `operator` to each image with each value, in one shuffled batch: (values, images, 3, H, W)."""
     pairs = torch.randperm(len(values) * len(images), generator=torch.Generator().manual_seed(3))
     result = operator(images[pairs % len(images)], values[pairs // len(images)])
     return result[pairs.argsort()].view(len(values), *images.shape)
@@ -133,7 +133,7 @@ def test_randaugment_colours_equal_torchvision(name, size):
 
 @pytest.mark.parametrize("size", [16, 32, 33])
 @pytest.mark.parametrize("name", GEOMETRIC_OPS)
-def test_moved_pixels_equal_torchvision(name, size):
+def test_geometric_operators_equal_torchvision(name, size):
     images = torch.cat((photos(2, size), odd_images(size)[:2]))
     row = 2 * GEOMETRIC_OPS.index(name)
     for magnitude in range(MAGNITUDE_BINS):
@@ -146,26 +146,26 @@ def test_moved_pixels_equal_torchvision(name, size):
 
 @pytest.mark.parametrize("size", [16, 32, 48])
 @pytest.mark.parametrize("name", SPACE)
-def test_magnitudes_are_torchvisions(name, size):
+def test_magnitudes_equal_torchvision(name, size):
     found = torch.stack([operators.op_magnitude(name, magnitude, size).float() for magnitude in range(MAGNITUDE_BINS)])
     assert torch.equal(found, magnitudes_of(name, size))
 
 
-def chain_of_torchvision(image, draws, settings):
-    """All augmentations on one image, uint8 (3, H, W), with its random parameters, one row of `draws`."""
+def chain_of_torchvision(image, params, settings):
+    """All augmentations by torchvision on one image, uint8 (3, H, W), with `params`, its random parameters."""
     size, padding, side = image.shape[-1], settings.crop_padding, settings.cutout
-    top, left = divmod(int(draws.crop), 2 * padding + 1)
+    top, left = divmod(int(params.crop), 2 * padding + 1)
     image = TF.crop(TF.pad(image, [padding]), top, left, size, size)
-    for op in draws.jitter_op.tolist():
+    for op in params.jitter_op.tolist():
         name = list(transforms.JITTER)[op]
         if getattr(settings, name) > 0:  # as ColorJitter does
-            image = JITTER[name](image, float(draws.jitter_change[op]))
-    if draws.flip:
+            image = JITTER[name](image, float(params.jitter_change[op]))
+    if params.flip:
         image = TF.horizontal_flip(image)
-    for op, magnitude in zip(draws.randaugment_op.tolist(), draws.randaugment_magnitude.tolist(), strict=True):
+    for op, magnitude in zip(params.randaugment_op.tolist(), params.randaugment_magnitude.tolist(), strict=True):
         image = by_torchvision(image, list(SPACE)[op], magnitude)
     if side:  # torchvision has no Cutout
-        image, (top, left) = image.clone(), (place - side // 2 for place in divmod(int(draws.cutout), size))
+        image, (top, left) = image.clone(), (place - side // 2 for place in divmod(int(params.cutout), size))
         square = image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
         square[:] = torch.tensor(operators.MEAN_COLOUR).view(3, 1, 1)
     return image
@@ -187,33 +187,34 @@ def test_chain_equals_torchvision(chain):
     size, settings = CHAINS[chain]
     images = torch.cat((photos(330, size), odd_images(size)))
     generator = torch.Generator().manual_seed(5)
-    draws = transforms.draw(len(images), size, settings, generator)
+    params = transforms.sample_params(len(images), size, settings, generator)
     order = torch.randperm(len(images), generator=generator)
-    plan, augmenter = transforms.plan(order, draws, 64), Augmenter(size, settings)
+    plan, augmenter = transforms.make_plan(order, params, 64), Augmenter(size, settings)
     found = torch.cat([augmenter(images, plan, number) for number in range(len(plan))])
-    expected = torch.stack([chain_of_torchvision(images[i], draws[i], settings) for i in order])
+    expected = torch.stack([chain_of_torchvision(images[i], params[i], settings) for i in order])
     assert_same(found, expected, chain=True)
 
 
-def test_cutout_changes_no_other_draw():
+def test_cutout_changes_no_other_parameter():
     with_cutout, without = (
-        transforms.draw(100, 32, Augmentation(cutout=side), torch.Generator().manual_seed(0)) for side in (9, 0)
+        transforms.sample_params(100, 32, Augmentation(cutout=side), torch.Generator().manual_seed(0))
+        for side in (9, 0)
     )
-    for field in fields(transforms.Draws):
+    for field in fields(transforms.RandomParams):
         same = torch.equal(getattr(with_cutout, field.name), getattr(without, field.name))
         assert same == (field.name != "cutout"), field.name
 
 
-# Each frequency lies within four standard errors of its value by torchvision's definition, or within six in the large
-# tables of pairs. With the seed fixed the result is always the same; with another seed, one of 16,000 frequencies would
-# exceed four standard errors by chance. The chi-square of a table must also lie within four of its standard deviations,
-# which shows many small errors together.
+# Each frequency must be within four standard errors of torchvision's probability, or within six in the large tables of
+# pairs. The seed is fixed, so the result is always the same; with another seed, one of 16,000 frequencies would exceed
+# four standard errors by chance. The chi-square of a table must also be within four standard deviations, which detects
+# many small errors.
 NUM_DRAWS = 200_000
 SIGMAS, MANY_SIGMAS = 4.0, 6.0
 
 
 def assert_uniform(cells, num_cells, sigmas=SIGMAS):
-    """`cells`, integers (N,), take each of `num_cells` values equally often."""
+    """Check that `cells`, integers (N,), have each of `num_cells` values equally often."""
     counts = torch.bincount(cells.long(), minlength=num_cells).double()
     assert len(counts) == num_cells
     expected = len(cells) / num_cells
@@ -228,9 +229,9 @@ def assert_share(hits, probability):
 
 
 @pytest.mark.parametrize("reach", [(0.2, 0.2, 0.2, 0.2), (0.5, 1.0, 1.7, 0.5), (0.9, 0.1, 0.4, 0.05)])
-def test_jitter_is_uniform_over_torchvisions_range(reach):
+def test_jitter_is_uniform_in_torchvisions_range(reach):
     settings = Augmentation(**dict(zip(transforms.JITTER, reach, strict=True)))
-    changes = transforms.draw(NUM_DRAWS, 32, settings, torch.Generator().manual_seed(7)).jitter_change
+    changes = transforms.sample_params(NUM_DRAWS, 32, settings, torch.Generator().manual_seed(7)).jitter_change
     expected = v2.ColorJitter(*reach)
     for column, name in enumerate(transforms.JITTER):
         low, high = getattr(expected, name)
@@ -243,14 +244,16 @@ def test_jitter_is_uniform_over_torchvisions_range(reach):
 
 @pytest.mark.parametrize("probability", [0.1, 0.0, 1.0])
 def test_flip_has_its_probability(probability):
-    flip = transforms.draw(NUM_DRAWS, 32, Augmentation(flip=probability), torch.Generator().manual_seed(8)).flip
+    flip = transforms.sample_params(
+        NUM_DRAWS, 32, Augmentation(flip=probability), torch.Generator().manual_seed(8)
+    ).flip
     assert_share(flip, probability)
 
 
-def test_strengths_are_torchvisions_with_even_signs():
+def test_strengths_equal_torchvision_and_signs_are_even():
     settings = Augmentation(randaugment_magnitude=14)
-    draws = transforms.draw(NUM_DRAWS, 20, settings, torch.Generator().manual_seed(10))
-    for ops, magnitudes in zip(draws.randaugment_op.T, draws.randaugment_magnitude.T, strict=True):
+    params = transforms.sample_params(NUM_DRAWS, 20, settings, torch.Generator().manual_seed(10))
+    for ops, magnitudes in zip(params.randaugment_op.T, params.randaugment_magnitude.T, strict=True):
         for number, (name, (_, signed)) in enumerate(SPACE.items()):
             of_op = magnitudes[ops == number]
             assert torch.equal(of_op.abs(), magnitudes_of(name, 20)[14].expand_as(of_op)), name
@@ -260,17 +263,17 @@ def test_strengths_are_torchvisions_with_even_signs():
                 assert not of_op.signbit().any(), name
 
 
-def test_all_draws_are_uniform_and_independent():
-    draws = transforms.draw(NUM_DRAWS, 32, Augmentation(cutout=9), torch.Generator().manual_seed(6))
-    assert_uniform(draws.cutout, 32 * 32)
-    assert torch.equal(draws.jitter_op.sort(1).values, torch.arange(4, dtype=torch.int32).expand(NUM_DRAWS, 4))
-    op, sign = draws.randaugment_op, draws.randaugment_magnitude < 0
-    fourths = (draws.jitter_change * 10 + 2).floor().clamp(0, 3)  # of −0.2 … 0.2
-    order = draws.jitter_op.unique(dim=0, return_inverse=True)[1]
-    columns = [(draws.crop, 81), (order, 24), (draws.flip, 2)]
+def test_all_random_parameters_are_uniform_and_independent():
+    params = transforms.sample_params(NUM_DRAWS, 32, Augmentation(cutout=9), torch.Generator().manual_seed(6))
+    assert_uniform(params.cutout, 32 * 32)
+    assert torch.equal(params.jitter_op.sort(1).values, torch.arange(4, dtype=torch.int32).expand(NUM_DRAWS, 4))
+    op, sign = params.randaugment_op, params.randaugment_magnitude < 0
+    fourths = (params.jitter_change * 10 + 2).floor().clamp(0, 3)  # of −0.2 … 0.2
+    order = params.jitter_op.unique(dim=0, return_inverse=True)[1]
+    columns = [(params.crop, 81), (order, 24), (params.flip, 2)]
     columns += [(column, 4) for column in fourths.T]
     table = columns + [(column, 14) for column in op.T]
-    # Signs among the images that drew two of them.
+    # The signs, for the images with two signed operators.
     rows = ((op >= 1) & (op <= 9)).all(1)
     signed = [(column[rows], count) for column, count in columns]
     signed += [(column[rows] - 1, 9) for column in op.T] + [(column[rows].int(), 2) for column in sign.T]
@@ -286,12 +289,12 @@ COUNT = 150
 
 @pytest.fixture(scope="module")
 def split():
-    """Images labelled with their row, so that a loader's output can be identified."""
+    """Images whose labels are their row numbers, so that the output of a loader can be identified."""
     return Split(photos(COUNT, 16).numpy(), np.arange(COUNT))
 
 
 def epoch_of(loader, epoch=0, start=0):
-    """All images and labels of an epoch, in their order; every batch except the last is full."""
+    """All images and labels of an epoch, in order; checks the sizes of the batches."""
     batches = list(loader.epoch(epoch, start))
     assert len(batches) == len(loader) - start
     assert {len(labels) for _, labels in batches[:-1]} <= {loader.batch_size}
@@ -308,7 +311,7 @@ def usual(split):
     ("batch_size", "chunk_size", "start"),
     [(64, 128, 0), (64, 1, 0), (50, None, 0), (7, 30, 0), (1000, 10, 0), (64, 64, 2), (10, 30, 4), (1, 1, 149)],
 )
-def test_neither_batch_nor_chunk_nor_start_changes_an_image(split, usual, batch_size, chunk_size, start):
+def test_batch_size_chunk_size_and_start_do_not_change_the_images(split, usual, batch_size, chunk_size, start):
     loader = TrainLoader(split, batch_size, Augmentation(), seed=3, chunk_size=chunk_size)
     images, labels = epoch_of(loader, epoch=2, start=start)
     assert torch.equal(labels, usual[1][start * batch_size :])
@@ -316,7 +319,7 @@ def test_neither_batch_nor_chunk_nor_start_changes_an_image(split, usual, batch_
     assert list(loader.epoch(2, len(loader))) == []
 
 
-def test_every_image_comes_once_an_epoch_with_its_label(split):
+def test_every_image_occurs_once_per_epoch_with_its_label(split):
     loader = TrainLoader(split, 64, NOTHING, chunk_size=64)
     for epoch in range(3):
         batches = list(loader.epoch(epoch))
@@ -338,31 +341,31 @@ def test_every_image_comes_once_an_epoch_with_its_label(split):
         (3, 100, 1, 1, 1),
     ],
 )
-def test_a_last_batch_is_dropped_that_is_too_small(monkeypatch, num_images, batch_size, processes, on_cpu, on_cuda):
+def test_a_last_batch_that_is_too_small_is_dropped(monkeypatch, num_images, batch_size, processes, on_cpu, on_cuda):
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
     found = [steps_per_epoch(num_images, batch_size, torch.device(device)) for device in ("cpu", "cuda")]
     assert found == [on_cpu, on_cuda]
 
 
-def test_at_the_end_only_crop_and_flip_remain(split):
+def test_in_the_last_epochs_there_is_only_crop_and_flip(split):
     settings = Augmentation(cutout=4)
     loader = TrainLoader(split, 64, settings, seed=3, crop_and_flip_from=2)
     whole = TrainLoader(split, 64, settings, seed=3)
     mild = TrainLoader(split, 64, replace(NOTHING, crop_padding=4, flip=0.5), seed=3)
-    for epoch in (0, 1, 2, 1):  # and back: a resumed run may begin anywhere
+    for epoch in (0, 1, 2, 1):  # also backwards: a resumed run may start anywhere
         expected = whole if epoch < 2 else mild
         assert all(map(torch.equal, epoch_of(loader, epoch), epoch_of(expected, epoch))), epoch
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(3, 3), (4, 2), (2, 3), (0, 2), (3, 0)])
-def test_another_epoch_or_seed_is_another_draw(split, usual, seed, epoch):
+def test_another_epoch_or_seed_gives_other_random_parameters(split, usual, seed, epoch):
     images, labels = epoch_of(TrainLoader(split, 64, Augmentation(), seed=seed), epoch=epoch)
     assert (labels == usual[1]).sum() < 10
     same = (images[labels.argsort()] == usual[0][usual[1].argsort()]).flatten(1).all(1)
     assert same.sum() < 10
 
 
-def test_epochs_repeat_whatever_else_uses_random_numbers(split, usual):
+def test_epochs_do_not_depend_on_the_global_random_state(split, usual):
     loader = TrainLoader(split, 64, Augmentation(), seed=3)
     torch.manual_seed(99)
     before = torch.get_rng_state()
@@ -372,22 +375,22 @@ def test_epochs_repeat_whatever_else_uses_random_numbers(split, usual):
     assert torch.equal(loader.images, torch.from_numpy(split.images))
 
 
-def test_batches_are_the_chain_normalised(split, usual):
+def test_batches_are_augmented_and_normalised(split, usual):
     settings, images = Augmentation(), torch.from_numpy(split.images)
-    draws = transforms.draw(COUNT, 16, settings, epoch_generator(3, 2))
-    expected = torch.stack([chain_of_torchvision(images[row], draws[row], settings) for row in usual[1]])
+    params = transforms.sample_params(COUNT, 16, settings, epoch_generator(3, 2))
+    expected = torch.stack([chain_of_torchvision(images[row], params[row], settings) for row in usual[1]])
     assert usual[0].dtype == torch.float32
     assert usual[1].dtype == torch.int64
     found = (usual[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).mul(255)
     assert_same(found.round().to(torch.uint8), expected, chain=True)
 
 
-def test_a_loader_that_works_ahead_gives_the_same_batches(split):
-    plain, ahead = (
-        TrainLoader(split, 30, Augmentation(), seed=3, chunk_size=60, ahead=ahead) for ahead in (False, True)
+def test_prefetching_gives_the_same_batches(split):
+    plain, prefetch = (
+        TrainLoader(split, 30, Augmentation(), seed=3, chunk_size=60, prefetch=prefetch) for prefetch in (False, True)
     )
     for epoch, start in ((0, 0), (1, 0), (2, 0), (2, 2), (3, 0), (7, 1), (8, 0), (9, 1), (0, 0)):
-        assert all(map(torch.equal, epoch_of(ahead, epoch, start), epoch_of(plain, epoch, start)))
+        assert all(map(torch.equal, epoch_of(prefetch, epoch, start), epoch_of(plain, epoch, start)))
 
 
 @pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ((0.0, 0.5, 1.0), (1.0, 0.1, 2.0))])

@@ -1,6 +1,7 @@
-"""Train the tiny network in float64, as one of several processes where there are such: FOLDER CHANGES [FAULT].
+"""Train the tiny network in float64, in one or several processes: tiny_run.py FOLDER CHANGES [FAULT].
 
-CHANGES are fields of the recipe, as JSON. FAULT is "RANK:STEP": that process kills itself at that step, the first time.
+CHANGES are fields of the recipe, as JSON. FAULT is "RANK:STEP": at this step, the process with this rank kills itself,
+once.
 """
 
 import contextlib
@@ -49,15 +50,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def as_one_of(environment: dict[str, str], argv: list[str], log: str) -> None:
-    """What a process does that another than torchrun starts: `main`, with its output in a file."""
+    """Run `main` in a process that was started without torchrun, with its output in a file."""
     os.environ.update(environment)
-    sys.stdout = sys.stderr = open(log, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (for a traceback as well)
+    sys.stdout = sys.stderr = open(log, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (catches tracebacks too)
     errors.run(lambda: main(argv))
 
 
 @contextlib.contextmanager
 def forkserver(*modules: str) -> Iterator[BaseContext]:
-    """Start processes that have imported these modules already: importing PyTorch takes seconds."""
+    """Start processes that have already imported these modules, because importing PyTorch takes seconds."""
     context = multiprocessing.get_context("forkserver")
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])

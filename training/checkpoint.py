@@ -1,7 +1,7 @@
-"""The checkpoint of a run: one self-describing file, written atomically and validated on reading.
+"""The checkpoint of a run: one file that describes itself, written atomically and checked when it is read.
 
-The file is what `torch.save` writes, a zip archive, with the SHA-256 of all its bytes as the archive's comment. So
-`torch.load(path, weights_only=True)` reads it too, while `read` also notices a truncated file or a flipped bit.
+`torch.save` writes a zip archive. The SHA-256 of its bytes is stored as the comment of the archive. So plain
+`torch.load(path, weights_only=True)` can read the file, and `read` also detects truncated files and flipped bits.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from dataset import Dataset
 from training.history import read_csv, write_csv
-from training.messages import network_text
+from training.messages import describe_network
 from training.recipe import Recipe
 from utils import MEAN, STD
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from training.loop import Run
 
 FORMAT = "cifar10-ensemble checkpoint"
-VERSION = 3  # 1 and 2 had other recipes: their weights can be used, but no run can be resumed from them
-MARK = b"sha256:"
-COMMENT_LENGTH = len(MARK) + 64
-AGAIN = "train again, or take another copy"
-PARTS = ("network", "model", "chosen", "finished", "recipe", "data", "history", "training")
+VERSION = 3  # versions 1 and 2 had other recipes: their weights can be used, but their runs cannot be resumed
+DIGEST_PREFIX = b"sha256:"
+COMMENT_LENGTH = len(DIGEST_PREFIX) + 64
+ADVICE = "train again, or use another copy"
+REQUIRED_KEYS = ("network", "model", "chosen", "finished", "recipe", "data", "history", "training")
 
 
 def write(path: str | Path, content: dict[str, Any]) -> None:
@@ -49,17 +49,17 @@ def write(path: str | Path, content: dict[str, Any]) -> None:
     buffer.seek(-2, io.SEEK_END)
     buffer.write(COMMENT_LENGTH.to_bytes(2, "little"))
     body = buffer.getvalue()
-    with files.replacing(path, "the checkpoint") as file:
+    with files.atomic_write(path, "the checkpoint") as file:
         file.write(body)
-        file.write(MARK + hashlib.sha256(body).hexdigest().encode())
+        file.write(DIGEST_PREFIX + hashlib.sha256(body).hexdigest().encode())
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU: tensors and plain values only, nothing in the file is executed.
+    """Read a checkpoint onto the CPU: only tensors and plain values. No code in the file is executed.
 
-    What it returns has the `PARTS` that `describe` makes, and the SHA-256 of what was read as "digest".
+    Returns the dict of `make_content` (with at least the `REQUIRED_KEYS`), and the SHA-256 of the file as "digest".
 
-    Raises UserError for a file that is missing, unreadable, truncated, damaged, foreign, or of a later format.
+    Raises UserError for a file that is missing, unreadable, truncated, damaged, no checkpoint, or of a later version.
     """
     try:
         raw = Path(path).read_bytes()
@@ -67,14 +67,14 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such checkpoint") from None
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror})") from None
-    foreign = f"{path}: not a checkpoint of this project; the training scripts write one"
+    foreign = f"{path}: not a checkpoint of this project; train one with a training script"
     if not raw:
-        raise UserError(f"{path}: the file is empty; {AGAIN}")
+        raise UserError(f"{path}: the file is empty; {ADVICE}")
     body, comment = raw[:-COMMENT_LENGTH], raw[-COMMENT_LENGTH:]
-    if not comment.startswith(MARK):
-        raise UserError(f"{path}: truncated, the end of the file is missing; {AGAIN}" if is_truncated(raw) else foreign)
-    if hashlib.sha256(body).hexdigest().encode() != comment.removeprefix(MARK):
-        raise UserError(f"{path}: damaged, its bytes do not match their digest; {AGAIN}")
+    if not comment.startswith(DIGEST_PREFIX):
+        raise UserError(f"{path}: truncated, its end is missing; {ADVICE}" if is_truncated(raw) else foreign)
+    if hashlib.sha256(body).hexdigest().encode() != comment.removeprefix(DIGEST_PREFIX):
+        raise UserError(f"{path}: damaged, its bytes do not match their SHA-256; {ADVICE}")
     try:
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many exception types for malformed files
@@ -82,34 +82,36 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
         raise UserError(foreign)
     if content["version"] > VERSION:
-        raise UserError(f"{path}: of a later version (format {content['version']}, here {VERSION}); update the project")
-    if missing := [name for name in PARTS if name not in content]:
-        raise UserError(f"{path}: not usable, {missing[0]} is missing; {AGAIN}")
-    return content | {"digest": comment.removeprefix(MARK).decode()}
+        raise UserError(
+            f"{path}: from a later version (format {content['version']}, here {VERSION}); update this project"
+        )
+    if missing := [name for name in REQUIRED_KEYS if name not in content]:
+        raise UserError(f"{path}: not usable, {missing[0]} is missing; {ADVICE}")
+    return content | {"digest": comment.removeprefix(DIGEST_PREFIX).decode()}
 
 
 @contextlib.contextmanager
-def usable(path: str | Path) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint's content is used, such as weights of other shapes, into a UserError."""
+def explain_unusable(path: str | Path) -> Iterator[None]:
+    """Turn an error in the use of a checkpoint's content, such as weights of the wrong shape, into a UserError."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
         if isinstance(error, LookupError):
             reason += " is missing"
-        raise UserError(f"{path}: not usable ({reason}); {AGAIN}") from None
+        raise UserError(f"{path}: not usable ({reason}); {ADVICE}") from None
 
 
 def is_truncated(raw: bytes) -> bool:
-    """Whether a file begins as a zip archive but does not end as a whole one."""
-    # The archive's last record: its mark, 16 bytes, the length of its comment in two bytes, the comment.
+    """Whether a file begins like a zip archive but lacks its end."""
+    # The last record of an archive: a signature, 16 bytes, the length of the comment in two bytes, the comment.
     end = raw.rfind(b"PK\5\6")
     is_whole = end >= 0 and len(raw) >= end + 22 + int.from_bytes(raw[end + 20 : end + 22], "little")
     return raw.startswith(b"PK\3\4") and not is_whole
 
 
-def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
-    """The checkpoint's content: the network, its training, and all that a resumed run needs."""
+def make_content(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """The content of the checkpoint: the network, its training, and everything that a resumed run needs."""
     last, average = run.model.state_dict(), run.ema.model.state_dict() if run.ema else None
     tested, num_classes = average if run.ema else last, len(data.classes)
     return {
@@ -131,15 +133,15 @@ def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            "torchvision": importlib.metadata.version("torchvision"),  # importing it for this takes a second
+            "torchvision": importlib.metadata.version("torchvision"),  # importing torchvision would take a second
             "numpy": np.__version__,
         },
         "training": {
-            # The last weights and their moving average; None if "model" already holds them.
+            # The last weights and their moving average; None if "model" is the same.
             "model": last if run.best or run.ema else None,
             "average": average if run.best else None,
             "best": {"epoch": run.best["epoch"], "accuracy": run.best["accuracy"]} if run.best else None,
-            "optimizer": run.optimizer.state_dict()["state"],  # the rest follows from the recipe
+            "optimizer": run.optimizer.state_dict()["state"],  # the recipe has the hyperparameters
             "epoch": run.epoch,
             "step": run.step,
             "totals": run.sums,
@@ -148,28 +150,28 @@ def describe(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def start_from(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
-    """Give a new model the weights of --init; if the classes differ, the classifier keeps its initial weights.
+def load_init_weights(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
+    """Load the weights of --init into a new model. If the classes differ, the classifier keeps its random weights.
 
-    Returns a line that says so. Raises UserError for a checkpoint of another network.
+    Returns a line for the user. Raises UserError for a checkpoint of another network.
     """
     content = read(recipe.init)
-    with usable(recipe.init):
+    with explain_unusable(recipe.init):
         name, sizes = content["network"]["name"], dict(content["network"]["arguments"])
         num_classes = sizes.pop("num_classes")
         if (name, sizes) != (recipe.network, recipe.network_arguments()):
-            expected = network_text(recipe.network, recipe.network_arguments())
-            raise UserError(f"--init {recipe.init} holds {network_text(name, sizes)}, not {expected}")
+            expected = describe_network(recipe.network, recipe.network_arguments())
+            raise UserError(f"--init {recipe.init} holds {describe_network(name, sizes)}, not {expected}")
         weights, message = dict(content["model"]), f"starting from the weights of {recipe.init}"
         if content["data"]["classes"] != list(classes):
             weights |= {name: value for name, value in model.state_dict().items() if name.startswith("classifier.")}
-            message += f", with a new classifier: {len(classes)} classes, which are not its {num_classes}"
+            message += f", with a new classifier for {len(classes)} classes: they differ from its {num_classes}"
         model.load_state_dict(weights)
     return message
 
 
-def copied_to_host(value: Any) -> Any:
-    """The same dicts and lists with a copy of every tensor, on the CPU."""
+def copy_to_host(value: Any) -> Any:
+    """Copy nested dicts and lists, with every tensor copied to the CPU."""
     copies = tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True, non_blocking=x.is_cuda), value)
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()  # one wait for hundreds of copies
@@ -178,10 +180,10 @@ def copied_to_host(value: Any) -> Any:
 
 @contextlib.contextmanager
 def previous_run(recipe: Recipe) -> Iterator[dict[str, Any] | None]:
-    """The checkpoint to resume from, or None for a new run; within the block no other process writes it.
+    """The checkpoint to resume from, or None for a new run. Within the block it is locked against other runs.
 
-    Raises UserError if a checkpoint would be replaced without --overwrite, is of another recipe or an earlier format,
-    or is being written by another process.
+    Raises UserError if a checkpoint exists but neither --resume nor --overwrite is given, if it has another recipe or
+    an earlier version, or if another run uses it.
     """
     with contextlib.ExitStack() as locks:
 
@@ -196,53 +198,53 @@ def previous_run(recipe: Recipe) -> Iterator[dict[str, Any] | None]:
 def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
     path = recipe.checkpoint_path
     if recipe.resume and not path.exists():
-        print(f"{path}: there is no checkpoint to resume from; this is a new run", flush=True)
+        print(f"{path}: there is no checkpoint to resume from; starting a new run", flush=True)
     if recipe.overwrite or not path.exists() or (recipe.dry_run and not recipe.resume):
         return None
     if not recipe.resume:
-        raise UserError(already_there(path))
+        raise UserError(exists_message(path))
     content = read(path)
     if content["version"] < VERSION:
         raise UserError(
-            f"--resume: {path} is by an earlier version of this project (format {content['version']}), whose runs this "
-            f"one (format {VERSION}) cannot resume; train again with --name or --overwrite"
+            f"--resume: {path} is from an earlier version of this project (format {content['version']}, here {VERSION})"
+            ", and such a run cannot be resumed; train again with --name or --overwrite"
         )
     if content["network"]["name"] != recipe.network:
         raise UserError(f"{path} holds a {content['network']['name']}, not a {recipe.network}; use another --name")
     trained, epochs = content["training"]["epoch"] + bool(content["training"]["step"]), content["recipe"]["epochs"]
     if recipe.is_given("epochs") and recipe.epochs != epochs:
         if recipe.epochs < trained:
-            raise UserError(f"--epochs {recipe.epochs}: {path} is in epoch {trained} already; give as many or more")
+            raise UserError(f"--epochs {recipe.epochs}: {path} is already in epoch {trained}; give at least that many")
         print(f"{recipe.epochs} epochs instead of {epochs}: the learning rate follows the new schedule")
     if differences := recipe.differences(content["recipe"]):
         raise UserError(
-            f"--resume: {path} was trained with another recipe:\n  " + "\n  ".join(differences) + "\nLeave "
-            "these flags out, or start another run with --name or --overwrite"
+            f"--resume: {path} was trained with another recipe:\n  " + "\n  ".join(differences) + "\nRemove "
+            "these flags, or start another run with --name or --overwrite"
         )
     return content
 
 
 def check_files(recipe: Recipe, previous: dict[str, Any] | None) -> None:
-    """Fail now, not after an epoch, if a file cannot be read or written."""
+    """Raise UserError before the training, not after an epoch, if a file cannot be read or written."""
     if recipe.reference:
         read_csv(recipe.reference)
     if recipe.dry_run:
         return
     if previous is None and recipe.checkpoint_path.exists() and not recipe.overwrite:  # fit without previous_run
-        raise UserError(already_there(recipe.checkpoint_path))
+        raise UserError(exists_message(recipe.checkpoint_path))
     files.check_writable(recipe.checkpoint_dir, "the checkpoint")
     files.check_writable(recipe.plot_dir, "the plots")
 
 
-def already_there(path: Path) -> str:
-    return f"{path} exists already; --resume continues from it, --overwrite replaces it, --name saves to another file"
+def exists_message(path: Path) -> str:
+    return f"{path} already exists; --resume continues from it, --overwrite replaces it, --name saves to another file"
 
 
 class Saver:
-    """Writes the checkpoint and the CSV; `in_background` does so in a thread, while the next epoch is trained.
+    """Writes the checkpoint and the CSV, from the main process only.
 
-    It then saves a copy, taken when `save` is called. An error is raised by the next `save` or `wait`, or at the end of
-    the block, and says what was saved before. With several processes the main one saves.
+    With `in_background`, `save` copies the state, and a thread writes the copy while the next epoch is trained. Its
+    error is raised by the next `save` or `wait`, or at the end of the block. An error says what was saved before.
     """
 
     def __init__(self, recipe: Recipe, *, in_background: bool):
@@ -261,9 +263,9 @@ class Saver:
             self.wait()
 
     def restore(self, run: "Run", content: dict[str, Any]) -> None:
-        """Restore a run's state from a checkpoint. Raises UserError if the content does not fit it."""
+        """Restore a run's state from a checkpoint. Raises UserError if the content does not fit the run."""
         training = content["training"]
-        with usable(self.recipe.checkpoint_path):
+        with explain_unusable(self.recipe.checkpoint_path):
             run.model.load_state_dict(dict(training["model"] or content["model"]))
             if run.ema:
                 run.ema.model.load_state_dict(dict(training["average"] or content["model"]))
@@ -276,23 +278,23 @@ class Saver:
             if training["best"]:
                 run.best = training["best"] | {"model": content["model"]}
         self.saved = self.resume_hint(training)
-        if run.history and distributed.is_main_process():  # a kill may have come between the checkpoint and the CSV
+        if run.history and distributed.is_main_process():  # the run may have been killed before it wrote the CSV
             write_csv(run.history, self.recipe.csv_path)
 
     def save(self, run: "Run", data: Dataset) -> None:
         self.wait()
         if not distributed.is_main_process():
             return
-        content = describe(run, data, self.recipe)
+        content = make_content(run, data, self.recipe)
         if self.thread:
-            self.pending = self.thread.submit(self.write_files, copied_to_host(content))
+            self.pending = self.thread.submit(self.write_files, copy_to_host(content))
         else:
             self.write_files(content)
 
     def write_files(self, content: dict[str, Any]) -> None:
         recipe = self.recipe
         try:
-            for folder in (recipe.checkpoint_dir, recipe.plot_dir):  # both were there when the run began
+            for folder in (recipe.checkpoint_dir, recipe.plot_dir):  # they existed at the start of the run
                 if not Path(folder).is_dir():
                     raise UserError(f"{folder}: this folder was deleted during the run; create it again")
             write(recipe.checkpoint_path, content)

@@ -1,7 +1,7 @@
-"""Run a training step faster than in eager mode: captured as one CUDA graph, with its network compiled, or both.
+"""Make a training step faster than in eager mode: with a CUDA graph, with torch.compile, or with both.
 
-With hundreds of small operators, launching the kernels from Python takes longer than running them on a GPU. A CUDA
-graph launches all kernels of a step at once; torch.compile fuses them, so that they read and write less memory.
+A step has hundreds of small operators. On a GPU, launching their kernels from Python takes longer than running them. A
+CUDA graph launches all kernels of a step at once; torch.compile fuses kernels, so that they read and write less memory.
 """
 
 import functools
@@ -14,13 +14,13 @@ from common.errors import UserError, first_line
 import torch
 from torch import Tensor, nn
 
-WARM_UP = 3  # runs before a recording, for cuDNN and cuBLAS to choose algorithms and allocate memory
+WARM_UP_STEPS = 3  # before a capture, so that cuDNN and cuBLAS choose algorithms and allocate memory
 
-Step = Callable[[Tensor, Tensor, nn.Module], None]  # takes images, labels, and a network that has the model's weights
+Step = Callable[[Tensor, Tensor, nn.Module], None]  # takes images, labels, and the model or its compiled version
 
 
 def pick_compile(choice: str, device: torch.device) -> str:
-    """Resolve --compile: `auto` is "graph" on CUDA, "none" elsewhere."""
+    """Resolve --compile. `auto` is "graph" on CUDA, else "none". Without CUDA, "graph" and "both" become "none"."""
     if choice == "auto":
         return "graph" if device.type == "cuda" else "none"
     if choice in ("graph", "both") and device.type != "cuda":
@@ -32,21 +32,21 @@ def pick_compile(choice: str, device: torch.device) -> str:
 class FastStep:
     """A training step in the mode that --compile selects: "none", "graph", "inductor" or "both".
 
-    `step` may only change the tensors that `state` returns, always the same ones. At the first batch of each size, over
-    all processes, the step is compiled or captured by running it; then the state is restored, so that this trains
-    nothing.
+    `step` may change only the tensors that `state` returns, and `state` must always return the same tensors. At the
+    first batch of each size (over all processes), the step is compiled or captured, which runs it. Then the state is
+    restored, so that these runs do not train.
 
-    Raises UserError if that fails. It does not go on in eager mode: on PyTorch 2.11 a capture that failed leaves the
-    memory allocator as if it were still captured (github.com/pytorch/pytorch/issues/180395).
+    Raises UserError if that fails. There is no fallback to eager mode: in PyTorch 2.11, the memory allocator does not
+    work after a failed capture (github.com/pytorch/pytorch/issues/180395).
     """
 
     def __init__(
         self, step: Step, model: nn.Module, state: Callable[[], list[Tensor]], *, choice: str, batch_size: int
     ):
         self.step, self.model, self.state, self.choice, self.batch_size = step, model, state, choice, batch_size
-        # By the batch's size over all processes, so that all of them prepare the same step at the same time.
+        # By the batch size over all processes, so that all processes prepare the same step at the same time.
         self.prepared: dict[int, Callable[[Tensor, Tensor], None]] = {}
-        # The graphs never run concurrently: they share one pool.
+        # The graphs never run concurrently, so they can share one memory pool.
         self.pool = torch.cuda.graph_pool_handle() if choice in ("graph", "both") else None
         self.compiled = torch.compile(model, dynamic=False) if choice in ("inductor", "both") else None
 
@@ -55,43 +55,43 @@ class FastStep:
             self.prepared[global_batch_size] = self.prepare(images, labels, global_batch_size == self.batch_size)
         self.prepared[global_batch_size](images, labels)
 
-    def prepare(self, images: Tensor, labels: Tensor, is_whole: bool) -> Callable[[Tensor, Tensor], None]:
-        """Return the step for batches of this size. The state is unchanged when this returns."""
-        # The smaller last batch runs uncompiled: compiling twice costs more than it saves.
-        network = self.compiled if self.compiled is not None and is_whole else self.model
+    def prepare(self, images: Tensor, labels: Tensor, is_full_batch: bool) -> Callable[[Tensor, Tensor], None]:
+        """Return the step for batches of this size. The state is the same before and after."""
+        # The smaller last batch is not compiled: a second compilation takes longer than it saves.
+        network = self.compiled if self.compiled is not None and is_full_batch else self.model
         step = functools.partial(self.step, network=network)
         if network is self.model and not self.pool:
             return step
         before = [tensor.clone() for tensor in self.state()]
         try:
             if self.pool:
-                return self.record(step, images.clone(), labels.clone())
+                return self.capture(step, images.clone(), labels.clone())
             step(images, labels)
             return step
-        except Exception as error:  # compilers and drivers fail in more ways than can be listed
+        except Exception as error:  # compilers and drivers raise many exception types
             if is_out_of_memory(error):
                 raise
-            # When a capture fails, the original error is the __context__ of the one raised at its end.
+            # If a step fails during a capture, the end of the capture raises a new error; the first is its __context__.
             reason = "; ".join(first_line(cause) for cause in (error.__context__, error) if cause)
-            raise UserError(f"--compile {self.choice} fails here ({reason}); take --compile none") from None
+            raise UserError(f"--compile {self.choice} failed ({reason}); use --compile none") from None
         finally:
             with torch.no_grad():
                 for tensor, value in zip(self.state(), before, strict=True):
                     tensor.copy_(value)
             self.model.zero_grad(set_to_none=True)
 
-    def record(self, step: Callable, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], None]:
-        """Capture a step on the buffers `images` and `labels`; return a function that fills them and replays it."""
-        current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    def capture(self, step: Callable, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """Capture a step with `images` and `labels` as input buffers; return a function that fills and replays it."""
+        current, side_stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         with torch.cuda.stream(current):  # a failed capture does not restore the current stream
-            side.wait_stream(current)
+            side_stream.wait_stream(current)
             try:
-                with torch.cuda.stream(side):
-                    for _ in range(WARM_UP):
+                with torch.cuda.stream(side_stream):
+                    for _ in range(WARM_UP_STEPS):
                         step(images, labels)
             finally:
-                current.wait_stream(side)  # also after a failure: the state is put back on the current one
-            # Other threads may use CUDA meanwhile: one that saves frees pinned memory.
+                current.wait_stream(side_stream)  # also after an error: the state is restored on the current stream
+            # Other threads may use CUDA at the same time: the thread that saves frees pinned memory.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 step(images, labels)
 

@@ -1,4 +1,4 @@
-"""The exponential moving average (EMA) of a model's weights, which is tested and saved."""
+"""The exponential moving average (EMA) of a model's weights. The average is tested and saved."""
 
 import copy
 
@@ -7,12 +7,12 @@ from torch import nn
 
 
 class ModelEma:
-    """A moving average of the weights and of the batch-norm statistics.
+    """A moving average of the weights and of the batch-norm statistics (Polyak and Juditsky 1992).
 
-    After t steps the decay is min(decay, (1 + t) / (10 + t)), so that the random initial weights are soon forgotten:
-    the warm-up of TensorFlow's ExponentialMovingAverage. Averaging: Polyak and Juditsky 1992.
+    After t steps the decay is min(decay, (1 + t) / (10 + t)), so that the random initial weights are soon forgotten.
+    This is the warm-up of TensorFlow's ExponentialMovingAverage.
 
-    Not torch.optim.swa_utils.AveragedModel: the decay must be a tensor, or a CUDA graph would repeat the first one.
+    Not torch.optim.swa_utils.AveragedModel: its decay is a Python float, which a CUDA graph would never update.
     """
 
     def __init__(self, model: nn.Module, decay: float):

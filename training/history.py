@@ -1,4 +1,4 @@
-"""The history of a run, one row for each epoch: as a CSV file, as a plot, and for TensorBoard."""
+"""The history of a run, one row per epoch: as a CSV file, as a plot, and for TensorBoard."""
 
 import contextlib
 import csv
@@ -20,30 +20,30 @@ OPTIONAL_COLUMNS = ("val_loss", "val_accuracy")
 
 
 def write_csv(history: list[dict], path: str | Path) -> None:
-    """Write a run's history atomically, one row an epoch.
+    """Write a run's history atomically, one row per epoch.
 
-    The columns are `COLUMNS`, without the validation's if the history has none. Accuracies are fractions; `seconds` is
-    the epoch's duration, evaluation included; `images_per_second` is the training speed, evaluation excluded.
-    `read_csv` gives back exactly the same numbers. Raises UserError if the file cannot be written.
+    The columns are `COLUMNS`, without the `OPTIONAL_COLUMNS` if there is no validation. Accuracies are fractions;
+    `seconds` is the duration of the epoch with evaluation; `images_per_second` is the training speed without it.
+    `read_csv` returns exactly the same numbers. Raises UserError if the file cannot be written.
     """
     columns = [name for name in COLUMNS if name not in OPTIONAL_COLUMNS or any(name in row for row in history)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    with files.replacing(path, "the history") as file:
+    with files.atomic_write(path, "the history") as file:
         file.write(text.getvalue().encode())
 
 
 def read_csv(path: str | Path) -> list[dict]:
-    """Read a history that `write_csv` wrote: one dict an epoch, `epoch` an int and everything else a float.
+    """Read a history that `write_csv` wrote: one dict per epoch, `epoch` an int and everything else a float.
 
-    Columns that are not in `COLUMNS` are ignored. Raises UserError for a file that is missing, unreadable, without
-    epochs or without a column, and for a cell that is not a number.
+    Columns that are not in `COLUMNS` are ignored. Raises UserError for a file that is missing, unreadable or empty, and
+    for a missing column or a cell that is not a number.
     """
     line = 1
     try:
-        # utf-8-sig: a spreadsheet may have put a byte order mark before the first column's name.
+        # utf-8-sig: a spreadsheet program may have added a byte order mark.
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             columns = [name for name in COLUMNS if name in (reader.fieldnames or [])]
@@ -53,20 +53,20 @@ def read_csv(path: str | Path) -> list[dict]:
             for row in reader:
                 line = reader.line_num
                 if None in row or None in row.values():
-                    raise ValueError("not as many cells as in the first line")
+                    raise ValueError("the number of cells differs from the first line")
                 history.append({name: int(row[name]) if name == "epoch" else float(row[name]) for name in columns})
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); expected the CSV file of a run") from None
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{path}, line {line}: {error}; expected a history as the training scripts write it") from None
+        raise UserError(f"{path}, line {line}: {error}; expected a CSV file of the training scripts") from None
     if not history:
-        raise UserError(f"{path}: has no epochs; expected one line for each below the first")
+        raise UserError(f"{path}: has no epochs; expected one line per epoch after the first line")
     return history
 
 
 def plot_history(history: list[dict], recipe: Recipe) -> None:
-    """Draw a run, and behind it that of --reference."""
-    from plotting.training import plot_training  # it loads matplotlib, which only the main process needs
+    """Plot a run, with the run of --reference in the background."""
+    from plotting.training import plot_training  # not at the top: only the main process needs matplotlib
 
     reference = read_csv(recipe.reference) if recipe.reference else None
     plot_training(
@@ -77,7 +77,7 @@ def plot_history(history: list[dict], recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def tensorboard(recipe: Recipe, epochs_done: int) -> Iterator:
-    """A function that writes an epoch's row for TensorBoard; without --tensorboard it does nothing."""
+    """Yield a function that writes an epoch's row for TensorBoard; without --tensorboard the function does nothing."""
     if not recipe.tensorboard or recipe.dry_run or not distributed.is_main_process():
         yield lambda row: None
         return

@@ -1,8 +1,8 @@
 """Training: a step, an epoch, a run.
 
-`fit` guarantees: the checkpoint is always complete; Ctrl-C, SIGTERM and SIGHUP stop after the current step and save; a
-kill loses at most the current epoch (on a GPU two, because saving overlaps training); on the CPU a resumed run is
-bit-identical to an uninterrupted one.
+`fit` guarantees: the checkpoint file is always complete; after Ctrl-C, SIGTERM or SIGHUP the run finishes its step,
+saves and stops (several GPUs: within 16 steps); a killed run loses at most the current epoch (on a GPU two, because
+saving overlaps training); on the CPU a resumed run is bit-identical to an uninterrupted one.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ from training.recipe import Recipe
 from training.signals import StopSignals
 from utils import CosineSchedule, TrainLoader, eval_batch_size, normalize, predict, steps_per_epoch
 
-Splits = dict[str, tuple[Tensor, Tensor]]  # "test" and perhaps "val": images on the device, labels on the host
+Splits = dict[str, tuple[Tensor, Tensor]]  # "test", and "val" if there is one: images on the device, labels on the host
 
 
 @dataclass
 class Run:
-    """State of a training run; what `fit` returns."""
+    """The state of a training run, returned by `fit`."""
 
     model: nn.Module
     optimizer: Optimizer
     ema: ModelEma | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)  # a row for each whole epoch, see history.COLUMNS
-    epoch: int = 0  # whole epochs done
-    step: int = 0  # steps done in the current one
-    sums: list[float] | None = None  # their summed loss and correct predictions
-    seconds: float = 0.0  # their duration
+    history: list[dict[str, Any]] = field(default_factory=list)  # one row per finished epoch, see history.COLUMNS
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the current epoch
+    sums: list[float] | None = None  # summed loss and correct predictions of these steps
+    seconds: float = 0.0  # duration of these steps
     best: dict[str, Any] | None = None  # with a validation split: accuracy, epoch and weights of the best epoch
     stopped_by: int | None = None  # the signal that ended the run early
 
@@ -54,31 +54,31 @@ class Run:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model that is tested and kept: the moving average, where there is one."""
+        """The model that is tested and saved: the moving average, if there is one."""
         return self.ema.model if self.ema else self.model
 
 
 class Trainer:
-    """A run's batches, its learning rates and its training step."""
+    """The batches, the learning rates and the training step of a run."""
 
     def __init__(self, run: Run, train: Split, recipe: Recipe, device: torch.device):
         self.model, self.optimizer, self.ema, self.device = run.model, run.optimizer, run.ema, device
         self.loader = train_loader(recipe, train, device)
         steps = len(self.loader)
-        self.lr = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, steps, recipe.warmup, recipe.schedule_step)
+        self.lr_at = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, steps, recipe.warmup, recipe.schedule_step)
         self.lr_tensor = run.optimizer.param_groups[0]["lr"]  # shared by all parameter groups
         self.label_smoothing, self.precision = recipe.label_smoothing, pick_precision(recipe.precision, device)
-        self.sums = RunningSums(device, self.lr)
-        self.pace = messages.Pace(run.epoch * steps + run.step, recipe.epochs * steps)
+        self.sums = RunningSums(device, self.lr_at)
+        self.remaining_time = messages.RemainingTime(run.epoch * steps + run.step, recipe.epochs * steps)
         self.global_batch_size = recipe.batch_size  # images of the current batch, over all processes
         choice = pick_compile(recipe.compile, device)
         self.fast_step = FastStep(self.step, self.model, self.state, choice=choice, batch_size=recipe.batch_size)
 
     def step(self, images: Tensor, labels: Tensor, network: nn.Module) -> None:
-        """One training step, without host-device synchronisation, so that a CUDA graph can capture it."""
+        """One training step. It never synchronizes host and device, so that a CUDA graph can capture it."""
         with autocast(self.device, self.precision):
             logits = network(images)
-            # On CUDA, autocast would leave the softmax in bfloat16.
+            # Loss in float32: CUDA's autocast would leave the softmax in bfloat16.
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         loss.backward()
@@ -90,8 +90,8 @@ class Trainer:
         self.sums.add(logits.detach(), labels)
 
     def train_step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> None:
-        """Run one step in the mode of --compile; `epoch` and `step` count from 0."""
-        self.lr_tensor.fill_(self.lr(epoch, step))
+        """Run one step, compiled or captured as --compile says; `epoch` and `step` count from 0."""
+        self.lr_tensor.fill_(self.lr_at(epoch, step))
         if self.ema:
             self.ema.set_update_rate(epoch * len(self.loader) + step)
         self.global_batch_size = self.loader.global_batch_size(step)
@@ -105,36 +105,36 @@ class Trainer:
 
 
 def train_epoch(run: Run, trainer: Trainer, stop: StopSignals) -> None:
-    """Train the current epoch, from the run's step on, to its end or to a signal; `run` holds how far it got."""
+    """Train the current epoch from step `run.step` until its end or a signal. Updates `run`."""
     started = time.monotonic() - run.seconds
     loader, sums = trainer.loader, trainer.sums
     sums.start(run.sums, run.step)
     run.model.train()
-    with messages.ProgressBar(loader, run.epoch, run.step, trainer.pace) as bar:
+    with messages.ProgressBar(loader, run.epoch, run.step, trainer.remaining_time) as bar:
         for images, labels in loader.epoch(run.epoch, run.step):
             trainer.train_step(run.epoch, run.step, images, labels)
             run.step += 1
             bar.show(run.step, lambda: sums.read(run.epoch, run.step))
-            if stop.after_step(run.step, trainer.device):
+            if stop.should_stop(run.step, trainer.device):
                 break
     run.sums = distributed.all_reduce_sum(sums.read(run.epoch, run.step))
     run.seconds = time.monotonic() - started
 
 
 def evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSignals) -> dict | None:
-    """Loss and accuracy of the run's model on each split; None if a signal came first."""
+    """Loss and accuracy of the run's model on each split; None if a signal stopped the evaluation."""
     distributed.broadcast(run.eval_model.buffers())
     model, row = run.eval_model.eval(), {}
     for name, (images, labels) in splits.items():
-        part = distributed.share(len(labels))
+        part = distributed.local_slice(len(labels))
         logits = predict(
             lambda batch: model(normalize(batch)),
             images[part],
             trainer.device,
             precision=trainer.precision,
-            # A smaller --batch-size also reduces memory here.
+            # Limited by --batch-size, so that a smaller one also saves memory here.
             batch_size=min(eval_batch_size(images, trainer.device), 16 * trainer.loader.batch_size),
-            # Several processes would have to stop at the same batch.
+            # With several processes, all would have to stop at the same batch; they finish the evaluation instead.
             stop=lambda: distributed.world_size() == 1 and stop,
             label=name if distributed.is_main_process() else None,
         )
@@ -143,18 +143,18 @@ def evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSignals) -> d
         loss_sum = F.cross_entropy(logits.double(), labels[part], reduction="sum").item()
         num_correct = float((logits.argmax(1) == labels[part]).sum())
         loss_sum, num_correct = distributed.all_reduce_sum([loss_sum, num_correct])
-        if not math.isfinite(loss_sum):  # the last update can break the weights after a finite loss
-            raise distributed.error_in_all(not_finite(f"{name} loss", run.epoch, run.step - 1, trainer.lr))
+        if not math.isfinite(loss_sum):  # the last update can ruin the weights although its loss was finite
+            raise distributed.error_on_all_ranks(not_finite(f"{name} loss", run.epoch, run.step - 1, trainer.lr_at))
         row |= {f"{name}_loss": loss_sum / len(labels), f"{name}_accuracy": num_correct / len(labels)}
     return row
 
 
 def train_and_evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSignals) -> dict | None:
-    """Train the current epoch and evaluate the splits: the epoch's row of the history; None after a signal."""
+    """Train the current epoch and evaluate the splits. Returns the row for the history, or None after a signal."""
     train_epoch(run, trainer, stop)
     if run.step < len(trainer.loader):
         return None
-    # A run that was stopped during evaluation resumes here, with no step left.
+    # A run that was stopped during evaluation has no step left and resumes here.
     started = time.monotonic()
     evaluated = evaluate(run, trainer, splits, stop)
     if evaluated is None:
@@ -162,7 +162,7 @@ def train_and_evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSig
     num_images = min(len(trainer.loader.images), run.step * trainer.loader.batch_size)
     return {
         "epoch": run.epoch + 1,
-        "learning_rate": trainer.lr(run.epoch, run.step - 1),
+        "learning_rate": trainer.lr_at(run.epoch, run.step - 1),
         "train_loss": run.sums[0] / num_images,
         "train_accuracy": run.sums[1] / num_images,
         **evaluated,
@@ -176,24 +176,24 @@ def fit(
     data: Dataset,
     recipe: Recipe,
     previous: dict[str, Any] | None = None,
-    draw: Callable[[list[dict], Recipe], Any] = lambda history, recipe: None,
+    plot_history: Callable[[list[dict], Recipe], Any] = lambda history, recipe: None,
 ) -> Run:
-    """Train `model` on `data` by `recipe`, from the start or from the checkpoint `previous`.
+    """Train `model` on `data` with `recipe`, from the start or from the checkpoint `previous`.
 
-    After every epoch, and when a signal ends the run, the checkpoint and the CSV are written, and `draw` is called,
-    unless that would slow the run down. `model` is moved to the recipe's device and left with the last epoch's weights.
+    The checkpoint and the CSV are written after every epoch and when a signal stops the run. `plot_history` is called
+    at the end, and after an epoch unless it would slow the run down. At the end, `model` has the last weights.
 
-    Raises UserError for a loss that is not finite, for memory that runs out, and for data other than the checkpoint's.
+    Raises UserError for a loss that is not finite, if memory runs out, and if `data` is not the checkpoint's.
     """
     device = set_up_device(recipe.device, deterministic=recipe.deterministic)
     check(model, data, recipe, previous, device)
     if recipe.init and not previous:
-        distributed.print_rank0(checkpoint.start_from(model, recipe, data.classes))
+        distributed.print_rank0(checkpoint.load_init_weights(model, recipe, data.classes))
     distributed.from_main_process(lambda: checkpoint.check_files(recipe, previous))
-    if previous and recipe.precision == "auto":  # a resumed run keeps its own
+    if previous and recipe.precision == "auto":  # a resumed run keeps its precision
         recipe = replace(recipe, precision=previous["recipe"]["precision"])
     recipe = replace(recipe, precision=pick_precision(recipe.precision, device))
-    # The learning rate is scaled by the real batch size.
+    # The learning rate is scaled with the batch size that is really used.
     effective = replace(recipe, batch_size=min(recipe.batch_size, len(data.train)))
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -210,9 +210,9 @@ def fit(
         if previous:
             saver.restore(run, previous)
         trainer = Trainer(run, data.train, effective, device)
-        at_the_end.callback(trainer.fast_step.prepared.clear)  # NCCL does not end before the graphs that use it
+        at_the_end.callback(trainer.fast_step.prepared.clear)  # NCCL cannot shut down while a CUDA graph uses it
         messages.announce(run, trainer, data, effective)
-        report = messages.EpochReport(effective, len(data.classes), log, draw)
+        report = messages.EpochReport(effective, len(data.classes), log, plot_history)
         splits = {
             name: (torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels))
             for name, split in {"test": data.test, "val": data.val}.items()
@@ -240,7 +240,7 @@ def finish_epoch(run: Run, row: dict[str, Any]) -> None:
     run.history.append(row)
     run.epoch, run.step, run.sums, run.seconds = run.epoch + 1, 0, None, 0.0
     if "val_accuracy" in row and (run.best is None or row["val_accuracy"] > run.best["accuracy"]):
-        weights = checkpoint.copied_to_host(dict(run.eval_model.state_dict()))
+        weights = checkpoint.copy_to_host(dict(run.eval_model.state_dict()))
         run.best = {"epoch": run.epoch, "accuracy": row["val_accuracy"], "model": weights}
 
 
@@ -250,9 +250,9 @@ def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Optimizer:
-    """SGD whose learning rate is a tensor on the device, so that a CUDA graph reads what the schedule has set.
+    """SGD. Its learning rate is a tensor on the device: a captured CUDA graph reads the current value from it.
 
-    Its momentum starts at zero instead of with the first gradient, which is equivalent.
+    The momentum buffers exist from the start, filled with zeros, which gives the same first step.
     """
     norms_and_biases = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [
@@ -261,7 +261,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Op
     ]
     settings = {"lr": torch.zeros((), device=device), "weight_decay": recipe.weight_decay, "fused": True}
     optimizer = torch.optim.SGD(groups, **settings, momentum=recipe.momentum, nesterov=recipe.nesterov)
-    # A CUDA graph needs fixed addresses: allocate the buffers now, all zero, by a step at a learning rate of zero.
+    # A CUDA graph needs fixed addresses: a step with learning rate zero allocates the buffers now.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -273,7 +273,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Op
 
 
 def make_ema(model: nn.Module, recipe: Recipe, train: Split) -> ModelEma | None:
-    """An average over about the recipe's `ema_horizon`, a fraction of the run."""
+    """An EMA over about `ema_horizon` of the run's steps; None if that is 0."""
     if not recipe.ema_horizon:
         return None
     device = next(model.parameters()).device
@@ -282,23 +282,23 @@ def make_ema(model: nn.Module, recipe: Recipe, train: Split) -> ModelEma | None:
 
 
 class RunningSums:
-    """Summed loss, correct predictions, and number of steps before the first non-finite loss, on the device.
+    """Sums over the steps of an epoch, kept on the device: loss, correct predictions, steps with a finite loss sum.
 
-    Reading them synchronizes the host with the device; adding does not. `lr` gives the learning rate of a step.
+    `read` synchronizes host and device, `add` does not. `lr_at` returns the learning rate of a step.
     """
 
-    def __init__(self, device: torch.device, lr: Callable[[int, int], float]):
-        self.lr = lr
+    def __init__(self, device: torch.device, lr_at: Callable[[int, int], float]):
+        self.lr_at = lr_at
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.values = torch.zeros(3, dtype=dtype, device=device)
 
     def start(self, values: list[float] | None, step: int) -> None:
-        """Continue at `step` from the totals of all processes, split equally."""
+        """Continue at `step` from the sums over all processes; each process takes an equal part of them."""
         parts = [value / distributed.world_size() for value in (values or (0.0, 0.0))[:2]]
         self.values.copy_(torch.tensor([*parts, float(step)], dtype=self.values.dtype))
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch. The loss is without label smoothing, to be compared with the test loss."""
+        """Add a batch. The loss is without label smoothing, so that it is comparable with the test loss."""
         loss_sum, num_correct, finite_steps = self.values.unbind()
         loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
         num_correct += (logits.argmax(1) == labels).sum()
@@ -308,19 +308,19 @@ class RunningSums:
         """Summed loss and correct predictions. Raises UserError if a loss before `step` was not finite."""
         loss_sum, num_correct, finite_steps = self.values.tolist()
         if finite_steps < step:
-            raise UserError(not_finite("loss", epoch, int(finite_steps), self.lr))
+            raise UserError(not_finite("loss", epoch, int(finite_steps), self.lr_at))
         return [loss_sum, num_correct]
 
 
-def not_finite(what: str, epoch: int, step: int, lr: Callable[[int, int], float]) -> str:
+def not_finite(what: str, epoch: int, step: int, lr_at: Callable[[int, int], float]) -> str:
     return (
-        f"the {what} is not finite at epoch {epoch + 1}, step {step + 1}, learning rate {lr(epoch, step):g}; nothing "
-        "of this epoch is saved. Lower --base-lr, or look for broken images"
+        f"the {what} is not finite at epoch {epoch + 1}, step {step + 1}, learning rate {lr_at(epoch, step):g}; "
+        "nothing of this epoch is saved. Lower --base-lr, or look for broken images"
     )
 
 
 def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict | None, device: torch.device) -> None:
-    """Raise UserError, in all processes, if the run cannot be trained."""
+    """Raise UserError in all processes if model, data, recipe, checkpoint and device do not fit together."""
     world_size = distributed.world_size()
     with torch.device("meta"):
         expected = NETWORKS[recipe.network](len(data.classes), **recipe.network_arguments())
@@ -328,17 +328,17 @@ def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict | None
         {name: value.shape for name, value in network.state_dict().items()} for network in (model, expected)
     )
     if shapes != expected_shapes:
-        raise distributed.error_in_all(f"the model is not the {recipe.network} of the recipe; give that one")
+        raise distributed.error_on_all_ranks(f"the model is not the recipe's {recipe.network}; build that one")
     if previous and previous["data"]["digest"] != data.digest:
-        raise distributed.error_in_all(
+        raise distributed.error_on_all_ranks(
             f"--resume: --data {data.source} does not hold the images that {recipe.checkpoint_path} was trained on "
-            f"(--data {previous['data']['source']}); give those, or start another run with --name or --overwrite"
+            f"(--data {previous['data']['source']}); use those, or start another run with --name or --overwrite"
         )
     if recipe.sync_bn and (device.type != "cuda" or world_size == 1):
         found = f"{world_size} on {device.type.upper()}"
-        raise distributed.error_in_all(f"--sync-bn needs several processes on CUDA; found {found}; leave it out")
+        raise distributed.error_on_all_ranks(f"--sync-bn needs several processes on CUDA; found {found}; remove it")
     if min(recipe.batch_size, len(data.train)) < 2 * world_size:
-        raise distributed.error_in_all(
-            f"--batch-size {recipe.batch_size} of {len(data.train):,} images leaves fewer than two for each of "
-            f"{world_size} processes, and batch norm needs two; give more, or start fewer processes"
+        raise distributed.error_on_all_ranks(
+            f"--batch-size {recipe.batch_size} with {len(data.train):,} training images leaves fewer than two for each "
+            f"of {world_size} processes, and batch norm needs two; use larger batches or fewer processes"
         )

@@ -1,4 +1,4 @@
-"""What a training run prints, and the dry run, which does nothing else."""
+"""The messages, the progress bar and the warnings of a training run, and the dry run."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import distributed
 from common.device import peak_memory
-from common.text import counted, duration
+from common.text import duration, pluralize
 
 import torch
 from torch import Tensor, nn
@@ -24,45 +24,45 @@ if TYPE_CHECKING:
 
 
 def announce(run: "Run", trainer: "Trainer", data: Dataset, recipe: Recipe) -> None:
-    """What is trained, on what and how, before the first step."""
-    say, device = distributed.print_rank0, trainer.device
-    network = network_text(recipe.network, recipe.network_arguments())
+    """Print the network, the device, the data and the learning rate before the first step."""
+    print_rank0, device = distributed.print_rank0, trainer.device
+    network = describe_network(recipe.network, recipe.network_arguments())
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    where = f"{device.type.upper()}, {counted(torch.get_num_threads(), 'thread')}"
+    where = f"{device.type.upper()}, {pluralize(torch.get_num_threads(), 'thread')}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     if distributed.world_size() > 1:
         where += f", in {distributed.world_size()} processes"
-    say(f"{network}, {parameters:,} parameters, on {where}, in {recipe.precision}")
+    print_rank0(f"{network}, {parameters:,} parameters, on {where}, in {recipe.precision}")
     val = f" + {len(data.val):,} for validation" if data.val is not None else ""
-    say(
+    print_rank0(
         f"{data.source}: {len(data.train):,} training{val} + {len(data.test):,} test images of {recipe.image_size}×"
-        f"{recipe.image_size}, {len(data.classes)} classes; {counted(recipe.epochs, 'epoch')} of "
-        f"{counted(len(trainer.loader), 'step')}"
+        f"{recipe.image_size}, {len(data.classes)} classes; {pluralize(recipe.epochs, 'epoch')} of "
+        f"{pluralize(len(trainer.loader), 'step')}"
     )
     if data.test_split is not None:
-        say(
-            f"{100 * data.test_split:.0f} % of each class is the test set; {data.source} has none "
+        print_rank0(
+            f"{data.source} has no test set: {100 * data.test_split:.0f} % of each class is used as one "
             f"(--test-split {data.test_split:g}, --split-seed {recipe.split_seed})"
         )
     if recipe.recipe == "baseline":
-        say("the baseline's recipe")
+        print_rank0("using the baseline's recipe")
     if distributed.world_size() > 1:
-        say(f"batches of {recipe.batch_size} images, over all processes")
+        print_rank0(f"batches of {recipe.batch_size} images over all processes")
     if recipe.batch_size == len(data.train):
-        say(f"all {recipe.batch_size} training images are one batch; a smaller --batch-size takes more steps")
+        print_rank0(f"one batch has all {recipe.batch_size} training images; a smaller --batch-size gives more steps")
     if recipe.batch_size != REFERENCE_BATCH:
-        say(
-            f"peak learning rate {recipe.lr:g}, from {recipe.base_lr:g} × {recipe.batch_size}/{REFERENCE_BATCH} (in "
-            "proportion to the batch size, Goyal et al. 2017)"
+        print_rank0(
+            f"peak learning rate {recipe.lr:g} = {recipe.base_lr:g} × {recipe.batch_size}/{REFERENCE_BATCH} (scaled "
+            "with the batch size, Goyal et al. 2017)"
         )
     if run.epoch == recipe.epochs:
-        say(f"{recipe.checkpoint_path} is finished: all {recipe.epochs} epochs are done; nothing to train")
+        print_rank0(f"{recipe.checkpoint_path} is finished: all {recipe.epochs} epochs are done")
     elif run.epoch or run.step:
-        say(f"resuming from {recipe.checkpoint_path}: epoch {run.epoch + 1}, step {run.step + 1}")
+        print_rank0(f"resuming from {recipe.checkpoint_path}: epoch {run.epoch + 1}, step {run.step + 1}")
 
 
-def network_text(name: str, arguments: dict[str, Any]) -> str:
+def describe_network(name: str, arguments: dict[str, Any]) -> str:
     sizes = ", ".join(f"{size.replace('_', ' ')} {value}" for size, value in arguments.items())
     return f"{name} ({sizes})"
 
@@ -76,12 +76,12 @@ def announce_stop(run: "Run", recipe: Recipe, num_steps: int) -> None:
 
 
 class EpochReport:
-    """Prints, logs and plots each epoch, in the main process; plotting takes at most 5 % of the time."""
+    """Prints, logs and plots the epochs, in the main process. Plotting takes at most about 5 % of the time."""
 
-    def __init__(self, recipe: Recipe, num_classes: int, log: Callable[[dict], Any], draw: Callable):
-        self.recipe, self.log, self.draw = recipe, log, draw
-        self.high_loss = 1.5 * math.log(num_classes)  # 1.5 × the loss of uniform guessing
-        self.drawn, self.drawing_seconds = time.monotonic(), 1.0
+    def __init__(self, recipe: Recipe, num_classes: int, log: Callable[[dict], Any], plot_history: Callable):
+        self.recipe, self.log, self.plot_history = recipe, log, plot_history
+        self.high_loss = 1.5 * math.log(num_classes)  # 1.5 × the loss of uniform probabilities
+        self.last_plot, self.plot_seconds = time.monotonic(), 1.0
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
         if not distributed.is_main_process():
@@ -96,11 +96,11 @@ class EpochReport:
         )
         self.warn_of_growing_loss(history)
         self.log(row)
-        if 0.05 * (time.monotonic() - self.drawn) >= self.drawing_seconds:
+        if 0.05 * (time.monotonic() - self.last_plot) >= self.plot_seconds:
             self.plot(history)
 
     def warn_of_growing_loss(self, history: list[dict[str, Any]]) -> None:
-        """Once, if the loss of two epochs is well above that of the first one, or of uniform guessing."""
+        """Warn once, if the loss of two successive epochs is far above the first epoch's or uniform guessing's."""
         losses = [row["train_loss"] for row in history]
         limit = 1.2 * min(losses[0], self.high_loss)
         high = [loss > limit for loss in losses]
@@ -113,15 +113,15 @@ class EpochReport:
 
     def plot(self, history: list[dict[str, Any]]) -> None:
         started = time.monotonic()
-        self.draw(history, self.recipe)
-        self.drawn = time.monotonic()
-        self.drawing_seconds = self.drawn - started
+        self.plot_history(history, self.recipe)
+        self.last_plot = time.monotonic()
+        self.plot_seconds = self.last_plot - started
 
     def end(self, run: "Run") -> None:
         if run.best:
             test_accuracy = run.history[run.best["epoch"] - 1]["test_accuracy"]
             distributed.print_rank0(
-                f"the weights of epoch {run.best['epoch']} are kept: validation accuracy {run.best['accuracy']:.2%}, "
+                f"saved the weights of epoch {run.best['epoch']}: validation accuracy {run.best['accuracy']:.2%}, "
                 f"test accuracy {test_accuracy:.2%}"
             )
         if run.history and distributed.is_main_process():
@@ -132,14 +132,14 @@ class EpochReport:
             )
 
 
-class Pace:
-    """How long a run still takes, by the steps that this process has done."""
+class RemainingTime:
+    """Estimates how long a run still takes, from the steps that this process has trained."""
 
     def __init__(self, steps_done: int, total_steps: int):
         self.first, self.total, self.started = steps_done, total_steps, time.monotonic()
         self.printed = False
 
-    def left(self, steps_done: int) -> str:
+    def estimate(self, steps_done: int) -> str:
         seconds = time.monotonic() - self.started
         left = duration((self.total - steps_done) * seconds / (steps_done - self.first))
         if seconds >= 60 and not self.printed and distributed.is_main_process():
@@ -149,10 +149,10 @@ class Pace:
 
 
 class ProgressBar(tqdm):
-    """The bar of an epoch; once a second it reads loss and accuracy, which synchronizes with the device."""
+    """The progress bar of an epoch. Once a second it reads loss and accuracy, which synchronizes with the device."""
 
-    def __init__(self, loader: TrainLoader, epoch: int, step: int, pace: Pace):
-        self.loader, self.pace, self.steps_before = loader, pace, epoch * len(loader)
+    def __init__(self, loader: TrainLoader, epoch: int, step: int, remaining_time: RemainingTime):
+        self.loader, self.remaining_time, self.steps_before = loader, remaining_time, epoch * len(loader)
         self.last_read = time.monotonic()
         seen = min(step * loader.batch_size, loader.num_images)
         super().__init__(
@@ -163,17 +163,17 @@ class ProgressBar(tqdm):
     def show(self, steps: int, sums: Callable[[], list[float]]) -> None:
         if time.monotonic() - self.last_read < 1:
             return
-        loss_sum, num_correct = sums()  # of this process's part
+        loss_sum, num_correct = sums()  # over the images of this process
         seen = min(steps * self.loader.batch_size, self.loader.num_images)
         part = seen / distributed.world_size()
-        left = self.pace.left(self.steps_before + steps)
+        left = self.remaining_time.estimate(self.steps_before + steps)
         self.set_postfix_str(f"loss {loss_sum / part:.4f}, accuracy {num_correct / part:.2%}, run: {left} left", False)
         self.update(seen - self.n)
         self.last_read = time.monotonic()
 
 
 def dry_run(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> None:
-    """Print the network's size, and memory and speed of a step; `images` are those of the test, uint8 (N, 3, S, S)."""
+    """Train two steps and print size, memory, speed and expected time. `images`: the test's, uint8 (N, 3, S, S)."""
     device, loader = trainer.device, trainer.loader
     for step, batch in zip(range(2), loader.epoch(0), strict=False):
         started = time.perf_counter()
@@ -193,5 +193,5 @@ def dry_run(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> N
     distributed.print_rank0(
         f"{layers} layers with weights, {multiply_adds(run.model, recipe.image_size) / 1e6:,.1f} M multiply-adds\n"
         f"{loader.batch_size / step_seconds:,.0f} images/s in the last step, {peak_text}\n"
-        f"{counted(recipe.epochs, 'epoch')} in about {duration(recipe.epochs * epoch_seconds)}"
+        f"{pluralize(recipe.epochs, 'epoch')} in about {duration(recipe.epochs * epoch_seconds)}"
     )

@@ -1,4 +1,4 @@
-"""The hyperparameters that every script fills in, and the flags made from them."""
+"""The recipe of a training run: a dataclass of hyperparameters, and the command-line flags made from its fields."""
 
 import argparse
 import functools
@@ -26,7 +26,7 @@ COMPILE_HELP = (
     "graph: a step is one CUDA graph; inductor: torch.compile; both: both; none: eager; auto: graph on CUDA, else none"
 )
 PRECISION_HELP = "bfloat16: autocast; auto: bfloat16 on CUDA and on CPUs with bfloat16 instructions, else float32"
-# The baseline's recipe, the same for its three networks; --recipe baseline takes it instead of the script's own.
+# The original project's recipe for all three networks. --recipe baseline uses it instead of the script's own.
 BASELINE = {
     "epochs": 200, "batch_size": 64, "base_lr": 0.01, "base_min_lr": 0.0001, "warmup": 0.0, "schedule_step": "epoch",
     "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True, "label_smoothing": 0.0,
@@ -37,9 +37,9 @@ BASELINE = {
 
 
 def flag(help: str, default: Any = MISSING, *, group: str = "training", fixed: bool = True, **limits: Any) -> Any:
-    """A field that becomes `--its-name`. `fixed`: a resumed run must keep the checkpoint's value.
+    """A field that is also a command-line flag. `fixed`: a resumed run must keep the checkpoint's value.
 
-    `limits` are of the value: `choices`, or `at_least`, `above` and `at_most`.
+    `limits` of the value: `choices`, or `at_least`, `above` and `at_most`.
     """
     if unknown := limits.keys() - {"choices", "at_least", "above", "at_most"}:
         raise TypeError(f"a flag has no {', '.join(unknown)}")
@@ -55,20 +55,20 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that defines a training run. A script gives the fields without a default; each field is also a flag.
+    """Everything that defines a training run. Each field is also a flag; each script sets the fields without a default.
 
-    A script's subclass adds its network's sizes as fields of the group "network".
+    A script's subclass adds the sizes of its network as fields of the group "network".
 
     Raises UserError for a value out of range.
     """
 
     network: ClassVar[str] = ""  # key of models.NETWORKS
 
-    recipe: str = flag("ours or the original project's; flags override it", "ours", choices=("ours", "baseline"))
-    epochs: int = flag("passes over the training images; more with --resume", at_least=1, at_most=10**6, fixed=False)
+    recipe: str = flag("ours or the original project's; other flags override it", "ours", choices=("ours", "baseline"))
+    epochs: int = flag("passes over the training images; --resume can add more", at_least=1, at_most=10**6, fixed=False)
     batch_size: int = flag("images per step, over all processes", at_least=2, at_most=10**6)
-    base_lr: float = flag(f"peak learning rate at batch size {REFERENCE_BATCH}; scales with it", above=0, at_most=1e30)
-    base_min_lr: float = flag(f"final learning rate at batch size {REFERENCE_BATCH}; scales with it", at_least=0)
+    base_lr: float = flag(f"peak learning rate for batch size {REFERENCE_BATCH}; scaled with it", above=0, at_most=1e30)
+    base_min_lr: float = flag(f"final learning rate for batch size {REFERENCE_BATCH}; scaled with it", at_least=0)
     warmup: float = flag("fraction of the run in which the learning rate rises linearly", at_least=0, at_most=0.9)
     schedule_step: str = flag("update the learning rate every epoch or every batch", choices=("epoch", "batch"))
     momentum: float = flag("momentum of SGD", at_least=0, at_most=1)
@@ -76,11 +76,11 @@ class Recipe:
     weight_decay: float = flag("weight decay of SGD", at_least=0)
     decay_norms: bool = flag("also apply weight decay to norm layers and biases")
     label_smoothing: float = flag("fraction of each target spread evenly over all classes", at_least=0, at_most=1)
-    ema_horizon: float = flag("test and save an EMA over this fraction of the run; 0: no EMA", at_least=0, at_most=1)
+    ema_horizon: float = flag("test and save an EMA over this fraction of the run (0: no EMA)", at_least=0, at_most=1)
     init: str | None = flag("start from this checkpoint's weights; new classifier if the classes differ", None)
-    seed: int = flag("seed of the weights, the images' order and augmentation", 0, at_least=0, at_most=MAX_SEED)
+    seed: int = flag("seed of the weights, the shuffling and the augmentation", 0, at_least=0, at_most=MAX_SEED)
     device: str = flag("auto: CUDA, else MPS, else the CPU", "auto", choices=DEVICES, fixed=False)
-    deterministic: bool = flag("bit-identical runs on CUDA too, which is slower", False, fixed=False)
+    deterministic: bool = flag("bit-identical runs on CUDA too (slower)", False, fixed=False)
     sync_bn: bool = flag("SyncBatchNorm (several processes on CUDA)", False)
     compile: str = flag(COMPILE_HELP, "auto", choices=COMPILE, fixed=False)
     precision: str = flag(PRECISION_HELP, "auto", choices=PRECISIONS)
@@ -93,28 +93,28 @@ class Recipe:
     flip: float = augmentation_flag("RandomHorizontalFlip: probability", at_most=1)
     randaugment_ops: int = augmentation_flag("RandAugment: operations for each image", at_most=100)
     randaugment_magnitude: int = augmentation_flag("RandAugment: strength", at_most=30)
-    cutout: int = augmentation_flag("Cutout: side of the grey square, in pixels; 0: off")
-    augment_until: float = augmentation_flag("only crop and flip after this fraction of the run's epochs", at_most=1)
+    cutout: int = augmentation_flag("Cutout: side of the grey square, in pixels (0: off)")
+    augment_until: float = augmentation_flag("after this fraction of the epochs, only crop and flip", at_most=1)
 
     data: str = data_flag("cifar10, cifar100, digits, or a folder of images (see README)", "cifar10", fixed=False)
-    data_url: str | None = data_flag("where to look first for the CIFAR archive", None, fixed=False)
+    data_url: str | None = data_flag("URL to try first for the CIFAR archive", None, fixed=False)
     image_size: int = data_flag("side of the images, in pixels", 32, at_least=8, at_most=4096)
     train_size: int | None = data_flag("number of training images, balanced over the classes", None, at_least=1)
     test_size: int | None = data_flag("number of test images, balanced over the classes", None, at_least=1)
-    val_size: int = data_flag("number of training images to hold out, to choose the best epoch", 0, at_least=0)
-    test_split: float = data_flag("fraction of each class for testing without a test set", 0.2, above=0, at_most=0.9)
-    split_seed: int = data_flag("seed of the subsets and hold-outs above", 0, at_least=0, at_most=MAX_SEED)
+    val_size: int = data_flag("number of training images held out to choose the best epoch", 0, at_least=0)
+    test_split: float = data_flag("fraction of each class to test on, if no test set", 0.2, above=0, at_most=0.9)
+    split_seed: int = data_flag("seed of the random subsets and splits above", 0, at_least=0, at_most=MAX_SEED)
 
-    name: str = files_flag("name of the run's files")
+    name: str = files_flag("file name of the checkpoint, the plot and the CSV, without extension")
     checkpoint_dir: str = files_flag("folder of the checkpoint", "checkpoints")
-    plot_dir: str = files_flag("folder of the plot and its CSV", "plots")
-    reference: str | None = files_flag("CSV of another run, plotted dashed", None)
+    plot_dir: str = files_flag("folder of the plot and the CSV", "plots")
+    reference: str | None = files_flag("CSV of another run, drawn dashed in the plot", None)
     resume: bool = files_flag("continue from the checkpoint, if there is one", False)
     overwrite: bool = files_flag("start a new run and replace the existing checkpoint", False)
     dry_run: bool = files_flag("two steps and one test batch: prints memory, speed, time; saves nothing", False)
     tensorboard: bool = files_flag("also write the curves for TensorBoard", False)
 
-    # The fields set by flags; None without a command line, where all count as given.
+    # Names of the fields that flags have set. None if there was no command line: then all fields count as given.
     given: frozenset[str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -126,14 +126,14 @@ class Recipe:
             raise UserError("--nesterov needs a --momentum above 0; give one, or --no-nesterov")
         for name in ("crop_padding", "cutout"):
             if (value := getattr(self, name)) > self.image_size:
-                raise UserError(f"{spelled(name)} {value} is above --image-size {self.image_size}; give a smaller one")
+                raise UserError(f"{flag_name(name)} {value} is above --image-size {self.image_size}; give a lower one")
         for name in ("data", "data_url", "init", "checkpoint_dir", "plot_dir", "reference"):
             value = getattr(self, name)
             if value is not None and (not value or "\0" in value):
-                raise UserError(f"{spelled(name)} is {value!r}; it must name a file, a folder or an address")
-        is_odd = self.name != self.name.strip() or any(sign in self.name for sign in "/\\:\0")
-        if is_odd or not 1 <= len(os.fsencode(self.name)) <= 200:
-            raise UserError(f"--name {self.name!r} cannot name a file; take up to 200 letters, digits, '-', '_' or '.'")
+                raise UserError(f"{flag_name(name)} is {value!r}; it must name a file, a folder or a URL")
+        is_invalid = self.name != self.name.strip() or any(character in self.name for character in "/\\:\0")
+        if is_invalid or not 1 <= len(os.fsencode(self.name)) <= 200:
+            raise UserError(f"--name {self.name!r} is no file name; use up to 200 letters, digits, '-', '_' or '.'")
         if self.resume and self.overwrite:
             raise UserError("--resume continues from the checkpoint, --overwrite replaces it; give only one of them")
 
@@ -144,12 +144,12 @@ class Recipe:
 
     @property
     def min_lr(self) -> float:
-        """Final learning rate, scaled likewise."""
+        """Final learning rate, scaled in the same way."""
         return self.base_min_lr * self.batch_size / REFERENCE_BATCH
 
     @property
     def crop_and_flip_from(self) -> int:
-        """The first epoch (from 0) with crop and flip only."""
+        """The first epoch, counted from 0, with crop and flip only."""
         return math.ceil(self.augment_until * self.epochs)
 
     @property
@@ -182,29 +182,29 @@ class Recipe:
         return self.given is None or name in self.given
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """A line for each given value that changes the training of `other`, a recipe's `as_dict()`."""
+        """One line per given value that differs from `other` (a recipe's `as_dict()`) and would change the training."""
         return [
-            f"{spelled(item.name)}: {other.get(item.name)} in the checkpoint, {getattr(self, item.name)} now"
+            f"{flag_name(item.name)}: {other.get(item.name)} in the checkpoint, {getattr(self, item.name)} now"
             for item in flags(self)
             if item.metadata["fixed"] and self.is_given(item.name)
             if getattr(self, item.name) != other.get(item.name) and (item.name, self.precision) != ("precision", "auto")
         ]
 
     def resumed(self, previous: dict[str, Any] | None) -> Self:
-        """This recipe, with the checkpoint's values for all that no flag has set."""
+        """This recipe, but with the checkpoint's values where no flag was given."""
         stored = previous["recipe"] if previous else {}
         kept = [item.name for item in flags(self) if item.metadata["fixed"] or item.name in ("epochs", "data")]
         return replace(self, **{name: stored[name] for name in kept if name in stored and not self.is_given(name)})
 
 
 def load_data(recipe: Recipe) -> Dataset:
-    """The images that a recipe's flags name, as arrays on the host."""
-    with distributed.local_rank_zero_first():  # the other processes reuse what it downloads and decodes
+    """Load the recipe's data set, as NumPy arrays."""
+    with distributed.local_rank_zero_first():  # the other processes reuse its download and its cache
         splits = recipe.split_arguments()
         return dataset.load(recipe.data, image_size=recipe.image_size, data_url=recipe.data_url, **splits)
 
 
-def spelled(name: str) -> str:
+def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
@@ -213,7 +213,7 @@ def flags(recipe: Recipe | type[Recipe]) -> list[Field]:
 
 
 def check(item: Field, value: Any) -> None:
-    """Raise UserError if a value is outside what its field allows."""
+    """Raise UserError if a field does not allow a value."""
     limits, expected = item.metadata["limits"], None
     if value is None:
         return
@@ -228,44 +228,44 @@ def check(item: Field, value: Any) -> None:
     elif "at_most" in limits and value > limits["at_most"]:
         expected = f"{limits['at_most']} or less"
     if expected:
-        raise UserError(f"{spelled(item.name)} is {value}; it must be {expected}")
+        raise UserError(f"{flag_name(item.name)} is {value}; it must be {expected}")
 
 
 RecipeT = typing.TypeVar("RecipeT", bound=Recipe)
 
 
 def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = None) -> RecipeT:
-    """The script's recipe, or with --recipe baseline the baseline's, with the values from the command line.
+    """Parse the flags over the script's recipe (with --recipe baseline, over the baseline's).
 
-    An unknown flag or a value of the wrong type ends the process with status 2 and a line that names it. Raises
+    An unknown flag or a value of the wrong type ends the process with exit status 2 and one line that names it. Raises
     UserError for a value out of range.
     """
-    parser, first_look = Parser(description), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first_look.add_argument("--recipe")  # it decides the other flags' defaults
-    if first_look.parse_known_args(argv)[0].recipe == "baseline":
+    parser, recipe_parser = Parser(description), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe_parser.add_argument("--recipe")  # parsed first: it decides the defaults of the other flags
+    if recipe_parser.parse_known_args(argv)[0].recipe == "baseline":
         recipe = replace(recipe, recipe="baseline", **BASELINE)
     types_of = typing.get_type_hints(type(recipe))
     groups: dict[str, Any] = {}
-    # The network's own flags first: the scripts differ by these.
+    # The flags of the network first: they differ between the scripts.
     for item in sorted(flags(recipe), key=lambda item: item.metadata["group"] != "network"):
         kind, group, default = types_of[item.name], item.metadata["group"], getattr(recipe, item.name)
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         options: dict[str, Any] = {"help": item.metadata["help"], "default": argparse.SUPPRESS}
         if kind is bool:
-            # A flag whose value each script chooses can be turned off as well as on.
+            # If each script sets its own default, the flag can also be turned off (--no-…).
             options["action"] = argparse.BooleanOptionalAction if item.default is MISSING else "store_true"
             options["help"] += " (default: yes)" if default else ""
         else:
             options["type"] = (typing.get_args(kind) or [kind])[0]  # int for `int | None`
-            choices = item.metadata["limits"].get("choices")  # Recipe itself refuses others
+            choices = item.metadata["limits"].get("choices")  # Recipe checks them
             options["metavar"] = f"{{{','.join(map(str, choices))}}}" if choices else options["type"].__name__.upper()
             if default is not None:
                 options["help"] += f" (default: {default})"
-        groups[group].add_argument(spelled(item.name), **options)
+        groups[group].add_argument(flag_name(item.name), **options)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
-        if isinstance(value, list):  # what argparse of Python 3.11 makes of --name=--
-            parser.error(f"argument {spelled(name)}: expected one argument")
+        if isinstance(value, list):  # argparse of Python 3.11 parses --name=-- as a list
+            parser.error(f"argument {flag_name(name)}: expected one argument")
     given = frozenset(values) | (frozenset(BASELINE) if recipe.recipe == "baseline" else frozenset())
     return replace(recipe, **values, given=given)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a run after the current step, on several GPUs within 16 steps."""
+"""Ctrl-C, SIGTERM and SIGHUP stop a run after the current step, on several GPUs within 16 steps."""
 
 import os
 import signal
@@ -6,29 +6,29 @@ import sys
 import threading
 
 from common import distributed
-from common.errors import ending_signals
+from common.errors import termination_signals
 
 import torch
 
 
 class StopSignals:
-    """Within the block the first signal sets a flag that the loop checks; the second one exits at once."""
+    """Within the block, the first signal sets a flag, which the training loop checks. The second exits at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     def __enter__(self) -> "StopSignals":
-        in_main_thread = threading.current_thread() is threading.main_thread()  # Python handles no signals in others
-        numbers = (signal.SIGINT, *ending_signals()) if in_main_thread else ()
-        self.previous = {number: signal.signal(number, self.note) for number in numbers}
+        in_main_thread = threading.current_thread() is threading.main_thread()  # no other thread can set handlers
+        numbers = (signal.SIGINT, *termination_signals()) if in_main_thread else ()
+        self.previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, _: object) -> None:
-        # torchrun passes on what the terminal has sent already, so a second signal changes nothing there.
+    def _handle(self, number: int, _: object) -> None:
+        # Ctrl-C reaches the process twice under torchrun, from the terminal and from torchrun: ignore the second one.
         if self.number is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
             sys.exit(128 + number)
         self.number = number
@@ -36,15 +36,15 @@ class StopSignals:
     def __bool__(self) -> bool:
         return self.number is not None
 
-    def after_step(self, step: int, device: torch.device) -> bool:
-        """Whether to stop after this step; all processes must ask after the same steps."""
-        # To exchange signals, all hosts must wait for their GPUs.
+    def should_stop(self, step: int, device: torch.device) -> bool:
+        """Whether to stop after this step. All processes must call this after the same steps."""
+        # Not after every step on GPUs: to exchange the signals, each process must wait for its GPU.
         if distributed.world_size() > 1 and device.type == "cuda" and step % 16:
             return False
         return self.in_any_process()
 
     def in_any_process(self) -> bool:
-        """Whether any process got a signal; all processes must ask at the same place."""
+        """Whether any process got a signal. All processes must call this at the same point."""
         if number := int(distributed.all_reduce_max(self.number or 0)):
             self.number = number  # never reset: a signal may have arrived since the exchange
         return bool(number)
