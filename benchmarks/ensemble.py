@@ -2,8 +2,8 @@
 
 dense.py, mobilenetv2.py, resnext.py and main_ens.py run one after the other in a new folder, without caches of decoded
 images or compiled kernels. Each is timed from the start of its process to its end. CIFAR-10 is downloaded before the
-first command and is not timed. After Ctrl-C, SIGTERM or --time-limit, the same command continues the run. Delete --work
-to measure again.
+first command and is not timed. After Ctrl-C, SIGTERM or --time-limit, the same command continues the run, also in a
+copy of --work on another machine. Delete --work to measure again.
 
 --output is a folder. It gets result.json (the numbers), logits.npz (the members' logits for the test images), and the
 histories and plots of the commands. --against runs nothing: it compares two such folders.
@@ -102,6 +102,7 @@ class Progress:
     setting: dict[str, Any]  # provenance and flags, for result.json
     seconds: dict[str, float] = field(default_factory=dict)  # by command
     starts: dict[str, int] = field(default_factory=dict)  # by command; after the first start, the caches are filled
+    devices: dict[str, list[str]] = field(default_factory=dict)  # by command; several if --work was copied
     elapsed: float = 0.0  # seconds; with --parallel less than the sum over the commands
     cpu_seconds: float = 0.0  # of all cores; unlike `elapsed`, not increased by other programs
     finished: list[str] = field(default_factory=list)  # commands
@@ -146,13 +147,14 @@ def open_work(work: Path, options: argparse.Namespace, recipes: dict[str, Recipe
         f"{name}: {before.get(name)} there, {now[name]} now" for name in now if before.get(name) != now[name]
     ]:
         raise UserError(f"--work {work} holds a run with another setting; use a new folder:\n  " + "\n  ".join(changed))
+    progress.setting["device"] = setting["device"]
     return progress
 
 
 def fixed(setting: dict[str, Any]) -> dict[str, Any]:
     """What must be the same when a run continues. "-dirty" does not count: the work folder itself may cause it."""
     commit = (setting["commit"] or "").removesuffix("-dirty")
-    return {name: value for name, value in setting.items() if name != "command"} | {"commit": commit}
+    return {name: value for name, value in setting.items() if name not in ("command", "device")} | {"commit": commit}
 
 
 def link_data(data: str, data_url: str | None, work: Path) -> str:
@@ -163,7 +165,8 @@ def link_data(data: str, data_url: str | None, work: Path) -> str:
     source = (cifar10.find(data, Path("data"), data_url) if is_cifar else dataset.existing_folder(data)).resolve()
     link = work / ("data" if is_cifar else "images") / source.name
     files.check_writable(link.parent, "the work folder")
-    if not link.is_symlink():
+    if not link.exists():
+        link.unlink(missing_ok=True)  # --work was copied from another machine
         link.symlink_to(source)
     return data if is_cifar else link.relative_to(work).as_posix()
 
@@ -194,6 +197,8 @@ def run_together(commands: dict[str, list[str]], work: Path, progress: Progress,
             # In its own session, so that the terminal's Ctrl-C reaches only this process.
             running[name] = subprocess.Popen(command, cwd=work, env=environment, start_new_session=True)
             progress.starts[name] = progress.starts.get(name, 0) + 1
+            devices, device = progress.devices.setdefault(name, []), progress.setting["device"]
+            devices += [] if device in devices else [device]
         while running and not stop:
             time.sleep(POLL_SECONDS)
             update_progress()
@@ -241,12 +246,14 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
     tested = json.loads(contents["ensemble.json"])
     rows = [
         {"name": row["name"], "script": script, "loss": row["loss"], "accuracy": row["accuracy"]}
-        | {"epochs": len(history), "seconds": progress.seconds[script]}
+        | {"epochs": len(history), "seconds": progress.seconds[script], "devices": progress.devices[script]}
+        | {"precision": content["recipe"]["precision"]}
         | {"images_per_second": statistics.median(epoch["images_per_second"] for epoch in history)}
-        for row, script, history in zip(tested["members"], recipes, histories, strict=True)
+        for row, script, history, (_, content) in zip(tested["members"], recipes, histories, members, strict=True)
     ]
     trained = sum(len(data.train) / epoch["images_per_second"] for history in histories for epoch in history)
     result = progress.setting | {
+        "device": " and ".join(dict.fromkeys(device for used in progress.devices.values() for device in used)),
         "members": rows,
         "ensemble": tested["ensemble"],
         "num_images": {"train": len(data.train), "test": len(data.test)},

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 from common import files
 from common.command_line import Parser
-from common.device import DEVICES
+from common.device import DEVICES, cpu_has_bfloat16
 from common.errors import UserError
+from common.text import pluralize
 
 import numpy as np
 import PIL
@@ -190,11 +191,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the processor and the number of PyTorch's threads."""
+    """The name of the GPU, or of the processor, its instructions that matter, and the number of PyTorch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    name = f"{processor()}, {threads} thread{'s' if threads != 1 else ''}"
+    instructions = torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if cpu_has_bfloat16() else "")
+    name = f"{processor()} ({instructions}), {pluralize(torch.get_num_threads(), 'thread')}"
     return f"MPS, {name}" if device.type == "mps" else name
 
 

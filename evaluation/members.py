@@ -66,7 +66,7 @@ def read_all(paths: Sequence[str | Path], cascade: float | None = None) -> Conte
             raise UserError(f"{path}: there is no such checkpoint; python {SCRIPTS[path.name]} trains it")
         content = checkpoint.read(path)
         if not content["finished"]:
-            done = f"{content['training']['epoch']} of {content['recipe']['epochs']} epochs"
+            done = f"{len(content['history'])} of {content['recipe']['epochs']} epochs"
             print(f"warning: {path} is not finished, {done}; it is used anyway", file=sys.stderr)
         contents.append((path, content))
     check_same(contents, lambda data: {"classes": data["classes"], "image size": data["image_size"]})
@@ -192,9 +192,10 @@ def paths_of(options: argparse.Namespace) -> list[Path]:
     folder = Path(options.checkpoint_dir)
     missing = [name for name in SCRIPTS if not (folder / name).exists()]
     if len(missing) == len(SCRIPTS):
+        trained = " (pretrained/ has trained ones)" if any(Path("pretrained").glob("*.pt")) else ""
         raise UserError(
             f"{folder.absolute()} has none of {', '.join(SCRIPTS)}; train one, for instance with python dense.py, or "
-            "name checkpoints or another --checkpoint-dir"
+            f"name checkpoints{trained} or another --checkpoint-dir"
         )
     for name in missing:
         print(f"note: {folder / name} is missing; python {SCRIPTS[name]} trains it", file=sys.stderr)

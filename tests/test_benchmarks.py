@@ -323,6 +323,7 @@ def measured(tmp_path_factory):
         assert files_in(folder / "out") == []
         before = json.loads((folder / "work" / "progress.json").read_text())
         assert before["finished"] == []
+        patch.setattr(harness, "processor", lambda: "another processor")
         done = succeeded(folder, ensemble, *flags, "--", *SHORT)
     return SimpleNamespace(folder=folder, stdout=done.stdout, seconds_before=before["seconds"])
 
@@ -340,6 +341,9 @@ def test_ensemble(measured):
     assert result["total_seconds"] == sum(seconds.values())
     assert seconds["dense.py"] > measured.seconds_before["dense.py"] > 0
     assert result["starts"] == {"dense.py": 2, "mobilenetv2.py": 1, "resnext.py": 1, "main_ens.py": 1}
+    first, *others = (len(row["devices"]) for row in result["members"])
+    assert (first, others) == (2, [1, 1]), "only the first script was stopped, and continued on another processor"
+    assert result["device"] == " and ".join(result["members"][0]["devices"])
     assert 0 < result["not_training"] < 1
     assert 0 < result["cpu_seconds"] < os.cpu_count() * result["total_seconds"]
     assert f"| total |  |  | {result['total_seconds']:.1f} |" in measured.stdout
@@ -384,6 +388,15 @@ def test_a_finished_run_is_not_run_again_and_can_be_compared(measured):
             assert row[quantity] == 0
             assert row["intervals"][quantity] == [0, 0]
     assert "| ensemble | +0.00 (+0.00 to +0.00) | +0.0000 (+0.0000 to +0.0000) |" in compared.stdout
+
+
+def test_a_copied_work_folder_links_to_the_images_of_this_machine(tmp_path):
+    images, link = tmp_path / "photos", tmp_path / "work" / "images" / "photos"
+    images.mkdir()
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "not on this machine")
+    assert ensemble.link_data(str(images), None, tmp_path / "work") == "images/photos"
+    assert link.resolve() == images.resolve()
 
 
 def test_a_run_continues_only_with_the_same_setting(measured):

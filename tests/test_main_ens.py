@@ -1,5 +1,6 @@
 """main_ens.py as a user runs it, on the checkpoints of three small networks that their scripts have trained."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -19,7 +20,8 @@ import main_ens
 import mobilenetv2
 import resnext
 from evaluation import members, metrics
-from training import checkpoint
+from evaluation.logits import member_logits
+from training import checkpoint, pretrained
 
 DIGITS = ["--data", "digits", "--image-size", "16", "--train-size", "200", "--test-size", "100", "--device", "cpu"]
 
@@ -280,6 +282,35 @@ def test_a_folder_of_checkpoints_and_missing_default_checkpoints(folder, tmp_pat
     (tmp_path / "none").mkdir()
     assert "none: this folder has no checkpoints" in refused(folder, tmp_path / "none")
     assert f"{tmp_path / 'none'} has none of densenet.pt" in refused(folder, "--checkpoint-dir", tmp_path / "none")
+
+
+def test_small_copies_work_like_their_checkpoints(folder, tmp_path):
+    originals = [folder / "checkpoints" / f"{name}.pt" for name in MEMBERS]
+    printed = succeeded(tmp_path, pretrained, *originals).stdout
+    copies = [tmp_path / "pretrained" / path.name for path in originals]
+    for path, copy in zip(originals, copies, strict=True):
+        assert copy.stat().st_size < path.stat().st_size / 3
+        assert hashlib.sha256(copy.read_bytes()).hexdigest() in printed
+    images, cpu = torch.from_numpy(digits().images), torch.device("cpu")
+    logits = {
+        (which, precision): member_logits(members.read_all(paths), images, cpu, precision=precision, cached=False)[0]
+        for which, paths in (("original", originals), ("copy", copies))
+        for precision in ("float32", "bfloat16")
+    }
+    assert torch.equal(logits["copy", "bfloat16"], logits["original", "bfloat16"])
+    assert 0 < (logits["copy", "float32"] - logits["original", "float32"]).abs().max() < 0.1
+    assert "ensemble (softmax averaged)" in succeeded(tmp_path, main_ens, "pretrained").stdout
+
+    init = ["--init", copies[2], "--epochs", "1", "--name", "tuned"]
+    assert "starting from the weights of" in run(tmp_path, resnext, *DIGITS, *SIZES["resnext"], *init).stdout
+    resumed = [*DIGITS, *SIZES["resnext"], "--checkpoint-dir", copies[2].parent, "--resume"]
+    error = command_line.refused(tmp_path, resnext, *resumed)
+    assert f"{copies[2]} has only the weights of a finished run" in error
+    assert "already exists" in command_line.refused(tmp_path, pretrained, *originals)
+    unfinished = changed(originals[0], lambda content: content.update(finished=False), tmp_path / "unfinished.pt")
+    assert "is not finished" in command_line.refused(tmp_path, pretrained, unfinished)
+    (tmp_path / "checkpoints" / "tuned.pt").unlink()
+    assert "(pretrained/ has trained ones)" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

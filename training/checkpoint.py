@@ -211,6 +211,11 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
         )
     if content["network"]["name"] != recipe.network:
         raise UserError(f"{path} holds a {content['network']['name']}, not a {recipe.network}; use another --name")
+    if content["training"] is None:
+        raise UserError(
+            f"--resume: {path} has only the weights of a finished run; start a new run from them with --init {path} "
+            "and another --name"
+        )
     trained, epochs = content["training"]["epoch"] + bool(content["training"]["step"]), content["recipe"]["epochs"]
     if recipe.is_given("epochs") and recipe.epochs != epochs:
         if recipe.epochs < trained:
