@@ -2,13 +2,16 @@
 
 python -m plotting.training plots/densenet.csv    # draws plots/densenet.png again
 python -m plotting.training plots/*.csv --output runs.png    # draws the test results of several runs in one plot
+With --reference, other runs are drawn dashed and pale: one for each CSV, in the same order.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import errors, files
 from common.command_line import Parser
+from common.errors import UserError
 from common.text import duration, pluralize
 
 from matplotlib.axes import Axes
@@ -58,11 +61,7 @@ def plot_training(
     _draw(rate_axes, history, "learning_rate", 1, color=GREY, label="this run")
     if reference:
         _draw_reference(rate_axes, reference, history, "learning_rate", 1, color=GREY, label="reference")
-        file = Path(*Path(reference_name).parts[-3:]).as_posix()  # the file name and two folders identify it
-        note = f"dashed: reference {shorten(file, 60)} · {_summary(reference)}"
-        if reference[-1]["epoch"] > history[-1]["epoch"]:
-            note += f"; dotted: its test result after epoch {reference[-1]['epoch']}"
-        figure.supxlabel(note, color=GREY)
+        figure.supxlabel(_reference_note([reference], [history], [reference_name]), color=GREY)
 
     _label(loss_axes, accuracy_axes, rate_axes)
     for axes in (loss_axes, accuracy_axes, *([rate_axes] if reference else [])):
@@ -72,8 +71,17 @@ def plot_training(
 
 
 @saves_png
-def plot_runs(histories: Sequence[list[dict]], *, names: Sequence[str]) -> Figure:
-    """Plot several runs together: test loss, test accuracy and learning rate against the epoch."""
+def plot_runs(
+    histories: Sequence[list[dict]],
+    *,
+    names: Sequence[str],
+    references: Sequence[list[dict]] = (),
+    reference_names: Sequence[str | Path] = (),
+) -> Figure:
+    """Plot several runs together: test loss, test accuracy and learning rate against the epoch.
+
+    `references`, if given, are the histories of other runs, one for each run; `reference_names` are their files.
+    """
     figure = Figure(figsize=(12.4, 4.9 + 0.28 * len(names)))
     loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
     for number, (history, name) in enumerate(zip(histories, names, strict=True)):
@@ -85,8 +93,15 @@ def plot_runs(histories: Sequence[list[dict]], *, names: Sequence[str]) -> Figur
         _draw(loss_axes, history, "test_loss", 1, label=label, **line_style(number))
         _draw(accuracy_axes, history, "test_accuracy", 100, **line_style(number))
         _draw(rate_axes, history, "learning_rate", 1, **line_style(number))
-    _label(loss_axes, accuracy_axes, rate_axes, quantity="test ")
     figure.legend(handles=loss_axes.lines, loc="outside upper center")
+    for number, (reference, history) in enumerate(zip(references, histories, strict=bool(references))):
+        colour = line_style(number)["color"]
+        _draw_reference(loss_axes, reference, history, "test_loss", 1, color=colour)
+        _draw_reference(accuracy_axes, reference, history, "test_accuracy", 100, color=colour)
+        _draw_reference(rate_axes, reference, history, "learning_rate", 1, color=colour)
+    if references:
+        figure.supxlabel(_reference_note(references, histories, reference_names), color=GREY)
+    _label(loss_axes, accuracy_axes, rate_axes, quantity="test ")
     return figure
 
 
@@ -123,6 +138,17 @@ def _draw_reference(
         axes.axhline(scale * reference[-1][key], linestyle=":", **pale)
 
 
+def _reference_note(
+    references: Sequence[list[dict]], histories: Sequence[list[dict]], names: Sequence[str | Path]
+) -> str:
+    """The meaning of dashed and dotted lines. Two folders and the file name identify a reference."""
+    files = [Path(*Path(name).parts[-3:]).as_posix() for name in names]
+    named = [f"{shorten(file, 60)} · {_summary(rows)}" for file, rows in zip(files, references, strict=True)]
+    is_longer = any(len(rows) > len(history) for rows, history in zip(references, histories, strict=True))
+    note = f"dashed: reference {', '.join(named)}" + is_longer * "; dotted: test result after its last epoch"
+    return textwrap.fill(note, 130)
+
+
 def _summary(history: list[dict]) -> str:
     """The length of a run: "200 epochs, 13.4 h"."""
     return f"{pluralize(len(history), 'epoch')}, {duration(sum(row['seconds'] for row in history))}"
@@ -133,17 +159,22 @@ def main() -> int:
 
     parser = Parser(__doc__)
     parser.add_argument("histories", nargs="+", type=Path, metavar="CSV", help="written by a training script")
+    parser.add_argument("--reference", nargs="+", type=Path, metavar="CSV", default=[], help="one for each CSV")
     parser.add_argument("--output", type=Path, help="the plot (default: next to the CSV, with its name, or runs.png)")
     options = parser.parse_args()
     first = options.histories[0]
     default = first.with_suffix(".png") if len(options.histories) == 1 else first.with_name("runs.png")
     output = options.output or default
     files.check_output(output, (".png",))
-    histories = [read_csv(path) for path in options.histories]
+    histories, references = ([read_csv(path) for path in paths] for paths in (options.histories, options.reference))
+    if references and len(references) != len(histories):
+        raise UserError(f"--reference has {len(references)} files for {len(histories)} runs; give one for each run")
     if len(histories) == 1:
-        plot_training(output, histories[0], title=options.histories[0].stem)
+        reference, name = [*references, None][0], [*options.reference, ""][0]
+        plot_training(output, histories[0], title=output.stem, reference=reference, reference_name=name)
     else:
-        plot_runs(output, histories, names=[path.stem for path in options.histories])
+        names = [path.stem for path in options.histories]
+        plot_runs(output, histories, names=names, references=references, reference_names=options.reference)
     print(output)
     return 0
 

@@ -193,7 +193,7 @@ def test_training_plot_alone_and_with_the_baseline(tmp_path, epochs, name, resul
     accuracy, is_cut = figure.axes[1], epochs < 200
     assert legend_texts(accuracy)[1].endswith(f"(reference {result:.2f} %)")
     note = f"dashed: reference docs/baseline/{name}.csv · 200 epochs, {hours} h"
-    assert figure.get_supxlabel() == note + is_cut * "; dotted: its test result after epoch 200"
+    assert figure.get_supxlabel() == note + is_cut * "; dotted: test result after its last epoch"
     dotted = [line.get_ydata()[0] for line in accuracy.lines if line.get_linestyle() == ":"]
     assert dotted == ([pytest.approx(result)] if is_cut else [])
     dashed = [len(line.get_xdata()) for line in accuracy.lines if line.get_linestyle() == "--"]
@@ -361,7 +361,24 @@ def test_the_script_plots_runs_from_their_csv(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     said = refused(tmp_path, training, "short.csv", "--output", "long.csv")
     assert "long.csv exists and is no .png file" in said
-    figure = training.plot_runs(tmp_path / "runs.png", [make_history(3), make_history(7)], names=["short", "long"])
-    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [3, 7]
+    assert "--reference has 1 files for 2 runs" in refused(
+        tmp_path, training, "short.csv", "long.csv", "--reference", "long.csv"
+    )
+    alone = (tmp_path / "short.png").read_bytes()
+    run(tmp_path, training, "short.csv", "--reference", "long.csv")
+    assert (tmp_path / "short.png").read_bytes() != alone
+
+
+def test_several_runs_with_references(tmp_path):
+    runs = [make_history(3), make_history(7)]
+    references = {"references": [make_history(5), make_history(5)], "reference_names": ["old/a.csv", "old/b.csv"]}
+    figure = training.plot_runs(tmp_path / "runs.png", runs, names=["short", "long"], **references)
+    accuracy = figure.axes[1]
+    dashed = [line for line in accuracy.lines if line.get_linestyle() == "--"]
+    assert [len(line.get_xdata()) for line in accuracy.lines[:2]] == [3, 7]
+    assert [len(line.get_xdata()) for line in dashed] == [3, 5]
+    assert [line.get_color() for line in dashed] == [line.get_color() for line in accuracy.lines[:2]]
+    assert len([line for line in accuracy.lines if line.get_linestyle() == ":"]) == 1, "only one reference is longer"
     assert figure.axes[0].get_xlim()[1] > 7
+    assert figure.get_supxlabel().startswith("dashed: reference old/a.csv · 5 epochs")
     assert [text.get_text()[:6] for text in figure.legends[0].get_texts()] == ["short:", "long: "]
