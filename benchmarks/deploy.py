@@ -51,7 +51,7 @@ def main() -> int:
     parser = harness.make_parser(__doc__, "deploy.json", rounds=5)
     known = [ENSEMBLE, *NETWORKS]
     parser.add_argument("--networks", nargs="+", choices=known, default=known, help="(default: all)")
-    parser.add_argument("--cascade", nargs="+", type=Path, default=[], metavar="CHECKPOINT", help="measure the cascade")
+    parser.add_argument("--cascade", nargs="+", default=[], metavar="CHECKPOINT", help="measure the cascade")
     of_cascade = {"help": "for --cascade (default: %(default)s)"}
     parser.add_argument("--threshold", type=float, default=DEFAULT_THRESHOLD, **of_cascade)
     parser.add_argument("--images", type=harness.positive, default=2000, **of_cascade)
@@ -97,8 +97,7 @@ def measure(ensemble: Ensemble, rounds: int, device: torch.device) -> dict[str, 
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
     def seconds_of_calls(run: Callable[[Tensor], Tensor], batch: int) -> list[float]:
-        spent = [harness.seconds_of(partial(run, images[:batch]), device) for _ in range(1 + CALLS[batch])]
-        return spent[1:]
+        return [harness.seconds_of(partial(run, images[:batch]), device) for _ in range(1 + CALLS[batch])][1:]
 
     spent = {}
     for batch in CALLS:
@@ -119,11 +118,12 @@ def measure(ensemble: Ensemble, rounds: int, device: torch.device) -> dict[str, 
 
 
 def measure_cascade(options: argparse.Namespace, device: torch.device) -> int:
-    paths, precision = options.cascade, pick_precision("auto", device)
-    data = main_ens.load_data_of(members.read_all(paths)[0])
-    chosen = np.random.default_rng(0).permutation(len(data.test))[: options.images]
-    images, labels = torch.from_numpy(data.test.images[chosen]), torch.from_numpy(data.test.labels[chosen])
-    ensembles = {"whole": members.load(paths), "cascade": members.load(paths, cascade=options.threshold)}
+    contents, precision = members.read_all(options.cascade), pick_precision("auto", device)
+    data = main_ens.load_data_of(contents[0])
+    test = data.test.take(np.random.default_rng(0).permutation(len(data.test))[: options.images])
+    images, labels = torch.from_numpy(test.images), torch.from_numpy(test.labels)
+    thresholds = {"whole": None, "cascade": options.threshold}
+    ensembles = {name: members.load(options.cascade, cascade=threshold) for name, threshold in thresholds.items()}
 
     @torch.inference_mode()
     def probs(ensemble: Ensemble) -> Tensor:
@@ -139,8 +139,8 @@ def measure_cascade(options: argparse.Namespace, device: torch.device) -> int:
         rows[name] = {"test accuracy": f"{accuracy:.2%}", "ms per image": f"{figures[name]['milliseconds']:.2f}"}
     ratio = figures["cascade"]["milliseconds"] / figures["whole"]["milliseconds"]
     rows["cascade / whole"] = {"ms per image": f"{ratio:.2f}"}
-    about = {"data": data.source, "num_images": len(images), "precision": precision, "members": members.names(paths)}
-    options.cascade = list(map(str, paths))
+    names = members.names([path for path, _ in contents])
+    about = {"data": data.source, "num_images": len(images), "precision": precision, "members": names}
     return harness.report(options, device, rows, **about, figures=figures, ratio=ratio)
 
 
