@@ -6,7 +6,7 @@ pt2     the file of torch.export, loaded and run by PyTorch
 
 All take uint8 images and return probabilities, for each network alone and for the ensemble of the three. The networks
 have full size and random weights, which do not change the speed. Latency is the time for one image, throughput the
-speed with a batch of 64. The three runners take turns, round by round; the first call of each turn does not count.
+speed with a batch of 64. The three runners take turns; the first call of each turn does not count.
 
 With --cascade, it measures accuracy and time of trained networks on test images: the whole ensemble and the cascade.
 

@@ -94,9 +94,11 @@ def train_baseline(options: argparse.Namespace, started: float, seconds: float) 
         logits = predict(lambda batch: model(normalize(batch)), test, torch.device("cpu"))
         model.train()
         labels = torch.from_numpy(data.test.labels)
-        point = {"seconds": time.time() - started, "epochs": epoch + step / len(loader)}
-        point |= {"test_accuracy": metrics.accuracy(logits, labels)}
-        points.append(point | {"test_loss": F.cross_entropy(logits, labels).item()})
+        tested = {
+            "test_accuracy": metrics.accuracy(logits, labels),
+            "test_loss": F.cross_entropy(logits, labels).item(),
+        }
+        points.append({"seconds": time.time() - started, "epochs": epoch + step / len(loader)} | tested)
         if is_over:
             break
     return points

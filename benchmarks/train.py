@@ -7,10 +7,9 @@ baseline  a plain loop like the original project's: batches of 64 in float32 (wi
 tuned     the plain loop, optimized: one worker per core, larger batches, channels-last; on CUDA also bfloat16 (AMP) and
           pinned memory; tuned_bfloat16 has bfloat16 also on the CPU
 
-All train the same network on the same images with the same augmentation. Each measurement runs in its own process,
-because settings of the memory allocator and TF32 cannot be undone. They take turns, round by round. After a warm-up, a
-process measures windows of several steps; each ends when the device has finished. A result is the median of the windows
-of all rounds. A ratio is that of the medians of ours and the other loop.
+All train the same network on the same images with the same augmentation. Each measurement runs in its own process. They
+take turns, round by round. After a warm-up, a process measures windows of several steps; each ends when the device has
+finished. A result is the median of the windows of all rounds. A ratio is that of the medians of ours and the other.
 
 start-up     seconds from the start of the process to the end of its first step: imports, images, preparation
 peak memory  on CUDA: of PyTorch; on a Linux CPU: of the process, without the DataLoader's workers
@@ -121,7 +120,7 @@ def try_out(name: str, kind: str, device: torch.device) -> dict[str, Any] | None
 
 
 def measure(options: argparse.Namespace, name: str, kind: str, device_type: str, started: str) -> dict[str, Any]:
-    """Train one network with one kind of loop. Raises UserError for too few images or too little memory."""
+    """Train one network with one kind of loop. Raises UserError if device memory runs out."""
     # On the CPU, set_up_device keeps freed memory, which is a part of ours.
     keeps = kind in OURS or device_type != "cpu"
     device = set_up_device(device_type) if keeps else torch.device("cpu")
@@ -148,8 +147,8 @@ def measure(options: argparse.Namespace, name: str, kind: str, device_type: str,
         count = math.ceil(count * options.seconds / taken)
         windows = [count * batch_size / seconds(count) for _ in range(options.windows)]
     except torch.OutOfMemoryError:
-        out = f"{name}, {kind}: out of device memory with batches of {batch_size}; use smaller batches, or leave it out"
-        raise UserError(out) from None
+        where = f"{name}, {kind}, with batches of {batch_size}"
+        raise UserError(f"{where}: out of device memory; use smaller batches, or leave it out") from None
     about |= {"num_images": len(split), "batch_size": batch_size, "windows": windows}
     return about | {"start_up_seconds": start_up, "peak_memory_bytes": peak_memory(device)}
 
