@@ -55,7 +55,7 @@ from training.signals import StopSignals
 TRAINING = {"dense.py": dense, "mobilenetv2.py": mobilenetv2, "resnext.py": resnext}
 TESTING = "main_ens.py"
 OF_ENSEMBLE = ("ensemble.json", "ensemble.png", "cost.png")
-OWN_FLAGS = ("data", "name", "checkpoint_dir", "plot_dir", "resume", "overwrite")  # set by this benchmark
+OWN_FLAGS = {"data", "name", "checkpoint_dir", "plot_dir", "resume", "overwrite"}  # set by this benchmark
 COMPILE_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 PROGRESS = "progress.json"
 
@@ -105,11 +105,9 @@ def read_flags() -> argparse.Namespace:
 
 def read_recipe(name: str, flags: list[str]) -> Recipe:
     """The recipe of a training script with these flags. Raises UserError for one of `OWN_FLAGS`."""
-    script = TRAINING[name]
-    recipe = parse_flags(script.RECIPE, script.__doc__, flags)
-    for own in OWN_FLAGS:
-        if getattr(recipe, own) != getattr(script.RECIPE, own):
-            raise UserError(f"{flag_name(own)} for {name}: this benchmark sets it; remove it")
+    recipe = parse_flags(TRAINING[name].RECIPE, TRAINING[name].__doc__, flags)
+    if own := OWN_FLAGS & recipe.given:
+        raise UserError(f"{' and '.join(map(flag_name, sorted(own)))} for {name}: this benchmark sets it; remove it")
     return recipe
 
 
