@@ -51,10 +51,11 @@ def main() -> int:
         for shape, count in shapes(name, KINDS[kind]).items():
             with device:
                 noise = torch.randn(options.batch_size, shape[0], shape[-1], shape[-1], dtype=getattr(torch, precision))
-                ways = {
-                    way: timer(layer, noise.to(memory_format=layout, copy=True).requires_grad_(), device, precision)
-                    for way, (layer, layout) in ways_of[kind](*shape).items()
-                }
+                layers = ways_of[kind](*shape)
+            ways = {
+                way: timer(layer, noise.to(memory_format=layout, copy=True).requires_grad_(), device, precision)
+                for way, (layer, layout) in layers.items()
+            }
             spent = harness.in_turn(ways, options.rounds, warm_up=True)
             rows.append({"shape": shape, "count": count} | {way: statistics.median(own) for way, own in spent.items()})
         # A layer without groups is dense, so it counts in both sums.
