@@ -150,10 +150,6 @@ def print_table(rows: dict[str, dict[str, str]]) -> None:
         print(f"| {' | '.join([label, *(cells.get(column, '') for column in columns)])} |")
 
 
-def format_rate(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
-
-
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where and how the results were measured: the device, the versions, the commit and the command."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}

@@ -83,7 +83,7 @@ def main() -> int:
     rows: dict[str, dict[str, str]] = defaultdict(dict)
     for name, measured in networks.items():
         for kind, figures in measured.items():
-            rows[f"{kind}, images/s"][name] = harness.format_rate(figures["images_per_second"])
+            rows[f"{kind}, images/s"][name] = f"{figures['images_per_second']:,.1f}"
             if "ours" in measured and kind != "ours":
                 figures["ratio"] = measured["ours"]["images_per_second"] / figures["images_per_second"]
                 ratios[kind].append(figures["ratio"])
