@@ -4,9 +4,9 @@ ours         utils.TrainLoader: all images of a chunk at once, on the device, in
 torchvision  the usual code: transforms on one PIL image at a time, in a DataLoader with two worker processes
 
 Both apply RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and normalisation with the default settings, and
-return float32 batches of 64. They take turns, round by round; the first round is a warm-up and does not count. A round
-of ours is a whole epoch, with the sampling of its random parameters. The start of the DataLoader's workers does not
-count: they start in the warm-up and keep running.
+return float32 batches of 64. They take turns, round by round; the first round is a warm-up and does not count, nor does
+the start of the DataLoader's workers in it. A round of ours is a whole epoch, with the sampling of its random
+parameters.
 """
 
 import itertools
@@ -20,17 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import errors
 from common.device import set_up_device
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.plain import torchvision_loader
+from benchmarks.plain import WORKERS, torchvision_loader
 from dataset.transforms import Augmentation
 from utils import TrainLoader
 
 BATCH_SIZE = 64
-WORKERS = 2
 TORCHVISION_PART = 0.4  # of the images, so that its rounds take about as long as ours
 
 
@@ -38,10 +36,10 @@ def main() -> int:
     flags = {"data": "cifar10", "images": 10_000, "image_size": 32, "rounds": 9, "device": "auto"}
     options = harness.make_parser(__doc__, "augment.json", **flags).parse_args()
     device = set_up_device(options.device)
-    split = harness.load_images(options, at_least=BATCH_SIZE).train
-    few = split.take(np.arange(max(BATCH_SIZE, round(TORCHVISION_PART * len(split)))))
+    split = harness.load_images(options).train
+    few = split.take(slice(round(TORCHVISION_PART * len(split))))
     ours = TrainLoader(split, BATCH_SIZE, Augmentation(), device=device)
-    theirs = torchvision_loader(few, Augmentation(), batch_size=BATCH_SIZE, workers=WORKERS)
+    theirs = torchvision_loader(few, Augmentation(), batch_size=BATCH_SIZE, workers=WORKERS["baseline"])
     epochs = itertools.count()
     ways = {
         "ours": lambda: images_per_second(ours.epoch(next(epochs)), ours.num_images, device),
@@ -54,7 +52,8 @@ def main() -> int:
     rows = {name: {"images/s": f"{rate:,.0f}"} for name, rate in medians.items()}
     return harness.report(
         options, device, rows | {"ratio": {"images/s": f"{ratio:.1f}"}},
-        batch_size=BATCH_SIZE, torchvision_processes=WORKERS, num_images={"ours": len(split), "torchvision": len(few)},
+        batch_size=BATCH_SIZE, torchvision_processes=WORKERS["baseline"],
+        num_images={"ours": len(split), "torchvision": len(few)},
         images_per_second=medians, ratio=ratio, ratios=ratios,
     )  # fmt: skip
 

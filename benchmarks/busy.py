@@ -9,7 +9,6 @@ round by round; a result is the median of the rounds.
 """
 
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -39,8 +38,6 @@ def main() -> int:
         for seconds in options.measure:
             print(plain.rate_on_one_batch("mobilenetv2", float(seconds), options.batch_size, width=0.5), flush=True)
         return 0
-    if not shutil.which("taskset"):
-        raise UserError("this benchmark pins a process to a core with taskset, which is missing; install util-linux")
     settings = {f"{spins} spins, beside {beside}": (spins, beside) for beside in BESIDE for spins in options.spins}
     ways = {name: partial(measure, *setting, options.seconds) for name, setting in settings.items()}
     figures, table = [], defaultdict(dict)
@@ -54,9 +51,9 @@ def main() -> int:
 
 def measure(spins: str, beside: str, seconds: float) -> float:
     """Images per second of one setting."""
-    count = plain.LIBGOMP_SPINS if spins == "default" else spins
+    environment = {"GOMP_SPINCOUNT": plain.LIBGOMP_SPINS if spins == "default" else spins}
     if beside == "nothing":
-        return harness.in_subprocess(seconds, environment={"GOMP_SPINCOUNT": count})
+        return harness.in_subprocess(seconds, environment=environment)
     # The other process trains forever, pinned to the last core. It prints a first rate when it has started to train.
     core = str(max(os.sched_getaffinity(0)))
     with subprocess.Popen(
@@ -68,7 +65,7 @@ def measure(spins: str, beside: str, seconds: float) -> float:
         try:
             if not other.stdout.readline():
                 raise UserError("", silent=True)  # it has printed its error
-            return harness.in_subprocess(seconds, environment={"GOMP_SPINCOUNT": count})
+            return harness.in_subprocess(seconds, environment=environment)
         finally:
             other.kill()
 

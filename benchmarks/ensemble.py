@@ -2,31 +2,26 @@
 
 dense.py, mobilenetv2.py, resnext.py and main_ens.py run one after the other in a new folder, without caches of decoded
 images or compiled kernels. Each is timed from the start of its process to its end. CIFAR-10 is downloaded before the
-first command and is not timed. After Ctrl-C, SIGTERM or --time-limit, the same command continues the run, also in a
-copy of --work on another machine. Delete --work to measure again.
+first command and is not timed. After Ctrl-C or SIGTERM, the same command continues the run, also in a copy of --work on
+another machine. Delete --work to measure again. It does not run on Windows, which has no such signals.
 
 --output is a folder. It gets result.json (the numbers), logits.npz (the members' logits for the test images), and the
 histories and plots of the commands. --against runs nothing: it compares two such folders.
 
-    python benchmarks/ensemble.py --data cifar10 --output benchmarks/results/headline
-    python benchmarks/ensemble.py --work FOLDER --time-limit 3000 -- --recipe baseline    # again, until it is done
-    python benchmarks/ensemble.py --output benchmarks/results/headline --against benchmarks/results/baseline
-
-It does not run on Windows, which has no such signals and no module resource.
+    timeout 3000 python benchmarks/ensemble.py --output FOLDER -- --recipe baseline    # again, until it is done
+    python benchmarks/ensemble.py --output benchmarks/results/headline --against FOLDER
 """
 
 import argparse
 import contextlib
 import json
-import math
 import os
-import resource
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +45,8 @@ from benchmarks import harness
 from dataset import cifar10
 from evaluation import metrics
 from evaluation.logits import member_logits
-from evaluation.members import names, read_all
+from evaluation.members import read_all
+from evaluation.text import difference_text
 from models.ensemble import average_probs
 from training.history import read_csv
 from training.recipe import Recipe, flag_name, parse_flags
@@ -59,11 +55,10 @@ from training.signals import StopSignals
 TRAINING = {"dense.py": dense, "mobilenetv2.py": mobilenetv2, "resnext.py": resnext}
 TESTING = "main_ens.py"
 OF_ENSEMBLE = ("ensemble.json", "ensemble.png", "cost.png")
-OWN_FLAGS = ("data", "name", "checkpoint_dir", "plot_dir", "resume", "overwrite")  # set by this benchmark
+OWN_FLAGS = {"data", "name", "checkpoint_dir", "plot_dir", "resume", "overwrite"}  # set by this benchmark
 COMPILE_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 PROGRESS = "progress.json"
 
-TIME_IS_UP = 3  # exit status
 POLL_SECONDS = 0.02
 WRITE_SECONDS = 5  # how often the progress is written; a kill can lose this much of the measured time
 
@@ -74,22 +69,46 @@ def main() -> int:
     if options.against:
         compare(output, Path(options.against))
         return 0
-    recipes = read_recipes(options)
-    progress = open_work(work, options, recipes)
+    flags = {name: [*options.flags, *getattr(options, Path(name).stem)] for name in TRAINING}
+    recipes = {name: read_recipe(name, own) for name, own in flags.items()}
+    device = set_up_device(recipes["dense.py"].device)
+    setting = {"data": options.data, "flags": {name: shlex.join(own) for name, own in flags.items()}}
+    progress = open_work(work, harness.provenance(device) | setting | {"parallel": options.parallel})
     data = link_data(options.data, recipes["dense.py"].data_url, work)
     progress.write(work)
     files.check_writable(output, "the results")
-    commands = {name: [*flags_of(options, name), "--data", data, "--resume"] for name in TRAINING}
+    commands = {name: [*own, "--data", data, "--resume"] for name, own in flags.items()}
     commands[TESTING] = ["--device", recipes["dense.py"].device]
-    with Stop(options.time_limit) as stop:
-        for together in [list(TRAINING)] if options.parallel else [[name] for name in TRAINING]:
+    training = [list(TRAINING)] if options.parallel else [[name] for name in TRAINING]
+    with Stop() as stop:
+        for together in [*training, [TESTING]]:
             run_together({name: commands[name] for name in together}, work, progress, stop)
-        run_together({TESTING: commands[TESTING]}, work, progress, stop)
     if left := [name for name in commands if name not in progress.finished]:
         print(f"stopped after {progress.elapsed:.1f} s, still to do: {', '.join(left)}; the same command continues")
-        return TIME_IS_UP if stop.number is None else 128 + stop.number
-    report(write_output(output, work, recipes, progress))
+        return 128 + stop.number
+    report(write_output(output, work, recipes, progress, device))
     return 0
+
+
+def read_flags() -> argparse.Namespace:
+    parser = harness.make_parser(__doc__, "ensemble", data="cifar10")
+    add = parser.add_argument
+    add("--work", default="runs/ensemble", help="folder in which the commands run (default: %(default)s)")
+    add("--parallel", action="store_true", help="run the three training scripts at the same time")
+    of_one = {"type": shlex.split, "default": [], "metavar": "FLAGS"}
+    for name in TRAINING:
+        add(f"--{Path(name).stem}", **of_one, help=f"flags for {name} only, in quotes")
+    add("--against", metavar="FOLDER", help="run nothing; compare --output with the output of another run")
+    add("flags", nargs="*", metavar="-- FLAGS", help="flags for all three training scripts; paths must be absolute")
+    return parser.parse_args()
+
+
+def read_recipe(name: str, flags: list[str]) -> Recipe:
+    """The recipe of a training script with these flags. Raises UserError for one of `OWN_FLAGS`."""
+    recipe = parse_flags(TRAINING[name].RECIPE, TRAINING[name].__doc__, flags)
+    if own := OWN_FLAGS & recipe.given:
+        raise UserError(f"{' and '.join(map(flag_name, sorted(own)))} for {name}: this benchmark sets it; remove it")
+    return recipe
 
 
 # ------------------------------------------------------------------------------------------------------- the commands
@@ -112,40 +131,25 @@ class Progress:
 
 
 class Stop(StopSignals):
-    """True after a signal or after `seconds`. A second signal is ignored: timeout and make may both send one."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.deadline = time.monotonic() + seconds
-
-    def __bool__(self) -> bool:
-        return super().__bool__() or time.monotonic() >= self.deadline
+    """Ignores a second signal: timeout and make may both send one."""
 
     def _handle(self, number: int, _: object) -> None:
         self.number = number
 
 
-def open_work(work: Path, options: argparse.Namespace, recipes: dict[str, Recipe]) -> Progress:
+def open_work(work: Path, setting: dict[str, Any]) -> Progress:
     """The progress of the run in `work`; a new one if the folder is empty or missing.
 
     Raises UserError if the folder holds anything else, or a run with another setting.
     """
-    flags = {name: shlex.join(flags_of(options, name)) for name in TRAINING}
-    setting = harness.provenance(set_up_device(recipes["dense.py"].device))
-    setting |= {"data": options.data, "flags": flags, "parallel": options.parallel}
     path = work / PROGRESS
     if not path.exists():
         if work.exists() and any(work.iterdir()):
             raise UserError(f"--work {work} is not empty and holds no run of this benchmark; use a new folder")
         return Progress(setting)
-    try:
-        progress = Progress(**json.loads(path.read_bytes()))
-        before, now = fixed(progress.setting), fixed(setting)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a file of this benchmark ({error}); use a new folder as --work") from None
-    if changed := [
-        f"{name}: {before.get(name)} there, {now[name]} now" for name in now if before.get(name) != now[name]
-    ]:
+    progress = Progress(**json.loads(path.read_bytes()))
+    before, now = fixed(progress.setting), fixed(setting)
+    if changed := [f"{name}: {before[name]} there, {now[name]} now" for name in now if before[name] != now[name]]:
         raise UserError(f"--work {work} holds a run with another setting; use a new folder:\n  " + "\n  ".join(changed))
     progress.setting["device"] = setting["device"]
     return progress
@@ -190,7 +194,7 @@ def run_together(commands: dict[str, list[str]], work: Path, progress: Progress,
             progress.write(work)
             written = last
 
-    cpu_before = cpu_seconds()
+    cpu_before = sum(os.times()[2:4])  # user and system time of all ended child processes
     try:
         for name in [name for name in commands if name not in progress.finished and not stop]:
             command = [sys.executable, str(harness.ROOT / name), *commands[name]]
@@ -202,32 +206,25 @@ def run_together(commands: dict[str, list[str]], work: Path, progress: Progress,
         while running and not stop:
             time.sleep(POLL_SECONDS)
             update_progress()
-            for name, status in [(name, process.poll()) for name, process in running.items()]:
-                if status is not None:
-                    del running[name]
-                if status == 0:
-                    progress.finished.append(name)
-                elif status is not None:
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                if status := running.pop(name).returncode:
                     raise UserError(f"{name} ended with status {status}; see its output above")
+                progress.finished.append(name)
     finally:
         for process in running.values():
             process.terminate()
         progress.finished += [name for name, process in running.items() if process.wait() == 0]
         update_progress()
-        progress.cpu_seconds += cpu_seconds() - cpu_before
+        progress.cpu_seconds += sum(os.times()[2:4]) - cpu_before
         progress.write(work)
-
-
-def cpu_seconds() -> float:
-    """CPU time of all ended child processes."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 # -------------------------------------------------------------------------------------------------------- the results
 
 
-def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress: Progress) -> dict[str, Any]:
+def write_output(
+    folder: Path, work: Path, recipes: dict[str, Recipe], progress: Progress, device: torch.device
+) -> dict[str, Any]:
     """Write the files of --output, result.json last; returns the content of that.
 
     Losses and accuracies are those of main_ens.py. logits.npz has half precision, so its losses may differ slightly.
@@ -235,15 +232,14 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
     with contextlib.chdir(work):  # the paths of checkpoints, plots and data are relative to it
         members = read_all([recipe.checkpoint_path for recipe in recipes.values()])
         data = main_ens.load_data_of(members[0])
-        device, images = set_up_device(recipes["dense.py"].device), torch.from_numpy(data.test.images)
-        precision = pick_precision("auto", device)
-        own, _ = member_logits(members, images, device, precision=precision)  # main_ens.py has cached them
-        logits = dict(zip(names([path for path, _ in members]), own.squeeze(1).half().numpy(), strict=True))
+        images, precision = torch.from_numpy(data.test.images), pick_precision("auto", device)
+        logits, _ = member_logits(members, images, device, precision=precision)  # main_ens.py has cached them
         histories = [read_csv(recipe.csv_path) for recipe in recipes.values()]
-        paths = [path for recipe in recipes.values() for path in (recipe.csv_path, recipe.plot_path)]
-        paths += [Path(recipes["dense.py"].plot_dir) / name for name in OF_ENSEMBLE]
-        contents = {path.name: path.read_bytes() for path in paths}
-    tested = json.loads(contents["ensemble.json"])
+    paths = [path for recipe in recipes.values() for path in (recipe.csv_path, recipe.plot_path)]
+    paths += [Path(recipes["dense.py"].plot_dir) / name for name in OF_ENSEMBLE]
+    for path in paths:
+        shutil.copy(work / path, folder)
+    tested = json.loads((folder / "ensemble.json").read_bytes())
     rows = [
         {"name": row["name"], "script": script, "loss": row["loss"], "accuracy": row["accuracy"]}
         | {"epochs": len(history), "seconds": progress.seconds[script], "devices": progress.devices[script]}
@@ -266,11 +262,9 @@ def write_output(folder: Path, work: Path, recipes: dict[str, Recipe], progress:
     }
     if result["parallel"]:
         result["training_together_seconds"] = progress.elapsed - progress.seconds[TESTING]
-    for name, content in contents.items():
-        with files.atomic_write(folder / name, "the results") as file:
-            file.write(content)
+    own = {row["name"]: views[0].half().numpy() for row, views in zip(rows, logits, strict=True)}
     with files.atomic_write(folder / "logits.npz", "the results") as file:  # (N, C) by member, (N,) and (C,)
-        np.savez(file, **logits, labels=data.test.labels.astype(np.int16), classes=np.array(data.classes))
+        np.savez(file, **own, labels=data.test.labels.astype(np.int16), classes=np.array(data.classes))
     harness.write_results(result, folder / "result.json")
     return result
 
@@ -295,70 +289,36 @@ def compare(output: Path, other: Path) -> None:
     There is one row per member that both have, and one for the ensemble, with paired 95 % intervals over the test
     images. Raises UserError if the labels differ.
     """
-    (probs, labels, classes), (other_probs, other_labels, other_classes) = read_logits(output), read_logits(other)
+    (scores, labels, classes), (other_scores, other_labels, other_classes) = read_scores(output), read_scores(other)
     if classes != other_classes or not torch.equal(labels, other_labels):
         raise UserError(f"{output} and {other} have different labels or classes; both need the same test images")
-    rows, cells = [], {}
-    for name in [name for name in probs if name in other_probs]:
-        change = metrics.per_image(probs[name], labels) - metrics.per_image(other_probs[name], labels)
-        means = dict(zip(metrics.PER_IMAGE, change.mean(0).tolist(), strict=True))
-        within = metrics.intervals(metrics.bootstrap(change.numpy()))
-        rows.append({"name": name} | means | {"intervals": within})
-        points, (low, high) = 100 * means["accuracy"], (100 * end for end in within["accuracy"])
-        cells[name] = {"test accuracy, points": f"{points:+.2f} ({low:+.2f} to {high:+.2f})"}
-        low, high = within["loss"]
-        cells[name]["test loss"] = f"{means['loss']:+.4f} ({low:+.4f} to {high:+.4f})"
+    rows = []
+    for name in [name for name in scores if name in other_scores]:
+        change = scores[name] - other_scores[name]
+        row = {"name": name} | dict(zip(metrics.PER_IMAGE, change.mean(0).tolist(), strict=True))
+        rows.append(row | {"intervals": metrics.intervals(metrics.bootstrap(change.numpy()))})
     harness.write_results({"against": str(other), "rows": rows}, output / "against.json")
     print(f"Differences from {other}, with paired 95 % intervals over the test images:")
-    harness.print_table(cells)
+    columns = {"test accuracy": "accuracy", "test loss": "loss"}
+    harness.print_table(
+        {row["name"]: {label: difference_text(row, name) for label, name in columns.items()} for row in rows}
+    )
 
 
-def read_logits(folder: Path) -> tuple[dict[str, Tensor], Tensor, list[str]]:
-    """Probabilities by name, float64 (N, C), the ensemble last; labels, int64 (N,); class names.
+def read_scores(folder: Path) -> tuple[dict[str, Tensor], Tensor, list[str]]:
+    """`metrics.per_image` by name, the ensemble last; labels, int64 (N,); class names.
 
     Raises UserError if the folder has no valid logits.npz.
     """
     path = folder / "logits.npz"
     try:
         with np.load(path) as arrays:
-            logits = {name: torch.from_numpy(arrays[name]).double() for name in arrays if name != "classes"}
-            labels, classes = logits.pop("labels").long(), arrays["classes"].tolist()
-        probs = {name: average_probs(own[None]) for name, own in logits.items()}
-        return probs | {"ensemble": average_probs(torch.stack(list(logits.values())))}, labels, classes
-    except (OSError, EOFError, KeyError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+            logits = {name: torch.from_numpy(arrays[name])[None].double() for name in arrays if name != "classes"}
+            labels, classes = logits.pop("labels")[0].long(), arrays["classes"].tolist()
+    except Exception as error:  # numpy and zipfile raise many exception types for a damaged file
         raise UserError(f"{path}: not a file of this benchmark ({error})") from None
-
-
-# ---------------------------------------------------------------------------------------------------------- the flags
-
-
-def read_flags() -> argparse.Namespace:
-    parser = harness.make_parser(__doc__, "ensemble", data="cifar10")
-    add = parser.add_argument
-    add("--work", default="runs/ensemble", help="folder in which the commands run (default: %(default)s)")
-    add("--time-limit", type=harness.above_zero, default=math.inf, help="seconds until the run is saved and stops")
-    add("--parallel", action="store_true", help="run the three training scripts at the same time")
-    of_one = {"type": shlex.split, "default": [], "metavar": "FLAGS"}
-    for name in TRAINING:
-        add(f"--{Path(name).stem}", **of_one, help=f"flags for {name} only, in quotes")
-    add("--against", metavar="FOLDER", help="run nothing; compare --output with the output of another run")
-    add("flags", nargs="*", metavar="-- FLAGS", help="flags for all three training scripts; paths must be absolute")
-    return parser.parse_args()
-
-
-def flags_of(options: argparse.Namespace, script: str) -> list[str]:
-    return [*options.flags, *getattr(options, Path(script).stem)]
-
-
-def read_recipes(options: argparse.Namespace) -> dict[str, Recipe]:
-    """The recipes of the training scripts with the given flags. Raises UserError for one of `OWN_FLAGS`."""
-    recipes = {}
-    for name, script in TRAINING.items():
-        recipes[name] = parse_flags(script.RECIPE, script.__doc__, flags_of(options, name))
-        for own in OWN_FLAGS:
-            if getattr(recipes[name], own) != getattr(script.RECIPE, own):
-                raise UserError(f"{flag_name(own)} for {name}: this benchmark sets it; remove it")
-    return recipes
+    logits["ensemble"] = torch.cat(list(logits.values()))
+    return {name: metrics.per_image(average_probs(own), labels) for name, own in logits.items()}, labels, classes
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""What the benchmarks share: flags, turns, timing, subprocesses, tables, and the provenance of the results.
-
-That is the device, the versions, the commit and the command.
-"""
+"""What the benchmarks share: flags, turns, timing, subprocesses, tables, and the provenance of the results."""
 
 import argparse
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from common import files
 from common.command_line import Parser
@@ -34,11 +32,6 @@ from models import NETWORKS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benchmarks/results"
-
-Value = TypeVar("Value")
-
-
-# ---------------------------------------------------------------------------------------------------------- the flags
 
 
 def make_parser(description: str | None, output: str, **defaults: Any) -> Parser:
@@ -78,30 +71,21 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_images(options: argparse.Namespace, *, at_least: int) -> Dataset:
-    """Load --data with at most --images random training images. Raises UserError if there are fewer than `at_least`."""
+def load_images(options: argparse.Namespace) -> Dataset:
+    """Load --data with at most --images random training images."""
     data = dataset.load(options.data, image_size=options.image_size)
-    count = min(options.images or math.inf, len(data.train))
-    if count < at_least:
-        raise UserError(f"--data {options.data}: {count} training images; expected {at_least} or more")
-    return replace(data, train=data.train.take(np.random.default_rng(0).permutation(len(data.train))[:count]))
-
-
-# ------------------------------------------------------------------------------------------------------- measurements
+    rows = np.random.default_rng(0).permutation(len(data.train))[: options.images]
+    return replace(data, train=data.train.take(rows))
 
 
 def in_turn(
-    ways: dict[str, Callable[[], Value]],
-    rounds: int,
-    *,
-    warm_up: bool = False,
-    show: Callable[[Value], str] | None = None,
-) -> dict[str, list[Value]]:
+    ways: dict[str, Callable[[], Any]], rounds: int, *, warm_up: bool = False, show: Callable[[Any], str] | None = None
+) -> dict[str, list[Any]]:
     """The results of each of `ways` in each round. They take turns, so that other load on the machine affects all.
 
     With `warm_up`, a round 0 comes first, which does not count. `show` formats a result, which is printed at once.
     """
-    values: dict[str, list[Value]] = {name: [] for name in ways}
+    values: dict[str, list[Any]] = {name: [] for name in ways}
     for number in range(0 if warm_up else 1, rounds + 1):
         for name, measure in ways.items():
             value = measure()
@@ -118,15 +102,13 @@ def in_subprocess(*measured: object, environment: dict[str, str] | None = None) 
     For settings that a process cannot undo: of the memory allocator, of OpenMP and of TF32. Raises UserError if the
     process fails, without a message if it has printed one.
     """
-    command = [sys.executable, *sys.argv, "--measure", *map(str, measured)]
-    ended = subprocess.run(
-        command, env=os.environ | (environment or {}), stdout=subprocess.PIPE, text=True, check=False
-    )
+    what, environment = [str(value) for value in measured], os.environ | (environment or {})
+    command = [sys.executable, *sys.argv, "--measure", *what]
+    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if ended.returncode < 0:
-        what = " ".join(map(str, measured))
         raise UserError(
-            f"{what}: the process was killed by signal {-ended.returncode}; if memory ran out, use smaller batches, or "
-            "leave it out"
+            f"{' '.join(what)}: the process was killed by signal {-ended.returncode}; if memory ran out, use smaller "
+            "batches, or leave it out"
         )
     if ended.returncode:
         raise UserError("", silent=True)
@@ -135,22 +117,12 @@ def in_subprocess(*measured: object, environment: dict[str, str] | None = None) 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """The seconds that `work` takes, until the device has finished."""
-    synchronize(device)
+    wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
+    wait()
     started = time.perf_counter()
     work()
-    synchronize(device)
+    wait()
     return time.perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-# -------------------------------------------------------------------------------------------------------- the results
 
 
 def report(
@@ -178,12 +150,8 @@ def print_table(rows: dict[str, dict[str, str]]) -> None:
         print(f"| {' | '.join([label, *(cells.get(column, '') for column in columns)])} |")
 
 
-def format_rate(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
-
-
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Where and how the results were measured."""
+    """Where and how the results were measured: the device, the versions, the commit and the command."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {"torchvision": str(torchvision.__version__), "numpy": np.__version__, "pillow": PIL.__version__}
     how = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
@@ -200,12 +168,9 @@ def device_name(device: torch.device) -> str:
 
 
 def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # only Linux has it
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")  # only Linux has it
+    model = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return model[1] if model else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
@@ -213,16 +178,13 @@ def commit() -> str | None:
 
     `benchmarks/results` is ignored: the results of one benchmark do not make the next one "-dirty".
     """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--git-dir=.git", *arguments]  # not the repository of a folder above
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, encoding="utf-8").stdout.strip()
+
     try:
-        top, head = git("rev-parse", "--show-toplevel", "HEAD").split("\n")
-        if Path(top).resolve() != ROOT:
-            return None  # this code is an unpacked copy inside another repository
         changes = git("status", "--porcelain", "--", ".", f":(exclude){RESULTS}")
+        return git("rev-parse", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("-dirty" if changes else "")
-
-
-def git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, encoding="utf-8")
-    return result.stdout.strip()

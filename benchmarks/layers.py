@@ -1,12 +1,10 @@
 """Time the distinct layers of each network, forward and backward: convolutions, and norms with the ReLU after them.
 
 A grouped convolution can also be computed as a dense one, with weights of 0 between the groups: it has more operations,
-but on some devices a much faster kernel. Both are timed in channels-last and in contiguous order, in the precision of
---precision auto. Depthwise convolutions are only timed as they are. A norm and its ReLU are two kernels in eager mode,
-and one if torch.compile fuses them; both are timed in channels-last order. The ways take turns; a result is the median
-of the rounds. The best way has the smallest sum over all layers of a network, each counted as often as it occurs.
-
-    python benchmarks/layers.py --batch-size 512
+but on some devices a much faster kernel. Both are timed in channels-last and in contiguous order. Depthwise
+convolutions are only timed as they are. A norm and its ReLU are two kernels in eager mode, and one if torch.compile
+fuses them. The ways take turns; a result is the median of the rounds. The best way has the smallest sum over all layers
+of a network, each counted as often as it occurs.
 """
 
 import itertools
@@ -37,26 +35,29 @@ CALLS = 10  # per CUDA graph
 KINDS = {"convolutions": nn.Conv2d, "norms": nn.BatchNorm2d}
 
 Layer = Callable[[Tensor], Tensor]
+Ways = dict[str, tuple[Layer, torch.memory_format]]  # the ways to compute a layer, with the layout of the images
 
 
 def main() -> int:
     flags = {"networks": list(NETWORKS), "batch_size": 128, "rounds": 5, "device": "auto"}
-    parser = harness.make_parser(__doc__, "layers.json", **flags)
-    parser.add_argument("--layers", nargs="+", choices=KINDS, default=list(KINDS), help="(default: both)")
-    options = parser.parse_args()
+    options = harness.make_parser(__doc__, "layers.json", **flags).parse_args()
     device = set_up_device(options.device)
     precision = pick_precision("auto", device)
-    ways_of = {"convolutions": convolutions, "norms": partial(norms, torch.compile(norm_relu, dynamic=True))}
+    ways_of = {"convolutions": convolutions, "norms": norms}
     networks: dict[str, dict[str, Any]] = {name: {} for name in options.networks}
     table = {}
-    for name, kind in itertools.product(options.networks, options.layers):
+    for name, kind in itertools.product(options.networks, KINDS):
         rows = []
         for shape, count in shapes(name, KINDS[kind]).items():
-            layers = ways_of[kind](shape, options.batch_size, device, precision)
-            ways = {way: timer(*pair, device, precision) for way, pair in layers.items()}
+            with device:
+                noise = torch.randn(options.batch_size, shape[0], shape[-1], shape[-1], dtype=getattr(torch, precision))
+                layers = ways_of[kind](*shape)
+            ways = {
+                way: timer(layer, noise.to(memory_format=layout, copy=True).requires_grad_(), device, precision)
+                for way, (layer, layout) in layers.items()
+            }
             spent = harness.in_turn(ways, options.rounds, warm_up=True)
-            medians = {way: statistics.median(values) for way, values in spent.items()}
-            rows.append({"shape": shape, "count": count} | medians)
+            rows.append({"shape": shape, "count": count} | {way: statistics.median(own) for way, own in spent.items()})
         # A layer without groups is dense, so it counts in both sums.
         sums = {
             way: sum(row["count"] * row.get(way, row.get(way.replace("dense", "grouped"))) for row in rows)
@@ -91,41 +92,30 @@ def shapes(name: str, kind: type[nn.Module]) -> Counter:
     return found
 
 
-def convolutions(
-    shape: tuple[int, ...], batch_size: int, device: torch.device, precision: str
-) -> dict[str, tuple[Layer, Tensor]]:
-    """Each way to compute a convolution, with its input."""
-    in_channels, out_channels, kernel, stride, groups, size = shape
-    ways = {}
-    for layout, memory_format in LAYOUTS.items():
+def convolutions(in_channels: int, out_channels: int, kernel: int, stride: int, groups: int, _: int) -> Ways:
+    ways: Ways = {}
+    for name, layout in LAYOUTS.items():
         plain = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-        images = torch.randn(batch_size, in_channels, size, size, device=device, dtype=getattr(torch, precision))
-        images = images.to(memory_format=memory_format).requires_grad_()
-        ways[f"{layout} grouped"] = plain.to(device, memory_format=memory_format), images
+        ways[f"{name} grouped"] = plain.to(memory_format=layout), layout
         if 1 < groups < in_channels:
             dense = GroupedConv2d(in_channels, groups=groups, stride=stride, dense=True)
-            ways[f"{layout} dense"] = dense.to(device, memory_format=memory_format), images
+            ways[f"{name} dense"] = dense.to(memory_format=layout), layout
     return ways
 
 
-def norms(
-    compiled: Callable[..., Tensor], shape: tuple[int, int], batch_size: int, device: torch.device, precision: str
-) -> dict[str, tuple[Layer, Tensor]]:
-    """Each way to compute a norm with a ReLU, with its input. `compiled` is one kernel for all shapes.
-
-    In DenseNet a ReLU follows each norm, in the other networks two thirds of them.
-    """
-    channels, size = shape
+def norms(channels: int, _: int) -> Ways:
+    """In DenseNet a ReLU follows each norm, in the other networks two thirds of them."""
     # Plain tensors: for parameters, the kernel would be compiled again for each shape.
-    weight, bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
-    images = torch.randn(batch_size, channels, size, size, device=device, dtype=getattr(torch, precision))
-    images = images.to(memory_format=torch.channels_last).requires_grad_()
-    calls = {"eager": norm_relu, "compiled": compiled}
-    return {way: (partial(call, weight=weight, bias=bias), images) for way, call in calls.items()}
+    weight, bias = (torch.ones(channels, requires_grad=True) for _ in range(2))
+    calls = {"eager": norm_relu, "compiled": compiled_norm_relu}
+    return {way: (partial(call, weight=weight, bias=bias), torch.channels_last) for way, call in calls.items()}
 
 
 def norm_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.relu(F.batch_norm(x, None, None, weight, bias, training=True))
+
+
+compiled_norm_relu = torch.compile(norm_relu, dynamic=True)  # one kernel for all shapes
 
 
 def timer(layer: Layer, images: Tensor, device: torch.device, precision: str) -> Callable[[], float]:

@@ -1,6 +1,6 @@
 """Measure the speed-up from keeping freed memory on the CPU (device.keep_freed_memory), with a plain training loop.
 
-A process cannot undo the setting, so each measurement runs in its own process. They take turns.
+Each measurement runs in its own process. They take turns.
 """
 
 import statistics
@@ -19,7 +19,6 @@ from benchmarks import harness, plain
 from models import NETWORKS
 
 BATCH_SIZE = 64
-KINDS = ("given_back", "kept")
 
 
 def main() -> int:
@@ -33,7 +32,7 @@ def main() -> int:
         return 0
     networks, rows = {}, {}
     for network in options.networks:
-        ways = {kind: partial(harness.in_subprocess, network, kind) for kind in KINDS}
+        ways = {kind: partial(harness.in_subprocess, network, kind) for kind in ("given_back", "kept")}
         rates = harness.in_turn(ways, options.rounds, show=(network + ", {:.1f} images/s").format)
         medians = {kind: statistics.median(values) for kind, values in rates.items()}
         ratio = medians["kept"] / medians["given_back"]

@@ -1,19 +1,15 @@
 """Count operations, bytes and kernels of a training step for one 32×32 image, and compute the speed limits.
 
-Operations: of convolutions and matrix products, forward and backward.
+Operations: of convolutions and matrix products, forward and backward. Bytes: of activations in bfloat16, traced through
+PyTorch's operators. Weights and the optimizer do not count: with 512 images per step they are less than 1 %.
 
-Bytes: of activations in bfloat16, traced through PyTorch's operators. Each operator reads its inputs and writes its
-outputs.
-
-eager       every operator is a kernel of its own, also ReLU, addition and concatenation. A norm reads its input twice
-            (for statistics and values); its backward pass reads input and gradient twice. The backward pass
-            of a convolution reads the gradient twice (for the gradients of input and weights).
+eager       every operator reads its inputs and writes its outputs, also ReLU, addition and concatenation. A norm reads
+            its input twice (for statistics and values); its backward pass reads input and gradient twice. The backward
+            pass of a convolution reads the gradient twice (for the gradients of input and weights).
 fused       only the convolutions read and write; everything else is fused into them.
 
-Weights and the optimizer do not count: with 512 images per step they are less than 1 % of the bytes.
-
-The limits follow from --flops and --bandwidth. The defaults are what an H100 with 80 GB reaches in practice:
-790 TFLOP/s in bfloat16 (989 on the data sheet) and 3.0 TB/s (3.35 on the data sheet).
+The defaults of --flops and --bandwidth are what an H100 with 80 GB reaches in practice: 790 TFLOP/s in bfloat16 (989 on
+the data sheet) and 3.0 TB/s (3.35 on the data sheet).
 """
 
 import sys
@@ -69,8 +65,7 @@ def count(name: str) -> dict[str, Any]:
 
 
 def trace(name: str, batch_size: int) -> "Traffic":
-    """Trace the forward and backward pass of a network. Counting needs only shapes."""
-    with torch.device("meta"), Traffic() as traffic:
+    with torch.device("meta"), Traffic() as traffic:  # counting needs only shapes
         logits = NETWORKS[name](10)(torch.empty(batch_size, 3, 32, 32))
         F.cross_entropy(logits, torch.empty(batch_size, dtype=torch.long)).backward()
     return traffic

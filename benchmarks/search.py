@@ -1,7 +1,7 @@
 """Search for a recipe with short runs: one script, several sets of flags, several seeds. Held-out images decide.
 
 Every run holds out --val-size training images, on which its last epoch is evaluated. Test results decide nothing and
-are not stored. Each run is a process with one thread; --jobs of them run in parallel, which gives the most images per
+are not stored. Each run is a process with one thread; one per core runs at a time, which gives the most images per
 second on a CPU with few cores. Runs that are already in the output are skipped: the same command continues after a
 stop, and more flags or seeds add runs.
 
@@ -10,6 +10,7 @@ stop, and more flags or seeds add runs.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from common.errors import UserError
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import positive
+from dataset.image_folder import num_cores
 from evaluation.members import SCRIPTS
 from training.history import read_csv
 
@@ -40,17 +42,24 @@ KEPT = ("val_accuracy", "val_loss", "train_accuracy", "train_loss")
 
 
 def main() -> int:
-    options = parse_flags()
+    parser = harness.make_parser(__doc__, "search.json", data="cifar10")
+    parser.add_argument("--script", choices=list(SCRIPTS.values()), required=True)
+    parser.add_argument("--run", type=named_flags, action="append", required=True, metavar="'LABEL: FLAGS'")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
+    parser.add_argument("--val-size", type=harness.positive, default=5000, help="(default: %(default)s)")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of every run")
+    options = parser.parse_args()
     output = Path(options.output)
     rows: list[dict[str, Any]] = json.loads(output.read_text())["runs"] if output.exists() else []
     done = {(row["script"], row["flags"], row["seed"]) for row in rows}
     about = harness.provenance(torch.device("cpu")) | {"data": options.data, "val_size": options.val_size}
     commit = about.pop("commit")  # stored per run, because runs can be added later
+    runs = [(label, shlex.join([*options.flags, *own])) for label, own in options.run]
     wanted = [
-        {"label": label, "script": options.script, "flags": shlex.join(flags), "seed": seed, "commit": commit}
+        {"label": label, "script": options.script, "flags": flags, "seed": seed, "commit": commit}
         for seed in options.seeds
-        for label, flags in ((label, [*options.flags, *own]) for label, own in options.run)
-        if (options.script, shlex.join(flags), seed) not in done
+        for label, flags in runs
+        if (options.script, flags, seed) not in done
     ]
     one_at_a_time = threading.Lock()
 
@@ -62,7 +71,7 @@ def main() -> int:
         accuracy, loss = 100 * row["val_accuracy"], row["val_loss"]
         print(f"{row['label']}, seed {row['seed']}: {accuracy:.2f} %, loss {loss:.4f}", flush=True)
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         list(pool.map(run, wanted))
     harness.print_table(table(rows))
     return 0
@@ -86,16 +95,15 @@ def train(options: argparse.Namespace, flags: str, seed: int) -> dict[str, float
 
 def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """Mean and standard deviation over the seeds, one row per set of flags."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        groups.setdefault(f"{row['label']} ({row['script']} {row['flags']})", []).append(row)
+        groups[f"{row['label']} ({row['script']} {row['flags']})"].append(row)
     cells = {label: {"seeds": str(len(group))} for label, group in groups.items()}
-    for label, group in groups.items():
-        for name in KEPT:
-            scale, digits = (100, 2) if name.endswith("accuracy") else (1, 3)
-            values = [scale * row[name] for row in group]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells[label][name] = f"{statistics.mean(values):.{digits}f}{spread}"
+    for label, name in itertools.product(groups, KEPT):
+        scale, digits = (100, 2) if name.endswith("accuracy") else (1, 3)
+        values = [scale * row[name] for row in groups[label]]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        cells[label][name] = f"{statistics.mean(values):.{digits}f}{spread}"
     return cells
 
 
@@ -105,19 +113,6 @@ def named_flags(text: str) -> tuple[str, list[str]]:
     if not colon:
         raise argparse.ArgumentTypeError(f"{text!r} has no colon; expected 'label: --flag value'")
     return label.strip(), shlex.split(flags)
-
-
-def parse_flags() -> argparse.Namespace:
-    parser = harness.make_parser(__doc__, "search.json", data="cifar10")
-    parser.add_argument("--script", choices=list(SCRIPTS.values()), required=True)
-    parser.add_argument("--run", type=named_flags, action="append", required=True, metavar="'LABEL: FLAGS'")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
-    parser.add_argument(
-        "--jobs", type=positive, default=os.cpu_count() or 1, help="runs in parallel (default: one per core)"
-    )
-    parser.add_argument("--val-size", type=positive, default=5000, help="(default: %(default)s)")
-    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of every run")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

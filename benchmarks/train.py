@@ -7,10 +7,9 @@ baseline  a plain loop like the original project's: batches of 64 in float32 (wi
 tuned     the plain loop, optimized: one worker per core, larger batches, channels-last; on CUDA also bfloat16 (AMP) and
           pinned memory; tuned_bfloat16 has bfloat16 also on the CPU
 
-All train the same network on the same images with the same augmentation. Each measurement runs in its own process,
-because settings of the memory allocator and TF32 cannot be undone. They take turns, round by round. After a warm-up, a
-process measures windows of several steps; each ends when the device has finished. A result is the median of the windows
-of all rounds. A ratio is that of the medians of ours and the other loop.
+All train the same network on the same images with the same augmentation. Each measurement runs in its own process. They
+take turns, round by round. After a warm-up, a process measures windows of several steps; each ends when the device has
+finished. A result is the median of the windows of all rounds. A ratio is that of the medians of ours and the other.
 
 start-up     seconds from the start of the process to the end of its first step: imports, images, preparation
 peak memory  on CUDA: of PyTorch; on a Linux CPU: of the process, without the DataLoader's workers
@@ -34,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
-from common import errors, files
+from common import errors
 from common.device import cpu_has_bfloat16, peak_memory, set_up_device
 from common.errors import UserError
 
@@ -56,13 +55,6 @@ RECIPES = {module.RECIPE.network: module.RECIPE for module in (dense, mobilenetv
 COMPILED = {f"ours_{choice}": {"compile": choice} for choice in COMPILE if choice != "auto"}
 OURS: dict[str, dict[str, str]] = {"ours": {}, "ours_float32": {"precision": "float32"}} | COMPILED
 KINDS = (*OURS, *plain.WORKERS)
-# The rows of the table, for each kind.
-ROWS = {
-    "{}, images/s": lambda figures: harness.format_rate(figures["images_per_second"]),
-    "ours / {}": lambda figures: f"{figures['ratio']:.2f}" if "ratio" in figures else "",
-    "{}, peak memory": lambda figures: f"{peak / 2**30:.2f} GiB" if (peak := figures["peak_memory_bytes"]) else "",
-    "{}, start-up": lambda figures: f"{figures['start_up_seconds']:.1f} s",
-}
 
 # A step, an endless iterator of batches, and information for the results.
 Loop = tuple[plain.Step, Iterator[tuple[Tensor, Tensor]], dict[str, Any]]
@@ -74,24 +66,34 @@ def main() -> int:
         print(json.dumps(measure(options, *options.measure)))
         return 0
     device = set_up_device(options.device)
-    files.check_writable(Path(options.output).parent, "the results")  # better now than after all measurements
-    jobs = {f"{name}, {kind}": (name, kind) for name in options.networks for kind in options.kinds or kinds_for(device)}
-    ways = {label: partial(try_out, *job, device) for label, job in jobs.items()}
+    kinds = options.kinds or kinds_for(device)
+    ways = {f"{name}, {kind}": partial(try_out, name, kind, device) for name in options.networks for kind in kinds}
     networks: dict[str, dict[str, Any]] = defaultdict(dict)
-    for label, found in harness.in_turn(ways, options.rounds, show=line).items():
+
+    def rate(result: dict[str, Any] | None) -> str:
+        return f"{statistics.median(result['windows']):,.1f} images/s" if result else "failed"
+
+    for label, found in harness.in_turn(ways, options.rounds, show=rate).items():
         if results := [result for result in found if result]:
-            name, kind = jobs[label]
+            name, kind = label.split(", ")
             networks[name][kind] = pooled(results)
     if not networks:
         raise UserError("nothing could be measured; see the errors above")
     ratios: dict[str, list[float]] = defaultdict(list)
-    for kinds in networks.values():
-        for kind, figures in kinds.items():
-            if "ours" in kinds and kind != "ours":
-                figures["ratio"] = kinds["ours"]["images_per_second"] / figures["images_per_second"]
+    rows: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, measured in networks.items():
+        for kind, figures in measured.items():
+            rows[f"{kind}, images/s"][name] = f"{figures['images_per_second']:,.1f}"
+            if "ours" in measured and kind != "ours":
+                figures["ratio"] = measured["ours"]["images_per_second"] / figures["images_per_second"]
                 ratios[kind].append(figures["ratio"])
+                rows[f"ours / {kind}"][name] = f"{figures['ratio']:.2f}"
+            if peak := figures["peak_memory_bytes"]:
+                rows[f"{kind}, peak memory"][name] = f"{peak / 2**30:.2f} GiB"
+            rows[f"{kind}, start-up"][name] = f"{figures['start_up_seconds']:.1f} s"
     means = {kind: statistics.geometric_mean(own) for kind, own in ratios.items()}
-    rows = table(networks, means)
+    for kind, mean in means.items():
+        rows[f"ours / {kind}"]["geometric mean"] = f"{mean:.2f}"
     return harness.report(options, device, rows, networks=networks, geometric_mean_ratios=means)
 
 
@@ -117,21 +119,15 @@ def try_out(name: str, kind: str, device: torch.device) -> dict[str, Any] | None
         return None
 
 
-# -------------------------------------------------------------------------------------- one measurement, in its process
-
-
 def measure(options: argparse.Namespace, name: str, kind: str, device_type: str, started: str) -> dict[str, Any]:
-    """Train one network with one kind of loop. Raises UserError for too few images or too little memory."""
+    """Train one network with one kind of loop. Raises UserError if device memory runs out."""
     # On the CPU, set_up_device keeps freed memory, which is a part of ours.
     keeps = kind in OURS or device_type != "cpu"
     device = set_up_device(device_type) if keeps else torch.device("cpu")
-    data = harness.load_images(options, at_least=2)
+    data = harness.load_images(options)
     recipe = replace(RECIPES[name], image_size=options.image_size, **OURS.get(kind, {}))
-    if kind in OURS:
-        batch_size = options.batch_size or recipe.batch_size
-    else:
-        batch_size = plain.BASELINE_BATCH_SIZE if kind == "baseline" else options.tuned_batch_size
-    batch_size = min(batch_size, len(data.train))
+    batch_sizes = {"baseline": plain.BASELINE_BATCH_SIZE} | dict.fromkeys(OURS, options.batch_size or recipe.batch_size)
+    batch_size = min(batch_sizes.get(kind, options.tuned_batch_size), len(data.train))
     split = data.train.take(slice(len(data.train) // batch_size * batch_size))  # only whole batches
     torch.manual_seed(recipe.seed)
     model = NETWORKS[name](len(data.classes), **recipe.network_arguments())
@@ -151,10 +147,8 @@ def measure(options: argparse.Namespace, name: str, kind: str, device_type: str,
         count = math.ceil(count * options.seconds / taken)
         windows = [count * batch_size / seconds(count) for _ in range(options.windows)]
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"{name}, {kind}: out of device memory with batches of {batch_size}; use smaller batches, or leave it out "
-            "with --kinds or --networks"
-        ) from None
+        where = f"{name}, {kind}, with batches of {batch_size}"
+        raise UserError(f"{where}: out of device memory; use smaller batches, or leave it out") from None
     about |= {"num_images": len(split), "batch_size": batch_size, "windows": windows}
     return about | {"start_up_seconds": start_up, "peak_memory_bytes": peak_memory(device)}
 
@@ -183,9 +177,6 @@ def plain_loop(kind: str, model: nn.Module, split: Split, recipe: Recipe, device
     return step, itertools.chain.from_iterable(itertools.repeat(loader)), {"precision": precision, "workers": workers}
 
 
-# -------------------------------------------------------------------------------------------------------- the results
-
-
 def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Combine repeated measurements."""
     windows = list(itertools.chain.from_iterable(result["windows"] for result in results))
@@ -195,27 +186,6 @@ def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
         "start_up_seconds": statistics.median(result["start_up_seconds"] for result in results),
         "peak_memory_bytes": max(result["peak_memory_bytes"] or 0 for result in results) or None,
     }
-
-
-def table(networks: dict[str, dict[str, Any]], means: dict[str, float]) -> dict[str, dict[str, str]]:
-    """One column per network, and one for the geometric means of the ratios."""
-    rows: dict[str, dict[str, str]] = defaultdict(dict)
-    for label, show in ROWS.items():
-        for name, kinds in networks.items():
-            for kind, figures in kinds.items():
-                if text := show(figures):
-                    rows[label.format(kind)][name] = text
-    for kind, mean in means.items():
-        rows[f"ours / {kind}"]["geometric mean"] = f"{mean:.2f}"
-    return rows
-
-
-def line(result: dict[str, Any] | None) -> str:
-    if result is None:
-        return "failed"
-    rate, start_up = harness.format_rate(statistics.median(result["windows"])), result["start_up_seconds"]
-    how = f"--compile {result['compile']}" if "compile" in result else f"{result['workers']} workers"
-    return f"{rate} images/s, first step after {start_up:.1f} s, {result['precision']}, {how}"
 
 
 def parse_flags() -> argparse.Namespace:

@@ -95,7 +95,7 @@ def test_train(tmp_path):
         "float32", network["ours"]["precision"], "float32", "bfloat16"
     ]  # fmt: skip
     assert [network[kind]["workers"] for kind in kinds[3:]] == [2, num_cores()]
-    assert f"| ours, images/s | {harness.format_rate(rate)} |" in printed
+    assert f"| ours, images/s | {rate:,.1f} |" in printed
 
 
 def test_layers(tmp_path):
@@ -163,7 +163,7 @@ def test_search(tmp_path):
 
 
 def test_race(tmp_path):
-    flags = [*SMALL, "--epochs", 1, "--train-size", 100, "--picture", "r.png"]
+    flags = [*SMALL, "--epochs", 1, "--train-size", 100]
     result, printed = measured_by(tmp_path, "race.py", *flags)
     for name in ("ours", "baseline"):
         last = result[name][-1]
@@ -172,7 +172,6 @@ def test_race(tmp_path):
     assert result["ours"][-1]["epochs"] == 1
     # The baseline stops at the first step after the time of ours, and then tests its network.
     assert result["baseline"][-1]["seconds"] > result["ours"][-1]["seconds"]
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(not shutil.which("taskset"), reason="needs taskset")
@@ -307,14 +306,12 @@ def files_in(folder):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A folder with the output of a run in `out`. The run was first stopped by a time limit, then by a signal."""
+    """A folder with the output of a run in `out`. The run was first stopped by a signal."""
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONUTF8", "1")
         flags = [*DIGITS, "--work", "work", "--output", "out"]
-        late = command_line.run(folder, ensemble, *flags, "--time-limit", 1e-6, "--", *SHORT)
-        assert late.returncode == 3, late.stderr
         with pytest.MonkeyPatch.context() as stopping:
             stopping.setattr(ensemble.time, "sleep", send_sigterm_once(time.sleep))
             stopped = command_line.run(folder, ensemble, *flags, "--", *SHORT)
@@ -387,7 +384,7 @@ def test_a_finished_run_is_not_run_again_and_can_be_compared(measured):
         for quantity in ("accuracy", "loss"):
             assert row[quantity] == 0
             assert row["intervals"][quantity] == [0, 0]
-    assert "| ensemble | +0.00 (+0.00 to +0.00) | +0.0000 (+0.0000 to +0.0000) |" in compared.stdout
+    assert "| ensemble | +0.00 points [+0.00, +0.00] | +0.0000 [+0.0000, +0.0000] |" in compared.stdout
 
 
 def test_a_copied_work_folder_links_to_the_images_of_this_machine(tmp_path):
@@ -481,16 +478,6 @@ def test_a_failed_script_leaves_no_output(tmp_path, monkeypatch, capfd, parallel
 def test_invalid_flags_are_an_error_before_the_run(tmp_path, flags, message):
     assert message in refused(tmp_path, ensemble, *flags)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_cascade_is_compared_with_the_whole_ensemble(measured):
-    flags = ["--threshold", 0.2, "--images", 60, "--batch-size", 20, "--rounds", 1]
-    flags += ["--cascade", *(f"checkpoints/{name}.pt" for name in MEMBERS)]
-    result, printed = measured_by(measured.folder / "work", "deploy.py", *flags)
-    assert (result["threshold"], result["num_images"], result["members"]) == (0.2, 60, list(MEMBERS))
-    whole, cascade = result["figures"]["whole"], result["figures"]["cascade"]
-    assert result["ratio"] == cascade["milliseconds"] / whole["milliseconds"]
-    assert f"{cascade['accuracy']:.2%}" in printed
 
 
 def test_deploy(tmp_path):
