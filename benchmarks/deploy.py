@@ -7,8 +7,13 @@ pt2     the file of torch.export, loaded and run by PyTorch
 All take uint8 images and return probabilities, for each network alone and for the ensemble of the three. The networks
 have full size and random weights, which do not change the speed. Latency is the time for one image, throughput the
 speed with a batch of 64. The three runners take turns; the first call of each turn does not count.
+
+With --cascade, it measures accuracy and time of trained networks on test images: the whole ensemble and the cascade.
+
+    python benchmarks/deploy.py --cascade checkpoints/*.pt --output benchmarks/results/cascade.json
 """
 
+import argparse
 import importlib.metadata
 import itertools
 import statistics
@@ -21,14 +26,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors
-from common.device import set_up_device
+from common.device import autocast, pick_precision, set_up_device
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import export
+import main_ens
 from benchmarks import harness
+from evaluation import members, metrics
+from evaluation.cost import DEFAULT_THRESHOLD
 from models import NETWORKS
 from models.ensemble import Ensemble, Member
 from utils import MEAN, STD
@@ -43,8 +51,15 @@ def main() -> int:
     parser = harness.make_parser(__doc__, "deploy.json", rounds=5)
     known = [ENSEMBLE, *NETWORKS]
     parser.add_argument("--networks", nargs="+", choices=known, default=known, help="(default: all)")
+    parser.add_argument("--cascade", nargs="+", default=[], metavar="CHECKPOINT", help="measure the cascade")
+    of_cascade = {"help": "for --cascade (default: %(default)s)"}
+    parser.add_argument("--threshold", type=float, default=DEFAULT_THRESHOLD, **of_cascade)
+    parser.add_argument("--images", type=harness.positive, default=2000, **of_cascade)
+    parser.add_argument("--batch-size", type=harness.positive, default=512, **of_cascade)
     options = parser.parse_args()
     device = set_up_device("cpu")
+    if options.cascade:
+        return measure_cascade(options, device)
     for name in export.FORMATS:
         export.require(name)
     networks = {name: measure(untrained(name), options.rounds, device) for name in options.networks}
@@ -100,6 +115,33 @@ def measure(ensemble: Ensemble, rounds: int, device: torch.device) -> dict[str, 
         }
         for name in runners
     }
+
+
+def measure_cascade(options: argparse.Namespace, device: torch.device) -> int:
+    contents, precision = members.read_all(options.cascade), pick_precision("auto", device)
+    data = main_ens.load_data_of(contents[0])
+    test = data.test.take(np.random.default_rng(0).permutation(len(data.test))[: options.images])
+    images, labels = torch.from_numpy(test.images), torch.from_numpy(test.labels)
+    thresholds = {"whole": None, "cascade": options.threshold}
+    ensembles = {name: members.load(options.cascade, cascade=threshold) for name, threshold in thresholds.items()}
+
+    @torch.inference_mode()
+    def probs(ensemble: Ensemble) -> Tensor:
+        with autocast(device, precision):
+            return torch.cat([ensemble(batch) for batch in images.split(options.batch_size)])
+
+    ways = {name: partial(harness.seconds_of, partial(probs, ensemble), device) for name, ensemble in ensembles.items()}
+    figures, rows = {}, {}
+    for name, seconds in harness.in_turn(ways, options.rounds, warm_up=True).items():
+        accuracy = metrics.accuracy(probs(ensembles[name]), labels)
+        milliseconds = [1000 * turn / len(images) for turn in seconds]
+        figures[name] = {"accuracy": accuracy, "milliseconds": statistics.median(milliseconds), "turns": milliseconds}
+        rows[name] = {"test accuracy": f"{accuracy:.2%}", "ms per image": f"{figures[name]['milliseconds']:.2f}"}
+    ratio = figures["cascade"]["milliseconds"] / figures["whole"]["milliseconds"]
+    rows["cascade / whole"] = {"ms per image": f"{ratio:.2f}"}
+    names = members.names([path for path, _ in contents])
+    about = {"data": data.source, "num_images": len(images), "precision": precision, "members": names}
+    return harness.report(options, device, rows, **about, figures=figures, ratio=ratio)
 
 
 if __name__ == "__main__":

@@ -480,6 +480,16 @@ def test_invalid_flags_are_an_error_before_the_run(tmp_path, flags, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_cascade_is_compared_with_the_whole_ensemble(measured):
+    flags = ["--threshold", 0.2, "--images", 60, "--batch-size", 20, "--rounds", 1]
+    flags += ["--cascade", *(f"checkpoints/{name}.pt" for name in MEMBERS)]
+    result, printed = measured_by(measured.folder / "work", "deploy.py", *flags)
+    assert (result["threshold"], result["num_images"], result["members"]) == (0.2, 60, list(MEMBERS))
+    whole, cascade = result["figures"]["whole"], result["figures"]["cascade"]
+    assert result["ratio"] == cascade["milliseconds"] / whole["milliseconds"]
+    assert f"{cascade['accuracy']:.2%}" in printed
+
+
 def test_deploy(tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
