@@ -2,13 +2,13 @@
 
 dense.py, mobilenetv2.py, resnext.py and main_ens.py run one after the other in a new folder, without caches of decoded
 images or compiled kernels. Each is timed from the start of its process to its end. CIFAR-10 is downloaded before the
-first command and is not timed. After Ctrl-C or SIGTERM, the same command continues the run, also in a copy of --work on
-another machine. Delete --work to measure again. It does not run on Windows, which has no such signals.
+first command and is not timed. After Ctrl-C, SIGTERM or --time-limit, the same command continues the run, also in a
+copy of --work on another machine. Delete --work to measure again. Windows has no such signals: it does not run there.
 
 --output is a folder. It gets result.json (the numbers), logits.npz (the members' logits for the test images), and the
 histories and plots of the commands. --against runs nothing: it compares two such folders.
 
-    timeout 3000 python benchmarks/ensemble.py --output FOLDER -- --recipe baseline    # again, until it is done
+    python benchmarks/ensemble.py --output FOLDER --time-limit 3000 -- --recipe baseline    # again, until it is done
     python benchmarks/ensemble.py --output benchmarks/results/headline --against FOLDER
 """
 
@@ -18,9 +18,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,7 +82,10 @@ def main() -> int:
     commands = {name: [*own, "--data", data, "--resume"] for name, own in flags.items()}
     commands[TESTING] = ["--device", recipes["dense.py"].device]
     training = [list(TRAINING)] if options.parallel else [[name] for name in TRAINING]
+    timer = threading.Timer(options.time_limit, signal.raise_signal, [signal.SIGTERM])
+    timer.daemon = True
     with Stop() as stop:
+        timer.start()
         for together in [*training, [TESTING]]:
             run_together({name: commands[name] for name in together}, work, progress, stop)
     if left := [name for name in commands if name not in progress.finished]:
@@ -94,6 +99,7 @@ def read_flags() -> argparse.Namespace:
     parser = harness.make_parser(__doc__, "ensemble", data="cifar10")
     add = parser.add_argument
     add("--work", default="runs/ensemble", help="folder in which the commands run (default: %(default)s)")
+    add("--time-limit", type=harness.above_zero, default=1e6, help="seconds until the run is saved and stops")
     add("--parallel", action="store_true", help="run the three training scripts at the same time")
     of_one = {"type": shlex.split, "default": [], "metavar": "FLAGS"}
     for name in TRAINING:

@@ -3,7 +3,7 @@
 First the script trains for --epochs epochs. Then the baseline, a plain loop, trains for the same time: batches of 64 in
 float32, torchvision's transforms in a DataLoader with two workers, SGD with a cosine schedule from 0.01 over 200
 epochs, a test after every epoch. Both times include everything from the start of the process. --output gets both
-curves over time.
+curves over time, --picture their plot.
 
     python benchmarks/race.py --epochs 8
 """
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import errors
 
 import torch
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 import mobilenetv2
@@ -29,6 +30,7 @@ from benchmarks import harness
 from benchmarks.plain import WORKERS, plain_optimizer, torchvision_loader
 from evaluation import metrics
 from models import NETWORKS
+from plotting.style import BLUE, PALE, VERMILLION, saves_png
 from training.history import read_csv
 from training.recipe import BASELINE, load_data
 from utils import CosineSchedule, normalize, predict
@@ -40,12 +42,14 @@ def main() -> int:
     parser = harness.make_parser(__doc__, "race.json", data="cifar10", image_size=32)
     parser.add_argument("--epochs", type=harness.positive, default=8, help="epochs of ours (default: %(default)s)")
     parser.add_argument("--train-size", type=harness.positive, help="number of training images (default: all)")
+    parser.add_argument("--picture", default="docs/race.png", help="file of the plot (default: %(default)s)")
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(train_baseline(options, *map(float, options.measure))))
         return 0
     ours, seconds = train_ours(options)
     curves = {"ours": ours, "baseline": harness.in_subprocess(time.time(), seconds)}
+    draw(options.picture, curves, harness.device_name(torch.device("cpu")))
     rows = {name: {"after": line(points[-1])} for name, points in curves.items()}
     return harness.report(options, torch.device("cpu"), rows, **curves)
 
@@ -107,6 +111,25 @@ def train_baseline(options: argparse.Namespace, started: float, seconds: float) 
 def line(point: Point) -> str:
     accuracy, minutes = 100 * point["test_accuracy"], point["seconds"] / 60
     return f"{accuracy:.2f} % after {minutes:.1f} minutes, {point['epochs']:.2f} epochs"
+
+
+@saves_png
+def draw(curves: dict[str, list[Point]], device: str) -> Figure:
+    """Plot the test accuracy of both against the time."""
+    figure = Figure(figsize=(9, 4.5))
+    axes = figure.subplots()
+    labels = {"ours": "mobilenetv2.py", "baseline": "plain loop, the baseline's recipe of 200 epochs"}
+    for (name, points), colour in zip(curves.items(), (VERMILLION, BLUE), strict=True):
+        minutes = [point["seconds"] / 60 for point in points]
+        percent = [100 * point["test_accuracy"] for point in points]
+        axes.plot(minutes, percent, "o-", color=colour, label=f"{labels[name]}: {percent[-1]:.2f} %")
+    axes.set_xlabel(f"minutes on {device}")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_xlim(left=0)
+    axes.grid(color=PALE)
+    axes.legend(loc="lower right")
+    axes.set_title("MobileNetV2 on CIFAR-10, equal time")
+    return figure
 
 
 if __name__ == "__main__":

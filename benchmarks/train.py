@@ -33,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
-from common import errors
+from common import errors, files
 from common.device import cpu_has_bfloat16, peak_memory, set_up_device
 from common.errors import UserError
 
@@ -66,6 +66,7 @@ def main() -> int:
         print(json.dumps(measure(options, *options.measure)))
         return 0
     device = set_up_device(options.device)
+    files.check_writable(Path(options.output).parent, "the results")  # better now than after all measurements
     kinds = options.kinds or kinds_for(device)
     ways = {f"{name}, {kind}": partial(try_out, name, kind, device) for name in options.networks for kind in kinds}
     networks: dict[str, dict[str, Any]] = defaultdict(dict)

@@ -163,7 +163,7 @@ def test_search(tmp_path):
 
 
 def test_race(tmp_path):
-    flags = [*SMALL, "--epochs", 1, "--train-size", 100]
+    flags = [*SMALL, "--epochs", 1, "--train-size", 100, "--picture", "r.png"]
     result, printed = measured_by(tmp_path, "race.py", *flags)
     for name in ("ours", "baseline"):
         last = result[name][-1]
@@ -172,6 +172,7 @@ def test_race(tmp_path):
     assert result["ours"][-1]["epochs"] == 1
     # The baseline stops at the first step after the time of ours, and then tests its network.
     assert result["baseline"][-1]["seconds"] > result["ours"][-1]["seconds"]
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(not shutil.which("taskset"), reason="needs taskset")
@@ -306,12 +307,14 @@ def files_in(folder):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A folder with the output of a run in `out`. The run was first stopped by a signal."""
+    """A folder with the output of a run in `out`. The run was first stopped by a time limit, then by a signal."""
     folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONUTF8", "1")
         flags = [*DIGITS, "--work", "work", "--output", "out"]
+        late = command_line.run(folder, ensemble, *flags, "--time-limit", 0.01, "--", *SHORT)
+        assert late.returncode == 128 + signal.SIGTERM, late.stderr
         with pytest.MonkeyPatch.context() as stopping:
             stopping.setattr(ensemble.time, "sleep", send_sigterm_once(time.sleep))
             stopped = command_line.run(folder, ensemble, *flags, "--", *SHORT)
