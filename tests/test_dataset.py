@@ -302,13 +302,6 @@ def test_subfolders_belong_to_their_class_and_other_files_are_ignored(load, tmp_
     assert same(load(write_folder(tmp_path / "unpacked", deeper)), plain)
 
 
-def test_decoding_in_threads_gives_the_same_arrays(load, tmp_path, monkeypatch):
-    folder = write_folder(tmp_path / "pets", pictures(per_class=30))
-    plain = load(folder, data_dir=tmp_path / "one")
-    monkeypatch.setattr(image_folder, "num_cores", lambda: 4)
-    assert same(load(folder, data_dir=tmp_path / "other"), plain)
-
-
 def test_links_are_followed_but_no_folder_is_visited_twice(load, tmp_path):
     folder = write_folder(tmp_path / "pets", pictures())
     os.symlink(folder / "train", folder / "train" / "cat" / "round")

@@ -101,11 +101,11 @@ def test_tensors_keep_their_addresses(trainer):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_memory_traffic_of_a_step_equals_the_stored_one(name):
+def test_the_operations_and_the_memory_traffic_of_a_step_equal_the_stored_ones(name):
     """After an intended change, run benchmarks/roofline.py again."""
     stored = json.loads((Path(__file__).parents[1] / "benchmarks/results/roofline.json").read_text())["networks"][name]
     counted = roofline.count(name)
-    for quantity in ("kernels", "bytes_eager", "bytes_fused"):
+    for quantity in ("flops", "kernels", "bytes_eager", "bytes_fused"):
         assert counted[quantity] == pytest.approx(stored[quantity], rel=0.02), quantity
 
 

@@ -242,14 +242,6 @@ def test_jitter_is_uniform_in_torchvisions_range(reach):
         assert_uniform(((values - low) / width * 40).clamp(0, 39).floor(), 40)
 
 
-@pytest.mark.parametrize("probability", [0.1, 0.0, 1.0])
-def test_flip_has_its_probability(probability):
-    flip = transforms.sample_params(
-        NUM_DRAWS, 32, Augmentation(flip=probability), torch.Generator().manual_seed(8)
-    ).flip
-    assert_share(flip, probability)
-
-
 def test_strengths_equal_torchvision_and_signs_are_even():
     settings = Augmentation(randaugment_magnitude=14)
     params = transforms.sample_params(NUM_DRAWS, 20, settings, torch.Generator().manual_seed(10))
