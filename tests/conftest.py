@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from dataset import Dataset, Split
 from models import NETWORKS
@@ -37,22 +38,16 @@ def without_times(history):
     return [{name: value for name, value in row.items() if name not in TIMES} for row in history]
 
 
-def assert_same(found, expected, where="content"):
+def assert_same(found, expected):
     """Bit-identical: tensors, numbers and nested containers."""
-    if isinstance(expected, torch.Tensor):
-        assert isinstance(found, torch.Tensor), where
-        assert found.dtype == expected.dtype, where
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for name in expected:
-            assert_same(found[name], expected[name], f"{where}.{name}")
-    elif isinstance(expected, list):
-        assert len(found) == len(expected), where
-        for number, pair in enumerate(zip(found, expected, strict=True)):
-            assert_same(*pair, f"{where}[{number}]")
-    else:
-        assert found == expected, where
+    found, expected = (dict(tree_flatten_with_path(content)[0]) for content in (found, expected))
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[path].dtype == value.dtype, keystr(path)
+            assert torch.equal(found[path], value), keystr(path)
+        else:
+            assert found[path] == value, keystr(path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,15 +19,6 @@ FREE = {
     "device", "deterministic", "compile", "data", "data_url", "name", "checkpoint_dir", "plot_dir", "reference",
     "resume", "overwrite", "dry_run", "tensorboard", "epochs", "dense",
 }  # fmt: skip
-# Other values of the flags for which `another` cannot compute one.
-ANOTHER = {
-    "depth": 37, "recipe": "baseline", "base_min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
-    "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_horizon": 0.5, "device": "cpu",
-    "deterministic": True, "sync_bn": True, "dense": True,
-    "compile": "none", "precision": "float32", "hue": 0.1, "flip": 0.25,
-    "augment_until": 0.5, "test_split": 0.5, "randaugment_magnitude": 3, "resume": True, "overwrite": True,
-    "tensorboard": True, "dry_run": True,
-}  # fmt: skip
 
 
 def parse(*argv: str, script=mobilenetv2):
@@ -36,9 +27,13 @@ def parse(*argv: str, script=mobilenetv2):
 
 def another(item, value):
     """A valid value of a field that differs from `value`."""
-    if item.name in ANOTHER:
-        return ANOTHER[item.name]
-    if isinstance(value, int | float):
+    if isinstance(value, bool):
+        return not value
+    if choices := item.metadata["limits"].get("choices"):
+        return next(choice for choice in choices if choice != value)
+    if isinstance(value, float):
+        return value / 2 + 0.001
+    if isinstance(value, int):
         return 2 * value + 1
     return 40 if item.name.endswith("size") else "elsewhere"
 

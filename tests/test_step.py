@@ -77,16 +77,11 @@ def step(trainer, images=None):
     trainer.step(images, torch.tensor([0, 1, 2, 0]), trainer.model)
 
 
-def test_a_step_writes_only_tensors_of_its_state(trainer):
+def test_a_step_writes_only_its_state_and_neither_synchronizes_nor_copies_activations(trainer):
     with Watch() as watch:
         step(trainer)
     known, parameters = storages(trainer.state()), storages(list(trainer.model.parameters()))
     assert parameters <= watch.written <= known  # batch norm's schema does not declare that it writes its statistics
-
-
-def test_a_step_neither_synchronizes_nor_copies_activations(trainer):
-    with Watch() as watch:
-        step(trainer)
     assert not SYNCHRONIZING & watch.operators.keys()
     assert watch.operators["clone"] == 0
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -60,14 +61,10 @@ def as_one_of(environment: dict[str, str], argv: list[str], log: str) -> None:
 def forkserver(*modules: str) -> Iterator[BaseContext]:
     """Start processes that have already imported these modules, because importing PyTorch takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     context.set_forkserver_preload([*modules])
-    yield context
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    with mock.patch.dict(os.environ, PYTHONPATH=folders):
+        yield context
 
 
 def kill_at(model: Tiny, step: int, marker: Path) -> None:
