@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -69,6 +70,20 @@ class Tiny(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.classifier(self.norm(self.conv(images)).relu().mean((2, 3)))
         return self.on_forward(self, logits) if self.on_forward else logits
+
+
+def at_call(number, action, *, training=True):
+    """An `on_forward` that calls `action(logits)` at forward pass `number` (from 0) of training or of evaluation."""
+    calls = Counter()
+
+    def on_forward(model, logits):
+        calls[model.training] += 1
+        if model.training == training and calls[training] == number + 1:
+            new = action(logits)
+            return logits if new is None else new
+        return logits
+
+    return on_forward
 
 
 def pytest_configure():

@@ -166,13 +166,6 @@ def test_a_full_disk_leaves_the_old_file(path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_the_temporary_file_of_a_killed_process_is_deleted(path):
-    (path.parent / ".net.pt.part").write_bytes(b"half a file" * 10_000)
-    checkpoint.write(path, CONTENT)
-    assert_holds_content(checkpoint.read(path))
-    assert list(path.parent.iterdir()) == [path]
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [

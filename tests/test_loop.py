@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ import pytest
 import torch
 from command_line import changed
 from command_line import run as run_script
-from conftest import ALL_ON, ROOT, TIMES, assert_same, without_times
+from conftest import ALL_ON, ROOT, TIMES, assert_same, at_call, without_times
 from torch.nn import functional as F
 
 import mobilenetv2
@@ -44,20 +43,6 @@ def path(tmp_path):
 @pytest.fixture
 def csv_path(tmp_path):
     return tmp_path / "plots" / "tiny.csv"
-
-
-def at_call(number, action, *, training=True):
-    """An `on_forward` that calls `action(logits)` at forward pass `number` (from 0) of training or of evaluation."""
-    calls = Counter()
-
-    def on_forward(model, logits):
-        calls[model.training] += 1
-        if model.training == training and calls[training] == number + 1:
-            new = action(logits)
-            return logits if new is None else new
-        return logits
-
-    return on_forward
 
 
 def send(*numbers):
@@ -442,22 +427,6 @@ def test_the_time_of_a_resumed_epoch_includes_its_first_part(train, path):
 def test_a_signal_after_the_last_epoch_still_finishes_the_run(train, path):
     assert train(epochs=1, on_forward=at_call(0, send(signal.SIGINT), training=False)).exit_status == 0
     assert checkpoint.read(path)["finished"]
-
-
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_exits_at_once_and_keeps_the_last_checkpoint(train, path, second):
-    kept = []
-
-    def stop(_):
-        kept.append(path.read_bytes())
-        send(signal.SIGINT, second)(_)
-        pytest.fail("went on")
-
-    with pytest.raises(SystemExit) as end:
-        train(on_forward=at_call(STEPS + 2, stop))
-    assert end.value.code == 128 + second
-    assert path.read_bytes() == kept[0]
-    assert list(path.parent.glob("[!.]*")) == [path]
 
 
 def test_a_finished_run_has_nothing_left_to_train(train, path, csv_path, capsys):

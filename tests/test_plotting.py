@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from plotting import training
 from plotting.ensemble import plot_ensemble, plot_mistakes, plot_reliability
-from plotting.style import GREEN, line_style
+from plotting.style import GREEN
 from plotting.training import plot_training
 from training.history import read_csv, write_csv
 
@@ -288,12 +288,6 @@ def test_labels_of_the_ensemble_plot():
     assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("predicted class", "true class")
     percent, counts = np.asarray(matrix.images[0].get_array()), result["confusion_matrix"]
     assert percent == pytest.approx(100 * counts / counts.sum(axis=1, keepdims=True))
-
-
-def test_many_members_have_different_line_styles():
-    lines = draw_ensemble(**make_ensemble(12, 3), classes="abc", title="twelve").findobj(Axes)[2].lines
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 13
-    assert len({tuple(line_style(number).values()) for number in range(24)}) == 24
 
 
 def test_with_many_classes_the_worst_confusion_is_named():
