@@ -4,17 +4,16 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 from common import distributed, errors
 from common.command_line import Parser
 
 import pytest
+from conftest import ROOT
 
 from training.signals import StopSignals
 
-ROOT = Path(__file__).parents[1]
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
 
 

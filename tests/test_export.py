@@ -76,9 +76,7 @@ def test_an_exported_file_has_the_ensembles_probabilities_and_metadata(paths, tm
     assert "on 70 test images of digits" in printed
 
 
-def test_default_checkpoints_and_a_single_network(paths, tmp_path):
-    error = refused(tmp_path, export, "--output", "a.pt2")
-    assert "has none of densenet.pt, mobilenetv2.pt, resnext.pt; train one" in error
+def test_a_single_network(paths, tmp_path):
     done = succeeded(tmp_path, export, paths[0], "--output", "a.model", "--format", "pt2", "--random", "--images", 1)
     assert "a.model: tiny0, " in done.stdout
     assert "on 1 random images" in done.stdout

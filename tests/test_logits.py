@@ -80,18 +80,6 @@ def test_everything_that_determines_the_logits_or_their_time_is_in_the_cache_key
         member_logits([contents[0], (path, checkpoint.read(path))], images, CPU)
 
 
-def test_a_few_images_warm_up_before_the_time_is_taken(contents, images, monkeypatch):
-    calls, predict = [], logits_cache.predict
-    monkeypatch.setattr(logits_cache, "WARM_UP_IMAGES", 5)
-    monkeypatch.setattr(
-        logits_cache,
-        "predict",
-        lambda network, batch, *rest, **more: calls.append(len(batch)) or predict(network, batch, *rest, **more),
-    )
-    member_logits(contents[:1], images, CPU)
-    assert calls == [5, 11]
-
-
 def test_without_the_cache_nothing_is_stored_and_cached_logits_are_deleted(contents, images):
     member_logits(contents, images, CPU, cached=False)
     assert not (contents[0][0].parent / logits_cache.CACHE).exists()

@@ -4,12 +4,11 @@ import contextlib
 import json
 from collections import Counter, defaultdict
 from dataclasses import fields, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_images
+from conftest import ROOT, tiny_images
 from torch.cuda._sanitizer import EventHandler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -98,7 +97,7 @@ def test_tensors_keep_their_addresses(trainer):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_operations_and_the_memory_traffic_of_a_step_equal_the_stored_ones(name):
     """After an intended change, run benchmarks/roofline.py again."""
-    stored = json.loads((Path(__file__).parents[1] / "benchmarks/results/roofline.json").read_text())["networks"][name]
+    stored = json.loads((ROOT / "benchmarks/results/roofline.json").read_text())["networks"][name]
     counted = roofline.count(name)
     for quantity in ("flops", "kernels", "bytes_eager", "bytes_fused"):
         assert counted[quantity] == pytest.approx(stored[quantity], rel=0.02), quantity
