@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from dataset import Dataset, Split
 from models import NETWORKS
@@ -37,22 +39,16 @@ def without_times(history):
     return [{name: value for name, value in row.items() if name not in TIMES} for row in history]
 
 
-def assert_same(found, expected, where="content"):
+def assert_same(found, expected):
     """Bit-identical: tensors, numbers and nested containers."""
-    if isinstance(expected, torch.Tensor):
-        assert isinstance(found, torch.Tensor), where
-        assert found.dtype == expected.dtype, where
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for name in expected:
-            assert_same(found[name], expected[name], f"{where}.{name}")
-    elif isinstance(expected, list):
-        assert len(found) == len(expected), where
-        for number, pair in enumerate(zip(found, expected, strict=True)):
-            assert_same(*pair, f"{where}[{number}]")
-    else:
-        assert found == expected, where
+    found, expected = (dict(tree_flatten_with_path(content)[0]) for content in (found, expected))
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[path].dtype == value.dtype, keystr(path)
+            assert torch.equal(found[path], value), keystr(path)
+        else:
+            assert found[path] == value, keystr(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +70,20 @@ class Tiny(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.classifier(self.norm(self.conv(images)).relu().mean((2, 3)))
         return self.on_forward(self, logits) if self.on_forward else logits
+
+
+def at_call(number, action, *, training=True):
+    """An `on_forward` that calls `action(logits)` at forward pass `number` (from 0) of training or of evaluation."""
+    calls = Counter()
+
+    def on_forward(model, logits):
+        calls[model.training] += 1
+        if model.training == training and calls[training] == number + 1:
+            new = action(logits)
+            return logits if new is None else new
+        return logits
+
+    return on_forward
 
 
 def pytest_configure():

@@ -11,7 +11,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import common
 from common.errors import UserError
 
 import command_line
@@ -20,11 +19,9 @@ import pytest
 import torch
 from command_line import MEMBERS, refused, softmax, succeeded
 from conftest import ROOT
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import busy, ensemble, harness, roofline, train
+from benchmarks import ensemble, harness, train
 from dataset.image_folder import num_cores
-from models import NETWORKS
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +68,7 @@ def test_memory(tmp_path):
 
 
 def test_train(tmp_path):
-    flags = [*SMALL, "--images", 32, "--networks", "mobilenetv2", "--device", "cpu", "--rounds", 1, "--windows", 1]
+    flags = [*SMALL, "--images", 32, "--networks", "mobilenetv2", "--device", "cpu", "--rounds", 1, "--windows", 3]
     flags += ["--seconds", 0.01, "--batch-size", 24, "--tuned-batch-size", 16]
     kinds = ("ours", "ours_float32", "ours_graph", "baseline", "tuned_bfloat16")
     result, printed = measured_by(tmp_path, "train.py", *flags, "--kinds", *kinds)
@@ -85,6 +82,7 @@ def test_train(tmp_path):
     for kind, batch_size in (("ours_float32", 24), ("ours_graph", 24), ("baseline", 32), ("tuned_bfloat16", 16)):
         figures = network[kind]
         assert figures["batch_size"] == batch_size
+        assert figures["images_per_second"] == statistics.median(figures["windows"])
         assert figures["ratio"] == rate / figures["images_per_second"]
         assert math.isclose(result["geometric_mean_ratios"][kind], figures["ratio"])
         assert f"| ours / {kind} | {figures['ratio']:.2f} | {figures['ratio']:.2f} |" in printed
@@ -142,13 +140,6 @@ def test_gpu_prints_what_is_there_and_names_what_is_missing(tmp_path):
     assert "tests.txt" in done.stderr
 
 
-def test_bfloat16_is_measured_on_cpus_with_bfloat16_instructions(monkeypatch):
-    for there, number in ((True, 5), (False, 3)):
-        monkeypatch.setattr(train, "cpu_has_bfloat16", lambda there=there: there)
-        assert len(train.kinds_for(torch.device("cpu"))) == number
-        assert train.kinds_for(torch.device("cuda")) == ["ours", "baseline", "tuned"]
-
-
 def test_search(tmp_path):
     flags = ["--data", "digits", "--val-size", 30, "--script", "mobilenetv2.py", "--run", "usual: --base-lr 0.02"]
     fixed = ["--", "--image-size", 16, "--width", 0.25, "--train-size", 40, "--epochs", 1, "--batch-size", 16]
@@ -183,20 +174,6 @@ def test_busy(tmp_path):
     assert all(row["spins"] == "4000" and row["images_per_second"] > 0 for row in figures)
 
 
-def test_a_training_step_has_about_three_times_the_operations_of_a_forward_pass():
-    stored = json.loads((ROOT / "benchmarks" / "results" / "roofline.json").read_text())["networks"]
-    for name, recipe in train.RECIPES.items():
-        with torch.device("meta"):
-            model, images = NETWORKS[name](10, **recipe.network_arguments()), torch.empty(1, 3, 32, 32)
-            model.eval()
-        with FlopCounterMode(display=False) as counter:
-            model(images)
-        operations = roofline.count(name)["flops"]
-        # Slightly less than 3, since the gradient of the images is not computed.
-        assert 2.9 < operations / counter.get_total_flops() <= 3
-        assert operations == stored[name]["flops"]
-
-
 def test_roofline(tmp_path):
     result, printed = measured_by(tmp_path, "roofline.py", "--flops", 1e12)
     network = result["networks"]["mobilenetv2"]
@@ -205,9 +182,8 @@ def test_roofline(tmp_path):
     assert f"| {network['bytes_eager'] / 1e6:.1f} |" in printed
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "many"])
-def test_a_bandwidth_must_be_above_zero(tmp_path, value):
-    done = run(tmp_path, "roofline.py", f"--bandwidth={value}")
+def test_a_bandwidth_must_be_above_zero(tmp_path):
+    done = run(tmp_path, "roofline.py", "--bandwidth=nan")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "--bandwidth" in done.stderr
@@ -223,18 +199,10 @@ def test_alternatives_take_turns(capsys):
     assert capsys.readouterr().out.splitlines()[1:3] == ["round 0, two: 2 calls", "round 1, one: 3 calls"]
 
 
-def test_a_subprocess_returns_its_result_or_its_error(monkeypatch, capfd, tmp_path):
+def test_a_killed_subprocess_is_an_error_that_names_the_signal(monkeypatch, tmp_path):
     script = tmp_path / "script.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "--flag"])
-    script.write_text("import json, os, sys; print('words'); print(json.dumps([sys.argv[1:], os.environ['SPINS']]))")
-    found = harness.in_subprocess("ours", 0.5, environment={"SPINS": "7"})
-    assert found == [["--flag", "--measure", "ours", "0.5"], "7"]
-    script.write_text("import sys; sys.exit('the disk is on fire')")
-    with pytest.raises(UserError) as error:
-        harness.in_subprocess("ours")
-    assert error.value.silent
-    assert "the disk is on fire" in capfd.readouterr().err
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(sys, "argv", [str(script)])
     with pytest.raises(UserError, match="ours 7: the process was killed by signal 9; if memory ran out"):
         harness.in_subprocess("ours", 7)
 
@@ -249,37 +217,6 @@ def test_a_compile_mode_may_fail_but_no_other_kind(monkeypatch, capsys):
     assert "densenet, ours_inductor is left out. no compiler" in capsys.readouterr().err
     with pytest.raises(UserError, match="no compiler"):
         train.try_out("densenet", "ours", cpu)
-
-
-def test_plain_loops_use_libgomps_default_spin_count(monkeypatch):
-    given = {}
-    monkeypatch.setattr(harness, "in_subprocess", lambda *job, environment: given.update({job[1]: environment}))
-    for count, expected in ((common.SPIN_COUNT, "300000"), ("7", "7")):
-        monkeypatch.setenv("GOMP_SPINCOUNT", count)
-        for kind in ("ours", "tuned"):
-            train.try_out("densenet", kind, torch.device("cpu"))
-        assert given == {"ours": {"GOMP_SPINCOUNT": count}, "tuned": {"GOMP_SPINCOUNT": expected}}
-
-
-def test_libgomps_default_spin_count_is_measured(monkeypatch):
-    """The variable must be set explicitly, or common/__init__.py would set its own value."""
-    monkeypatch.setattr(harness, "in_subprocess", lambda *_, environment: environment)
-    assert busy.measure("default", "nothing", 1.0) == {"GOMP_SPINCOUNT": "300000"}
-    assert busy.measure("16000", "nothing", 1.0) == {"GOMP_SPINCOUNT": "16000"}
-
-
-def measurement(rate):
-    return {
-        "precision": "float32", "compile": "none", "windows": [rate, rate + 1, rate + 5], "batch_size": 8,
-        "start_up_seconds": rate, "peak_memory_bytes": 1000 + rate,
-    }  # fmt: skip
-
-
-def test_repeated_measurements_are_combined():
-    assert train.pooled([measurement(10), measurement(12)]) == {
-        "precision": "float32", "compile": "none", "windows": [10, 11, 15, 12, 13, 17], "batch_size": 8,
-        "images_per_second": 12.5, "start_up_seconds": 11, "peak_memory_bytes": 1012,
-    }  # fmt: skip
 
 
 DIGITS = ["--data", "digits", "--dense", "--depth 37 --growth-rate 4", "--mobilenetv2", "--width 0.25"]

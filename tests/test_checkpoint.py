@@ -141,19 +141,10 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize(
-    ("error", "raised", "words"),
-    [
-        (OSError(28, "No space left on device"), UserError, r"net\.pt: .*could not be written \(No space left on"),
-        (KeyboardInterrupt(), KeyboardInterrupt, None),
-        (SystemExit(), SystemExit, None),
-    ],
-    ids=["full disk", "Ctrl-C", "end"],
-)
-def test_an_error_while_writing_leaves_the_old_file(path, monkeypatch, call, error, raised, words):
+def test_ctrl_c_while_writing_leaves_the_old_file(path, monkeypatch, call):
     before = path.read_bytes()
-    monkeypatch.setattr(files.os, call, mock.Mock(side_effect=error))
-    with pytest.raises(raised, match=words):
+    monkeypatch.setattr(files.os, call, mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         checkpoint.write(path, {"other": 1})
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
@@ -172,13 +163,6 @@ def test_a_full_disk_leaves_the_old_file(path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"{path}: the checkpoint could not be written" in str(error.value)
     assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_the_temporary_file_of_a_killed_process_is_deleted(path):
-    (path.parent / ".net.pt.part").write_bytes(b"half a file" * 10_000)
-    checkpoint.write(path, CONTENT)
-    assert_holds_content(checkpoint.read(path))
     assert list(path.parent.iterdir()) == [path]
 
 

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 from common import distributed
 
@@ -14,14 +13,13 @@ import naive_loop
 import pytest
 import tiny_run
 import torch
-from conftest import ALL_ON, assert_same, tiny_images, tiny_network, tiny_recipe_in, without_times
+from conftest import ALL_ON, ROOT, assert_same, tiny_images, tiny_network, tiny_recipe_in, without_times
 
 from training import checkpoint
 from training.history import read_csv
 from training.signals import StopSignals
 from utils import TrainLoader
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="PyTorch for Windows has no torchrun over Gloo")
 
 
@@ -72,7 +70,7 @@ def torchrun(num_processes, folder, arguments, *options, script="tests/tiny_run.
     return subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}",
-            *(options or ["--standalone"]), str(HERE.parent / script), *arguments,
+            *(options or ["--standalone"]), str(ROOT / script), *arguments,
         ],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
@@ -213,7 +211,7 @@ def test_one_of_several_processes_exits_without_pythons_shutdown(world_size, sai
     """With Python's shutdown, a Gloo thread aborted about one in four processes that exited after a collective."""
     code = "import atexit; atexit.register(print, 'taken down')"
     code += "; from common import errors; errors.run(lambda: print('done') or 3)"
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "WORLD_SIZE": world_size}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": world_size}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, encoding="utf-8")
     assert (ended.stdout, ended.returncode) == (said, 3)
 
@@ -257,7 +255,7 @@ def test_missing_data_ends_two_processes_without_a_traceback(tmp_path):
     port = free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, HERE.parent / "mobilenetv2.py", "--data", "nowhere", "--device", "cpu"],
+            [sys.executable, ROOT / "mobilenetv2.py", "--data", "nowhere", "--device", "cpu"],
             cwd=tmp_path,
             env={**os.environ, **environment(rank, 2, port)},
             stderr=subprocess.PIPE,

@@ -247,6 +247,8 @@ def test_an_invalid_cascade_is_refused(folder, flags, words):
     assert words in command_line.refused(folder, predict, "photos", *flags)
 
 
-def test_a_cascade_with_another_average_is_a_value_error():
+def test_an_unknown_average_and_a_cascade_with_another_average_are_value_errors():
+    with pytest.raises(ValueError, match="'median'"):
+        average_probs(torch.zeros(2, 1, 3), "median")
     with pytest.raises(ValueError, match="averages softmax outputs"):
         Ensemble([], ["a"], 8, average="logits", cascade=0.9)

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 from common import errors, files
 
@@ -49,28 +50,25 @@ def train(folder: str, flags: list[str], log: str, moment: str | None, count: in
 
 
 def die_writing(moment: str, count: int) -> None:
-    fsync, replace, left = os.fsync, os.replace, [count]
+    left = [count]
 
     def die() -> None:
         left[0] -= 1
         if left[0] <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def dying_fsync(number: int) -> None:
-        if moment == "before":  # a part of the file is still in a buffer of Python or the system
-            die()
-        fsync(number)
-        if moment == "fsync":
-            die()
+    def dying(function: Callable, before: str, after: str) -> Callable:
+        def call(*arguments: object) -> None:
+            if moment == before:
+                die()
+            function(*arguments)
+            if moment == after:
+                die()
 
-    def dying_replace(*paths: str) -> None:
-        if moment == "replace":
-            die()
-        replace(*paths)
-        if moment == "after":
-            die()
+        return call
 
-    files.os.fsync, files.os.replace = dying_fsync, dying_replace
+    # Before fsync, a part of the file is still in a buffer of Python or the system.
+    files.os.fsync, files.os.replace = dying(os.fsync, "before", "fsync"), dying(os.replace, "replace", "after")
 
 
 @pytest.fixture(scope="module")

@@ -337,7 +337,6 @@ def test_changed_data_and_broken_weights_are_errors(folder, tmp_path, change, wo
         (["--test-size", "7000"], "--test-size 7000"),
         (["checkpoints/resnext.pt", "checkpoints/../checkpoints/resnext.pt"], "a checkpoint is given twice"),
         (["--temperature", "0"], "--temperature is 0; it must be 0.05 to 20"),
-        (["--temperature", "nan"], "--temperature is nan"),
         (["--temperature", "warm"], "--temperature: found warm, expected fit or a number"),
         (["--data", "digits", "--data-url", "http://localhost"], "--data-url is for CIFAR, not for --data 'digits'"),
         (["--plot-dir", "/dev/null/plots"], "/dev/null/plots: the results could not be written"),

@@ -10,18 +10,19 @@ from common.errors import UserError
 import numpy as np
 import pytest
 from command_line import refused, run
+from conftest import ROOT
 from matplotlib.axes import Axes
 
 from plotting import training
 from plotting.ensemble import plot_ensemble, plot_mistakes, plot_reliability
-from plotting.style import GREEN, line_style
+from plotting.style import GREEN
 from plotting.training import plot_training
 from training.history import read_csv, write_csv
 
 # The functions that return the figure without saving it.
 draw_training, draw_ensemble = plot_training.__wrapped__, plot_ensemble.__wrapped__
 draw_reliability, draw_mistakes = plot_reliability.__wrapped__, plot_mistakes.__wrapped__
-BASELINE = Path(__file__).parent.parent / "docs" / "baseline"
+BASELINE = ROOT / "docs" / "baseline"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # Names that classes and members may have.
@@ -208,9 +209,8 @@ def test_training_plot_alone_and_with_the_baseline(tmp_path, epochs, name, resul
         {"train_loss": 0.0, "test_loss": 0.0, "seconds": 0.0},
     ],
 )
-@pytest.mark.parametrize("epochs", [1, 4])
-def test_training_plot_with_nan_infinite_and_zero(tmp_path, epochs, change):
-    history = make_history(epochs)
+def test_training_plot_with_nan_infinite_and_zero(tmp_path, change):
+    history = make_history(4)
     history[-1] |= change
     plot_training(tmp_path / "run.png", history, title="5 $ a run, 10 $ a day\nand $\\frac$")
     png_size(tmp_path / "run.png")
@@ -223,8 +223,7 @@ def test_labels_of_the_training_plot():
     figure = draw_training(history, title="DenseNet")
     loss, accuracy, rate = figure.axes
     assert figure.get_suptitle() == "DenseNet · 200 epochs, 36.8 min"
-    assert [axes.get_xlabel() for axes in figure.axes] == ["epoch"] * 3
-    assert [axes.get_ylabel() for axes in figure.axes] == ["loss (nats, log scale)", "accuracy (%)", "learning rate"]
+    assert loss.get_ylabel() == "loss (nats, log scale)"
     assert legend_texts(loss) == ["train 0.010", "validation 0.200", "test 0.173"]
     assert legend_texts(accuracy) == ["train 99.71 %", "validation 95.00 %", "test 95.87 %"]
     assert [line.get_color() for line in loss.lines] == [line.get_color() for line in accuracy.lines]
@@ -270,17 +269,13 @@ def test_labels_of_the_ensemble_plot():
     result = make_ensemble(3, 10)
     figure = draw_ensemble(**result, classes=CIFAR10, title="Ensemble of three")
     accuracy, loss, accuracy_lines, loss_lines, matrix = figure.findobj(Axes)
-    assert accuracy.get_title() == "test accuracy (%)"
-    assert loss.get_title() == "test loss (nats)"
     rows = result["rows"]
     assert [label.get_text() for label in accuracy.get_yticklabels()] == [row["name"] for row in rows]
     assert [text.get_text() for text in accuracy.texts] == [f"{100 * row['accuracy']:.2f}" for row in rows]
     assert [text.get_text() for text in loss.texts] == [f"{row['loss']:.4f}" for row in rows]
-    assert [text.get_fontweight() for text in loss.texts] == ["normal"] * 3 + ["bold"]
     broad = [list(line.get_xdata()) for line in loss.lines if line.get_linewidth() == 5]
     assert broad == [row["intervals"]["loss"] for row in rows]
     for axes, metric, scale in ((accuracy_lines, "accuracy", 100), (loss_lines, "loss", 1)):
-        assert axes.get_xlabel() == "test images seen, shuffled"
         for line, row in zip(axes.lines, rows, strict=True):
             means = [scale * row["per_image"][metric][:seen].mean() for seen in range(1, 301)]
             assert list(line.get_ydata()) == pytest.approx(means)
@@ -288,12 +283,6 @@ def test_labels_of_the_ensemble_plot():
     assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("predicted class", "true class")
     percent, counts = np.asarray(matrix.images[0].get_array()), result["confusion_matrix"]
     assert percent == pytest.approx(100 * counts / counts.sum(axis=1, keepdims=True))
-
-
-def test_many_members_have_different_line_styles():
-    lines = draw_ensemble(**make_ensemble(12, 3), classes="abc", title="twelve").findobj(Axes)[2].lines
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 13
-    assert len({tuple(line_style(number).values()) for number in range(24)}) == 24
 
 
 def test_with_many_classes_the_worst_confusion_is_named():
@@ -309,7 +298,6 @@ def test_labels_of_the_reliability_plot():
     assert [axes.get_title() for axes in figure.axes] == [
         f"{name}\nECE 12.34 %" for name in ("densenet", "resnext", "ensemble")
     ]
-    assert figure.get_supylabel() == "accuracy (%)"
     for axes in figure.axes:
         dots = axes.collections[-1]
         assert np.allclose(dots.get_offsets(), [[40, 50], [60, 50], [90, 100]]), "an empty bin has no dot"

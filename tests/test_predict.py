@@ -241,14 +241,12 @@ def test_bfloat16_gives_nearly_the_same_probabilities(folder):
     [
         (["photos", "--top", "0"], "--top is 0; it must be 1 or more"),
         (["photos", "--top", "4"], "--top is 4; the networks have 3 classes, so it must be 1 to 3"),
-        (["photos", "--batch-size", "0"], "--batch-size is 0"),
         (["photos", "--json", "-", "--csv", "-"], "--json and --csv both name -"),
         (["photos", "nowhere.png"], "nowhere.png: there is no such file"),
         (["photos", "empty"], "empty: there are no images"),
         (["--checkpoints", "checkpoints"], "no images are given"),
         (["photos", "--json", "photos/0.png/out.json"], "out.json: the predictions could not be written"),
         (["photos", "--json", "photos/1.png"], "1.png exists and is no .json file; it is not replaced"),
-        (["photos", "--csv", "photos/1.png"], "1.png exists and is no .csv file; it is not replaced"),
         (["photos", "--json", "empty"], "empty: the predictions could not be written"),
     ],
 )

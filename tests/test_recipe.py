@@ -19,15 +19,6 @@ FREE = {
     "device", "deterministic", "compile", "data", "data_url", "name", "checkpoint_dir", "plot_dir", "reference",
     "resume", "overwrite", "dry_run", "tensorboard", "epochs", "dense",
 }  # fmt: skip
-# Other values of the flags for which `another` cannot compute one.
-ANOTHER = {
-    "depth": 37, "recipe": "baseline", "base_min_lr": 0.001, "warmup": 0.5, "schedule_step": "epoch", "momentum": 0.5,
-    "nesterov": False, "decay_norms": True, "label_smoothing": 0.2, "ema_horizon": 0.5, "device": "cpu",
-    "deterministic": True, "sync_bn": True, "dense": True,
-    "compile": "none", "precision": "float32", "hue": 0.1, "flip": 0.25,
-    "augment_until": 0.5, "test_split": 0.5, "randaugment_magnitude": 3, "resume": True, "overwrite": True,
-    "tensorboard": True, "dry_run": True,
-}  # fmt: skip
 
 
 def parse(*argv: str, script=mobilenetv2):
@@ -36,9 +27,13 @@ def parse(*argv: str, script=mobilenetv2):
 
 def another(item, value):
     """A valid value of a field that differs from `value`."""
-    if item.name in ANOTHER:
-        return ANOTHER[item.name]
-    if isinstance(value, int | float):
+    if isinstance(value, bool):
+        return not value
+    if choices := item.metadata["limits"].get("choices"):
+        return next(choice for choice in choices if choice != value)
+    if isinstance(value, float):
+        return value / 2 + 0.001
+    if isinstance(value, int):
         return 2 * value + 1
     return 40 if item.name.endswith("size") else "elsewhere"
 
@@ -54,6 +49,7 @@ def test_each_field_is_a_flag(script):
         others = recipe.BASELINE if item.name == "recipe" else {}
         assert changed == replace(script.RECIPE, **{item.name: value}, **others), flag
         assert changed != script.RECIPE, flag
+        assert changed.given == {item.name, *others}
 
 
 @by_script
@@ -95,20 +91,14 @@ def test_recipe_baseline_has_the_baselines_values_and_other_flags_override_it(sc
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--epochs 0", "--batch-size 1", "--batch-size 1000001", "--base-lr 1e+31", "--base-lr 0", "--base-lr -0.1",
-        "--base-lr nan", "--base-lr inf", "--base-min-lr -1", "--momentum 1.5",
-        "--momentum -0.5", "--momentum nan", "--weight-decay -0.1", "--weight-decay nan", "--seed -1",
-        "--seed 18446744073709551616", "--device tpu", "--crop-padding -1", "--brightness -0.2", "--contrast -0.2",
-        "--saturation nan", "--hue 0.6", "--hue -0.1", "--flip 1.1", "--flip -0.1", "--randaugment-ops -1",
-        "--randaugment-magnitude 31", "--randaugment-magnitude -1", "--image-size 7", "--val-size -1",
-        "--split-seed -1", "--recipe theirs", "--warmup -0.1", "--warmup 1.0", "--warmup nan", "--schedule-step hour",
-        "--label-smoothing 1.5", "--label-smoothing -0.1", "--ema-horizon 1.5", "--ema-horizon -0.5", "--compile fast",
-        "--precision half", "--augment-until 1.5", "--augment-until -0.1", "--test-split 0", "--test-split 1.0",
-        "--cutout -1", "--width 0", "--width nan", "--width -1", "--train-size 0", "--train-size -5", "--test-size 0",
-        "--epochs 1000001", "--image-size 4097", "--split-seed 9223372036854775808",
-        "--brightness 101", "--contrast 101", "--saturation 1e+300", "--randaugment-ops 101", "--width 101",
-        "--depth 120", "--growth-rate 0", "--growth-rate 1025", "--cardinality 0", "--cardinality 1025",
-        "--base-width 1025",
+        "--epochs 0", "--epochs 1000001", "--batch-size 1", "--batch-size 1000001", "--base-lr 0", "--base-lr 1e+31",
+        "--base-lr nan", "--base-min-lr -1", "--warmup -0.1", "--warmup 1.0", "--schedule-step hour", "--momentum -0.5",
+        "--momentum 1.5", "--weight-decay -0.1", "--label-smoothing 1.5", "--ema-horizon 1.5", "--seed -1",
+        "--seed 18446744073709551616", "--device tpu", "--compile fast", "--precision half", "--recipe theirs",
+        "--crop-padding -1", "--brightness 101", "--hue 0.6", "--flip 1.1", "--randaugment-ops 101",
+        "--randaugment-magnitude 31", "--cutout -1", "--augment-until 1.5", "--image-size 7", "--image-size 4097",
+        "--train-size 0", "--test-size 0", "--val-size -1", "--test-split 0", "--test-split 1.0", "--split-seed -1",
+        "--depth 120", "--growth-rate 1025", "--cardinality 0", "--base-width 1025", "--width 0", "--width 101",
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_an_error_with_flag_and_value(arguments):
@@ -129,14 +119,10 @@ def test_a_value_out_of_range_is_an_error_with_flag_and_value(arguments):
         (["--crop-padding", "33"], "--crop-padding 33 is above --image-size 32"),
         (["--image-size", "8", "--cutout", "9"], "--cutout 9 is above --image-size 8"),
         (["--data", ""], "--data is ''"),
-        (["--data-url", ""], "--data-url is ''"),
-        (["--checkpoint-dir", ""], "--checkpoint-dir is ''"),
         (["--plot-dir", "a\0b"], r"--plot-dir is 'a\x00b'"),
-        (["--reference", ""], "--reference is ''"),
         (["--name", ""], "--name ''"),
         (["--name", " net"], "--name ' net'"),
         (["--name", "a/b"], "--name 'a/b'"),
-        (["--name", "a\\b"], r"--name 'a\\b'"),
         (["--name", "a" * 300], "--name 'aaaa"),
     ],
     ids=repr,

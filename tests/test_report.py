@@ -1,4 +1,4 @@
-"""The report and its metrics, on random members, compared with NumPy and torchmetrics."""
+"""The report and its metrics, on random members, compared with NumPy."""
 
 import math
 
@@ -82,6 +82,8 @@ def test_the_report_equals_numpy():
         assert row["accuracy"] == pytest.approx((each.argmax(1) == labels.numpy()).mean())
         assert row["brier"] == pytest.approx(((each - np.eye(5)[labels]) ** 2).sum(1).mean())
         assert row["calibration_error"] == metrics.calibration_error(torch.from_numpy(each), labels)
+        assert metrics.accuracy(torch.from_numpy(each), labels) == pytest.approx(row["accuracy"])
+        assert metrics.negative_log_likelihood(torch.from_numpy(each), labels) == pytest.approx(row["loss"])
         for name in metrics.PER_IMAGE:
             low, high = row["intervals"][name]
             assert low < row[name] < high
@@ -98,23 +100,13 @@ def test_the_report_equals_numpy():
     assert first["images"] == ((labels == true) & (probs.ensemble.argmax(1) == predicted)).sum()
 
 
-def test_the_report_of_a_temperature():
+def test_the_difference_that_a_temperature_makes():
     logits, labels = make_logits()
-    plain = report.report(report.ensemble_probs(logits, "softmax"), labels, MEMBERS, CLASSES)
-    result = report.report(report.ensemble_probs(logits, "softmax", 1.5), labels, MEMBERS, CLASSES, fitted_on=50)
-    effect = result["temperature"]
-    assert (effect["value"], effect["fitted_on"]) == (1.5, 50)
-    for name in (*metrics.PER_IMAGE, "calibration_error"):
-        assert effect["before"][name] == plain["ensemble"][name]
-        assert effect["after"][name] == result["ensemble"][name]
-    assert result["members"] == plain["members"]
-    for name in metrics.PER_IMAGE:
-        assert effect["difference"][name] == pytest.approx(effect["after"][name] - effect["before"][name])
-    change = [
-        metrics.per_image(report.ensemble_probs(logits, "softmax", value).ensemble, labels) for value in (1.5, 1.0)
-    ]
-    means = metrics.bootstrap((change[0] - change[1]).numpy())
-    assert effect["difference"]["intervals"]["loss"] == pytest.approx(metrics.intervals(means)["loss"])
+    probs = report.ensemble_probs(logits, "softmax", 1.5)
+    difference = report.report(probs, labels, MEMBERS, CLASSES)["temperature"]["difference"]
+    change = (metrics.per_image(probs.ensemble, labels) - metrics.per_image(probs.unscaled, labels)).numpy()
+    assert [difference[name] for name in metrics.PER_IMAGE] == pytest.approx(change.mean(0).tolist())
+    assert difference["intervals"]["loss"] == pytest.approx(metrics.intervals(metrics.bootstrap(change))["loss"])
 
 
 def test_mean_and_standard_deviation_by_network():
@@ -141,28 +133,9 @@ def labels():
     return np.random.default_rng(1).integers(0, 7, 500)
 
 
-def test_loss_accuracy_and_brier_score_equal_numpy(logits, labels):
-    probs = softmax(logits[0])
-    tensor, targets = torch.from_numpy(probs), torch.from_numpy(labels)
-    loss, correct = -np.log(probs[np.arange(500), labels]), probs.argmax(1) == labels
-    brier = ((probs - np.eye(7)[labels]) ** 2).sum(1)
-    np.testing.assert_allclose(metrics.per_image(tensor, targets), np.stack([loss, correct, brier], 1), atol=1e-12)
-    assert metrics.accuracy(torch.from_numpy(logits[0]), targets) == correct.mean()
-    assert metrics.negative_log_likelihood(tensor, targets) == pytest.approx(loss.mean(), abs=1e-12)
-
-
 def test_a_probability_of_zero_gives_a_large_finite_loss():
     loss = metrics.negative_log_likelihood(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
     assert 80 < loss < math.inf
-
-
-def test_both_averages_equal_numpy(logits):
-    tensor, mean = torch.from_numpy(logits), softmax(logits).mean(0)
-    np.testing.assert_allclose(average_probs(tensor), mean, atol=1e-12)
-    np.testing.assert_allclose(average_probs(tensor, "logits"), softmax(logits.mean(0)), atol=1e-12)
-    assert not np.allclose(softmax(logits.mean(0)), mean, atol=1e-2), "the two averages should differ"
-    with pytest.raises(ValueError, match="'median'"):
-        average_probs(tensor, "median")
 
 
 def test_reliability_and_calibration_error_equal_a_loop_in_numpy(logits, labels):
@@ -181,16 +154,6 @@ def test_reliability_and_calibration_error_equal_a_loop_in_numpy(logits, labels)
         else:
             assert mean_confidence[number] == accuracies[number] == 0
     assert metrics.calibration_error(tensor, targets) == pytest.approx(error, abs=1e-12)
-
-
-def test_calibration_error_equals_torchmetrics(logits, labels):
-    torchmetrics = pytest.importorskip("torchmetrics")
-    reference = torchmetrics.classification.MulticlassCalibrationError(num_classes=7, n_bins=15, norm="l1")
-    for each in logits:
-        probs, targets = torch.from_numpy(softmax(each)), torch.from_numpy(labels)
-        edges = np.arange(16)[:, None] / 15
-        assert np.abs(probs.max(1).values.numpy() - edges).min() > 1e-6, "on an edge, rounding decides the bin"
-        assert metrics.calibration_error(probs, targets) == pytest.approx(reference(probs, targets).item(), abs=1e-6)
 
 
 def test_a_bin_includes_its_upper_edge(monkeypatch):

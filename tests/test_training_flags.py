@@ -11,16 +11,7 @@ import pytest
 import torch
 from conftest import assert_same, without_times
 
-import mobilenetv2
 from training import checkpoint, loop, messages
-from training.recipe import parse_flags
-
-
-def test_given_has_the_fields_that_flags_set():
-    recipe = parse_flags(mobilenetv2.RECIPE, "", ["--epochs", "3", "--no-nesterov"])
-    assert recipe.given == {"epochs", "nesterov"}
-    baseline = parse_flags(mobilenetv2.RECIPE, "", ["--recipe", "baseline"])
-    assert {"recipe", "weight_decay", "randaugment_ops"} <= baseline.given
 
 
 def test_resume_takes_the_recipe_from_the_checkpoint(train, tmp_path):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import distributed, errors
 
-from conftest import Tiny, tiny_images, tiny_network, tiny_recipe_in
+from conftest import Tiny, at_call, tiny_images, tiny_network, tiny_recipe_in
 
 from models import NETWORKS
 from training import checkpoint, loop
@@ -42,11 +43,17 @@ def main(argv: list[str] | None = None) -> int:
         model = tiny_network().double()
         model.__class__ = Double
         if fault and fault[0].split(":")[0] == rank:
-            kill_at(model, int(fault[0].split(":")[1]), folder / "killed")
+            model.on_forward = at_call(int(fault[0].split(":")[1]) - 1, lambda _: kill_once(folder / "killed"))
         run = loop.fit(model, tiny_images(), recipe, previous)
         if run.stopped_by is None:
             torch.save({"model": run.eval_model.state_dict(), "history": run.history}, folder / f"rank{rank}.pt")
     return run.exit_status
+
+
+def kill_once(marker: Path) -> None:
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def as_one_of(environment: dict[str, str], argv: list[str], log: str) -> None:
@@ -60,27 +67,10 @@ def as_one_of(environment: dict[str, str], argv: list[str], log: str) -> None:
 def forkserver(*modules: str) -> Iterator[BaseContext]:
     """Start processes that have already imported these modules, because importing PyTorch takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     context.set_forkserver_preload([*modules])
-    yield context
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
-
-
-def kill_at(model: Tiny, step: int, marker: Path) -> None:
-    calls = [0]
-
-    def on_forward(model: Tiny, logits: torch.Tensor) -> torch.Tensor:
-        calls[0] += model.training
-        if calls[0] == step and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return logits
-
-    model.on_forward = on_forward
+    with mock.patch.dict(os.environ, PYTHONPATH=folders):
+        yield context
 
 
 if __name__ == "__main__":
