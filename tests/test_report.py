@@ -1,4 +1,4 @@
-"""The report and its metrics, on random members, compared with NumPy."""
+"""The report and its metrics, on random members, compared with NumPy and torchmetrics."""
 
 import math
 
@@ -154,6 +154,16 @@ def test_reliability_and_calibration_error_equal_a_loop_in_numpy(logits, labels)
         else:
             assert mean_confidence[number] == accuracies[number] == 0
     assert metrics.calibration_error(tensor, targets) == pytest.approx(error, abs=1e-12)
+
+
+def test_calibration_error_equals_torchmetrics(logits, labels):
+    torchmetrics = pytest.importorskip("torchmetrics")
+    reference = torchmetrics.classification.MulticlassCalibrationError(num_classes=7, n_bins=15, norm="l1")
+    for each in logits:
+        probs, targets = torch.from_numpy(softmax(each)), torch.from_numpy(labels)
+        edges = np.arange(16)[:, None] / 15
+        assert np.abs(probs.max(1).values.numpy() - edges).min() > 1e-6, "on an edge, rounding decides the bin"
+        assert metrics.calibration_error(probs, targets) == pytest.approx(reference(probs, targets).item(), abs=1e-6)
 
 
 def test_a_bin_includes_its_upper_edge(monkeypatch):
