@@ -119,9 +119,9 @@ def test_the_learning_rate_rises_and_then_falls_smoothly(each, warmup):
 
 @pytest.mark.parametrize(("step_seconds", "least", "most"), [(0.01, 1, 1), (0.5, 3, 4)])
 def test_the_sums_are_read_once_a_second_and_at_the_end_of_an_epoch(train, monkeypatch, step_seconds, least, most):
-    clock, reads, read = [1000.0], [], loop.RunningSums.read
+    clock, reads, read = [1000.0], [], loop.Trainer.read_sums
     monkeypatch.setattr(messages, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(loop.RunningSums, "read", lambda *arguments: reads.append(arguments[1]) or read(*arguments))
+    monkeypatch.setattr(loop.Trainer, "read_sums", lambda *arguments: reads.append(arguments[1]) or read(*arguments))
 
     def take_time(model, logits):
         clock[0] += step_seconds
@@ -601,8 +601,8 @@ def test_a_script_trains_and_protects_its_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_script_stopped_in_its_first_epoch_saves(monkeypatch, tmp_path, number):
-    add = loop.RunningSums.add
-    monkeypatch.setattr(loop.RunningSums, "add", lambda *arguments: add(*arguments) or signal.raise_signal(number))
+    add = loop.Trainer.add_to_sums
+    monkeypatch.setattr(loop.Trainer, "add_to_sums", lambda *values: add(*values) or signal.raise_signal(number))
     status, out, err = script(tmp_path, "--batch-size", "10")
     assert status == 128 + number
     assert "stopped in epoch 1 after step 1 of 4" in out

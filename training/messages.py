@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dataset import Dataset
 from training.recipe import REFERENCE_BATCH, Recipe
-from utils import TrainLoader, eval_batch_size, multiply_adds, normalize, predict
+from utils import eval_batch_size, multiply_adds, normalize, predict
 
 if TYPE_CHECKING:
     from training.loop import Run, Trainer
@@ -151,24 +151,25 @@ class RemainingTime:
 class ProgressBar(tqdm):
     """The progress bar of an epoch. Once a second it reads loss and accuracy, which synchronizes with the device."""
 
-    def __init__(self, loader: TrainLoader, epoch: int, step: int, remaining_time: RemainingTime):
-        self.loader, self.remaining_time, self.steps_before = loader, remaining_time, epoch * len(loader)
-        self.last_read = time.monotonic()
-        seen = min(step * loader.batch_size, loader.num_images)
+    def __init__(self, run: "Run", trainer: "Trainer"):
+        self.run, self.trainer, self.last_read = run, trainer, time.monotonic()
         super().__init__(
-            total=loader.num_images, initial=seen, desc=f"epoch {epoch + 1}", unit=" images", unit_scale=True,
-            leave=False, disable=None if distributed.is_main_process() else True,
+            total=trainer.loader.num_images, initial=self.images_seen(), desc=f"epoch {run.epoch + 1}", unit=" images",
+            unit_scale=True, leave=False, disable=None if distributed.is_main_process() else True,
         )  # fmt: skip
 
-    def show(self, steps: int, sums: Callable[[], list[float]]) -> None:
+    def images_seen(self) -> int:
+        return min(self.run.step * self.trainer.loader.batch_size, self.trainer.loader.num_images)
+
+    def show(self) -> None:
         if time.monotonic() - self.last_read < 1:
             return
-        loss_sum, num_correct = sums()  # over the images of this process
-        seen = min(steps * self.loader.batch_size, self.loader.num_images)
-        part = seen / distributed.world_size()
-        left = self.remaining_time.estimate(self.steps_before + steps)
+        run, trainer = self.run, self.trainer
+        loss_sum, num_correct = trainer.read_sums(run.epoch, run.step)
+        part = self.images_seen() / distributed.world_size()  # of this process
+        left = trainer.remaining_time.estimate(run.epoch * len(trainer.loader) + run.step)
         self.set_postfix_str(f"loss {loss_sum / part:.4f}, accuracy {num_correct / part:.2%}, run: {left} left", False)
-        self.update(seen - self.n)
+        self.update(self.images_seen() - self.n)
         self.last_read = time.monotonic()
 
 
@@ -178,7 +179,7 @@ def dry_run(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> N
     for step, batch in zip(range(2), loader.epoch(0), strict=False):
         started = time.perf_counter()
         trainer.train_step(0, step, *batch)
-        trainer.sums.read(0, step + 1)  # waits for the device
+        trainer.read_sums(0, step + 1)  # waits for the device
         step_seconds = time.perf_counter() - started
     model, part = run.eval_model.eval(), images[: eval_batch_size(images, device)]
     started = time.perf_counter()
