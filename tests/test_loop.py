@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,7 +229,7 @@ def test_another_seed_trains_another_network(train):
 def in_background(monkeypatch):
     """Save in the background, as on a GPU."""
     saver = checkpoint.Saver
-    monkeypatch.setattr(checkpoint, "Saver", lambda recipe, **_: saver(recipe, in_background=True))
+    monkeypatch.setattr(checkpoint, "Saver", lambda recipe, _: saver(recipe, ThreadPoolExecutor(1)))
 
 
 def test_saving_in_the_background_saves_the_state_at_the_end_of_the_epoch(train, path, csv_path, monkeypatch, request):

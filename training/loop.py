@@ -9,6 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -143,7 +144,7 @@ def train_epoch(run: Run, trainer: Trainer, stop: StopSignals) -> None:
             bar.show()
             if stop.should_stop(run.step, trainer.device):
                 break
-    run.sums = distributed.all_reduce_sum(trainer.read_sums(run.epoch, run.step))
+    run.sums = distributed.all_reduce(trainer.read_sums(run.epoch, run.step))
     run.seconds = time.monotonic() - started
 
 
@@ -168,9 +169,10 @@ def evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSignals) -> d
             return None
         loss_sum = F.cross_entropy(logits.double(), labels[part], reduction="sum").item()
         num_correct = float((logits.argmax(1) == labels[part]).sum())
-        loss_sum, num_correct = distributed.all_reduce_sum([loss_sum, num_correct])
+        loss_sum, num_correct = distributed.all_reduce([loss_sum, num_correct])
         if not math.isfinite(loss_sum):  # the last update can ruin the weights although its loss was finite
-            raise distributed.error_on_all_ranks(trainer.not_finite(f"{name} loss", run.epoch, run.step - 1))
+            message = trainer.not_finite(f"{name} loss", run.epoch, run.step - 1)
+            raise UserError(message, silent=not distributed.is_main_process())
         row |= {f"{name}_loss": loss_sum / len(labels), f"{name}_accuracy": num_correct / len(labels)}
     return row
 
@@ -218,40 +220,38 @@ def fit(
     Raises UserError for a loss that is not finite, if memory runs out, and if `data` is not the checkpoint's.
     """
     device = set_up_device(recipe.device, deterministic=recipe.deterministic)
-    check(model, data, recipe, previous, device)
+    distributed.from_main_process(lambda: check(model, data, recipe, previous, device))
     if recipe.init and not previous:
         distributed.print_rank0(checkpoint.load_init_weights(model, recipe, data.classes))
-    distributed.from_main_process(lambda: checkpoint.check_files(recipe, previous))
-    if previous and recipe.precision == "auto":  # a resumed run keeps its precision
-        recipe = replace(recipe, precision=previous["recipe"]["precision"])
+    recipe = recipe.resumed(previous)
     recipe = replace(recipe, precision=pick_precision(recipe.precision, device))
-    # The learning rate is scaled with the batch size that is really used.
-    effective = replace(recipe, batch_size=min(recipe.batch_size, len(data.train)))
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     with (
         StopSignals() as stop,
         explain_out_of_memory(recipe.batch_size),
-        history.tensorboard(recipe, previous["training"]["epoch"] if previous else 0) as log,
-        checkpoint.Saver(recipe, in_background=device.type == "cuda") as saver,
+        ThreadPoolExecutor(1, "save") as thread,
         contextlib.ExitStack() as at_the_end,
     ):
+        saver = checkpoint.Saver(recipe, thread if device.type == "cuda" else None)
+        # The learning rate is scaled with the batch size that is really used.
+        recipe = replace(recipe, batch_size=min(recipe.batch_size, len(data.train)))
         model.to(device, memory_format=torch.channels_last)
         distributed.broadcast(model.state_dict().values())
-        run = Run(model, make_optimizer(model, recipe, device), make_ema(model, effective, data.train))
+        run = Run(model, make_optimizer(model, recipe, device), make_ema(model, recipe, data.train))
         if previous:
             saver.restore(run, previous)
-        trainer = Trainer(run, data.train, effective, device)
+        trainer = Trainer(run, data.train, recipe, device)
         at_the_end.callback(trainer.fast_step.prepared.clear)  # NCCL cannot shut down while a CUDA graph uses it
-        messages.announce(run, trainer, data, effective)
-        report = messages.EpochReport(effective, len(data.classes), log, plot_history)
+        report = messages.EpochReport(recipe, len(data.classes), history.tensorboard(recipe, run.epoch), plot_history)
+        messages.announce(run, trainer, data, recipe)
         splits = {
             name: (torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels))
             for name, split in {"test": data.test, "val": data.val}.items()
             if split is not None
         }
         if recipe.dry_run:
-            messages.dry_run(run, trainer, splits["test"][0], effective)
+            messages.dry_run(run, trainer, splits["test"][0], recipe)
             return run
         while run.epoch < recipe.epochs and run.stopped_by is None:
             is_finished = run_epoch(run, trainer, splits, stop)
@@ -260,14 +260,14 @@ def fit(
                 report.epoch(run.history)
             if stop.in_any_process() and run.epoch < recipe.epochs:
                 run.stopped_by = stop.number
-                saver.wait()
-                messages.announce_stop(run, recipe, len(trainer.loader))
-        report.end(run)
+        saver.wait()
+        report.end(run, len(trainer.loader))
     return run
 
 
 def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu") -> TrainLoader:
-    settings = {"seed": recipe.seed, "device": device, "crop_and_flip_from": recipe.crop_and_flip_from}
+    first_mild_epoch = math.ceil(recipe.augment_until * recipe.epochs)  # with crop and flip only
+    settings = {"seed": recipe.seed, "device": device, "crop_and_flip_from": first_mild_epoch}
     return TrainLoader(train, recipe.batch_size, recipe.augmentation(), **settings)
 
 
@@ -304,25 +304,23 @@ def make_ema(model: nn.Module, recipe: Recipe, train: Split) -> ModelEma | None:
 
 
 def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict | None, device: torch.device) -> None:
-    """Raise UserError in all processes if model, data, recipe, checkpoint and device do not fit together."""
-    world_size = distributed.world_size()
+    """Raise UserError if model, data, recipe, checkpoint, files and device do not fit together."""
     with torch.device("meta"):
         expected = NETWORKS[recipe.network](len(data.classes), **recipe.network_arguments())
-    shapes, expected_shapes = (
-        {name: value.shape for name, value in network.state_dict().items()} for network in (model, expected)
-    )
-    if shapes != expected_shapes:
-        raise distributed.error_on_all_ranks(f"the model is not the recipe's {recipe.network}; build that one")
+    shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (model, expected)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"the model is not the recipe's {recipe.network}; build that one")
     if previous and previous["data"]["digest"] != data.digest:
-        raise distributed.error_on_all_ranks(
+        raise UserError(
             f"--resume: --data {data.source} does not hold the images that {recipe.checkpoint_path} was trained on "
             f"(--data {previous['data']['source']}); use those, or start another run with --name or --overwrite"
         )
+    world_size = distributed.world_size()
     if recipe.sync_bn and (device.type != "cuda" or world_size == 1):
-        found = f"{world_size} on {device.type.upper()}"
-        raise distributed.error_on_all_ranks(f"--sync-bn needs several processes on CUDA; found {found}; remove it")
+        raise UserError(f"--sync-bn needs several processes on CUDA; found {world_size} on {device.type.upper()}")
     if min(recipe.batch_size, len(data.train)) < 2 * world_size:
-        raise distributed.error_on_all_ranks(
+        raise UserError(
             f"--batch-size {recipe.batch_size} with {len(data.train):,} training images leaves fewer than two for each "
             f"of {world_size} processes, and batch norm needs two; use larger batches or fewer processes"
         )
+    checkpoint.check_files(recipe, previous)

@@ -67,21 +67,13 @@ def describe_network(name: str, arguments: dict[str, Any]) -> str:
     return f"{name} ({sizes})"
 
 
-def announce_stop(run: "Run", recipe: Recipe, num_steps: int) -> None:
-    instead = " instead of --overwrite" if recipe.overwrite else ""
-    distributed.print_rank0(
-        f"stopped in epoch {run.epoch + 1} after step {run.step} of {num_steps}, saved to {recipe.checkpoint_path}; "
-        f"the same command with --resume{instead} continues from there"
-    )
-
-
 class EpochReport:
     """Prints, logs and plots the epochs, in the main process. Plotting takes at most about 5 % of the time."""
 
     def __init__(self, recipe: Recipe, num_classes: int, log: Callable[[dict], Any], plot_history: Callable):
         self.recipe, self.log, self.plot_history = recipe, log, plot_history
         self.high_loss = 1.5 * math.log(num_classes)  # 1.5 × the loss of uniform probabilities
-        self.last_plot, self.plot_seconds = time.monotonic(), 1.0
+        self.next_plot = time.monotonic() + 20.0
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
         if not distributed.is_main_process():
@@ -96,7 +88,7 @@ class EpochReport:
         )
         self.warn_of_growing_loss(history)
         self.log(row)
-        if 0.05 * (time.monotonic() - self.last_plot) >= self.plot_seconds:
+        if time.monotonic() >= self.next_plot:
             self.plot(history)
 
     def warn_of_growing_loss(self, history: list[dict[str, Any]]) -> None:
@@ -114,22 +106,27 @@ class EpochReport:
     def plot(self, history: list[dict[str, Any]]) -> None:
         started = time.monotonic()
         self.plot_history(history, self.recipe)
-        self.last_plot = time.monotonic()
-        self.plot_seconds = self.last_plot - started
+        now = time.monotonic()
+        self.next_plot = now + 20 * (now - started)
 
-    def end(self, run: "Run") -> None:
+    def end(self, run: "Run", num_steps: int) -> None:
+        recipe = self.recipe
+        if run.stopped_by is not None:
+            instead = " instead of --overwrite" if recipe.overwrite else ""
+            distributed.print_rank0(
+                f"stopped in epoch {run.epoch + 1} after step {run.step} of {num_steps}, saved to "
+                f"{recipe.checkpoint_path}; the same command with --resume{instead} continues from there"
+            )
+        if not run.history or not distributed.is_main_process():
+            return
         if run.best:
             test_accuracy = run.history[run.best["epoch"] - 1]["test_accuracy"]
             distributed.print_rank0(
                 f"saved the weights of epoch {run.best['epoch']}: validation accuracy {run.best['accuracy']:.2%}, "
                 f"test accuracy {test_accuracy:.2%}"
             )
-        if run.history and distributed.is_main_process():
-            self.plot(run.history)
-            recipe = self.recipe
-            distributed.print_rank0(
-                f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}"
-            )
+        self.plot(run.history)
+        distributed.print_rank0(f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}")
 
 
 class RemainingTime:
