@@ -93,6 +93,7 @@ class TrainLoader:
             settings: transforms.Augmenter(self.size, settings, device)
             for settings in (augmentation, augmentation.crop_and_flip())
         }
+        self.num_images = min(len(self.images), len(self) * batch_size)  # in an epoch
         self.local_batch_size = len(range(batch_size)[distributed.local_slice(batch_size)])
         chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.size**2
         self.chunk_size = max(1, chunk_size // self.local_batch_size) * self.local_batch_size
@@ -103,11 +104,6 @@ class TrainLoader:
 
     def __len__(self) -> int:
         return steps_per_epoch(len(self.images), self.batch_size, self.device)
-
-    @property
-    def num_images(self) -> int:
-        """The number of images in an epoch."""
-        return min(len(self.images), len(self) * self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, from batch `start` on: images, float32 (B, 3, H, W), and labels, int64 (B,)."""

@@ -46,7 +46,7 @@ def write(path: str | Path, content: dict[str, Any]) -> None:
     torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = bytes(COMMENT_LENGTH)  # the place of the digest
-    body = buffer.getvalue()[:-COMMENT_LENGTH]
+    body = buffer.getbuffer()[:-COMMENT_LENGTH]
     with files.atomic_write(path, "the checkpoint") as file:
         file.write(body)
         file.write(DIGEST_PREFIX + hashlib.sha256(body).hexdigest().encode())
@@ -79,8 +79,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{foreign} ({first_line(error)})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
         raise UserError(foreign)
-    if content["version"] > VERSION:
-        raise UserError(f"{path}: from a later version (format {content['version']}, here {VERSION}); update this one")
+    if (found := content["version"]) > VERSION:
+        raise UserError(f"{path}: from a later version (format {found}, here {VERSION}); update this project")
     if missing := [name for name in REQUIRED_KEYS if name not in content]:
         raise UserError(f"{path}: not usable, {missing[0]} is missing; {ADVICE}")
     return content | {"digest": comment.removeprefix(DIGEST_PREFIX).decode()}
@@ -199,9 +199,8 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
         print(f"{path}: there is no checkpoint to resume from; starting a new run", flush=True)
         return None
     content = read(path)
-    if content["version"] < VERSION:
-        formats = f"format {content['version']}, here {VERSION}"
-        raise UserError(f"--resume: {path} is from an earlier version ({formats}); train again with another --name")
+    if (found := content["version"]) < VERSION:
+        raise UserError(f"{path} is from an earlier version (format {found}, here {VERSION}); train again with --name")
     if content["network"]["name"] != recipe.network:
         raise UserError(f"{path} holds a {content['network']['name']}, not a {recipe.network}; use another --name")
     if content["training"] is None:
