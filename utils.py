@@ -69,8 +69,8 @@ class TrainLoader:
     The last batch may be smaller (see `steps_per_epoch`). With several processes, each gets its part of every batch.
     From epoch `crop_and_flip_from` on, only crop and flip are applied.
 
-    `prefetch` (default: only on CUDA): during an epoch, a thread samples the random parameters of the next epoch, and a
-    second CUDA stream augments the next chunk in parallel with the training steps on the current one.
+    On CUDA, a thread samples the random parameters of the next epoch during an epoch, and a second stream augments the
+    next chunk in parallel with the training steps on the current one.
     """
 
     def __init__(
@@ -83,7 +83,6 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         crop_and_flip_from: float = math.inf,
         chunk_size: int | None = None,
-        prefetch: bool | None = None,
     ):
         self.images = torch.from_numpy(split.images).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
@@ -94,30 +93,26 @@ class TrainLoader:
             settings: transforms.Augmenter(self.size, settings, device)
             for settings in (augmentation, augmentation.crop_and_flip())
         }
+        self.num_images = min(len(self.images), len(self) * batch_size)  # in an epoch
         self.local_batch_size = len(range(batch_size)[distributed.local_slice(batch_size)])
         chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.size**2
         self.chunk_size = max(1, chunk_size // self.local_batch_size) * self.local_batch_size
-        prefetch = self.device.type == "cuda" if prefetch is None else prefetch
-        self.thread = ThreadPoolExecutor(1, "plan") if prefetch else None
-        self.planned: dict[int, Future] = {}  # by epoch
-        self.stream = torch.cuda.Stream(self.device) if prefetch and self.device.type == "cuda" else None
+        on_cuda = self.device.type == "cuda"
+        self.thread = ThreadPoolExecutor(1, "plan") if on_cuda else None
+        self.planned: dict[tuple[int, int], Future] = {}  # by epoch and first batch
+        self.stream = torch.cuda.Stream(self.device) if on_cuda else None
 
     def __len__(self) -> int:
         return steps_per_epoch(len(self.images), self.batch_size, self.device)
-
-    @property
-    def num_images(self) -> int:
-        """The number of images in an epoch."""
-        return min(len(self.images), len(self) * self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, from batch `start` on: images, float32 (B, 3, H, W), and labels, int64 (B,)."""
         if start >= len(self):
             return
-        planned = self.planned.pop(epoch, None) if start == 0 else None
+        planned = self.planned.pop((epoch, start), None)
         plan = planned.result() if planned else self.plan(epoch, start)
         if self.thread:
-            self.planned = {epoch + 1: self.thread.submit(self.plan, epoch + 1)}
+            self.planned = {(epoch + 1, 0): self.thread.submit(self.plan, epoch + 1)}
         size = self.local_batch_size
         for images, labels in self.chunks(plan.to(self.device), self.augmenters[self.settings(epoch)]):
             for batch, targets in zip(images.split(size), labels.split(size), strict=True):
@@ -140,8 +135,13 @@ class TrainLoader:
 
     def chunks(self, plan: transforms.Plan, augmenter: transforms.Augmenter) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented images, uint8 (chunk, 3, H, W), and their labels."""
+
+        def augment(number: int) -> tuple[Tensor, Tensor]:
+            index = plan.index[number * plan.chunk : (number + 1) * plan.chunk]
+            return augmenter(self.images, plan, number), self.labels.index_select(0, index)
+
         if self.stream is None:
-            yield from (self.chunk(plan, number, augmenter) for number in range(len(plan)))
+            yield from map(augment, range(len(plan)))
             return
         training = torch.cuda.current_stream(self.device)
 
@@ -150,7 +150,7 @@ class TrainLoader:
             # previous chunk, whose memory may be reused.
             self.stream.wait_stream(training)
             with torch.cuda.stream(self.stream):
-                return self.chunk(plan, number, augmenter)
+                return augment(number)
 
         try:
             ready = augment_in_parallel(0)
@@ -162,10 +162,6 @@ class TrainLoader:
                 yield chunk
         finally:
             training.wait_stream(self.stream)  # after an early end of the epoch, it may still read the plan
-
-    def chunk(self, plan: transforms.Plan, number: int, augmenter: transforms.Augmenter) -> tuple[Tensor, Tensor]:
-        index = plan.index[number * plan.chunk : (number + 1) * plan.chunk]
-        return augmenter(self.images, plan, number), self.labels.index_select(0, index)
 
 
 @torch.no_grad()
@@ -230,9 +226,8 @@ class CosineSchedule:
 
     def __call__(self, epoch: int, step: int) -> float:
         """The learning rate of step `step` of epoch `epoch`, both from 0."""
-        step, stride = epoch * self.steps_per_epoch + step, 1
-        if self.schedule_step == "epoch":
-            step, stride = epoch * self.steps_per_epoch, self.steps_per_epoch
+        stride = self.steps_per_epoch if self.schedule_step == "epoch" else 1
+        step = (epoch * self.steps_per_epoch + step) // stride * stride
         total_steps = self.epochs * self.steps_per_epoch
         warmup_steps = self.warmup * total_steps
         if step < warmup_steps:

@@ -10,9 +10,8 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser, but an error is one line; for an unknown flag it suggests similar ones."""
 
     def __init__(self, description: str | None):
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
 
     def error(self, message: str) -> NoReturn:
         _, unknown, flags = message.partition("unrecognized arguments: ")

@@ -25,13 +25,11 @@ def set_up_device(name: str, *, deterministic: bool = False) -> torch.device:
     Raises UserError if this machine has no such device.
     """
     modules = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
-    available = [kind for kind, module in modules.items() if module.is_available()]
+    found = [kind for kind, module in modules.items() if module.is_available()]
     if name == "auto":
-        name = available[0]
-    if name not in available:
-        raise UserError(
-            f"--device {name}: PyTorch {torch.__version__} finds no such device; available: {', '.join(available)}"
-        )
+        name = found[0]
+    if name not in found:
+        raise UserError(f"--device {name}: PyTorch {torch.__version__} finds no such device, only {', '.join(found)}")
     if name == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for operators in float32
         # cuDNN searches for the fastest algorithm, which can differ between runs. Batch sizes do not vary: it pays off.
@@ -127,9 +125,7 @@ def proc_bytes(path: str | Path, name: str) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device or the host is out of memory; PyTorch has several such errors."""
     phrases = ("out of memory", "ALLOC_FAILED", "not enough memory", "DefaultCPU")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases):
+    if isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases):
         return True
     # If memory runs out during a CUDA graph capture, the end of the capture raises another error.
     return error.__context__ is not None and is_out_of_memory(error.__context__)
@@ -145,8 +141,6 @@ def explain_out_of_memory(batch_size: int) -> Iterator[None]:
             raise
         on_host = isinstance(error, MemoryError) or "not enough memory" in str(error) or "DefaultCPU" in str(error)
         memory = "memory" if on_host else "device memory"
-        if not on_host and torch.cuda.is_available():
-            memory += f" ({torch.cuda.get_device_properties('cuda').total_memory / 2**30:.1f} GiB)"
         smaller = f"--batch-size {batch_size // 2}" if batch_size >= 4 else "smaller images or a smaller network"
         raise UserError(f"--batch-size {batch_size}: out of {memory}; try {smaller}") from None
 

@@ -59,12 +59,9 @@ def processes(device: str) -> Iterator[None]:
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if device == "mps":
         raise UserError(f"--device mps has one GPU, for one process, but torchrun started {local_world_size}")
+    if on_cuda and local_world_size > (gpus := torch.cuda.device_count()):
+        raise UserError(f"found {gpus} GPUs for {local_world_size} processes; start fewer, or give --device cpu")
     if on_cuda:
-        if local_world_size > torch.cuda.device_count():
-            raise UserError(
-                f"torchrun --nproc_per_node={local_world_size}: this machine has {torch.cuda.device_count()} GPUs, and "
-                "each process needs one; start fewer processes, or give --device cpu"
-            )
         torch.cuda.set_device(local_rank)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if local_world_size == world_size:  # after a restart, torchrun's store still has the addresses of dead processes
@@ -104,13 +101,8 @@ def from_main_process(function: Callable[[], Any]) -> Any:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if outcome[1] is not None:
-        raise error_on_all_ranks(outcome[1])
+        raise UserError(outcome[1], silent=not is_main_process())
     return outcome[0]
-
-
-def error_on_all_ranks(message: str) -> UserError:
-    """The error to raise if all processes find the same mistake. Only rank 0 prints it."""
-    return UserError(message, silent=not is_main_process())
 
 
 def local_slice(count: int) -> slice:
@@ -118,16 +110,8 @@ def local_slice(count: int) -> slice:
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
-def all_reduce_sum(values: list[float]) -> list[float]:
-    """The sum of each value over the processes, in float64."""
-    return _reduced(values, dist.ReduceOp.SUM)
-
-
-def all_reduce_max(value: float) -> float:
-    return _reduced([value], dist.ReduceOp.MAX)[0]
-
-
-def _reduced(values: list[float], operation: dist.ReduceOp) -> list[float]:
+def all_reduce(values: list[float], operation: dist.ReduceOp = dist.ReduceOp.SUM) -> list[float]:
+    """The sum of each value over the processes, or their maximum (ReduceOp.MAX), in float64."""
     if world_size() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64)

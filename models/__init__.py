@@ -6,16 +6,8 @@ learning rate (van Laarhoven 2017, arXiv:1706.05350), which is higher for smalle
 in a residual block start at zero.
 """
 
-from collections.abc import Callable
-
-from torch import nn
-
 from .densenet import densenet
 from .mobilenetv2 import mobilenetv2
 from .resnext import resnext29
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "densenet": densenet,
-    "mobilenetv2": mobilenetv2,
-    "resnext29": resnext29,
-}
+NETWORKS = {"densenet": densenet, "mobilenetv2": mobilenetv2, "resnext29": resnext29}

@@ -23,13 +23,14 @@ FLAGS = ["--data", "digits", "--image-size", "16", "--train-size", "200", "--epo
 STOPPED_AFTER_AN_EPOCH = """
 import signal
 from training import loop
-finish = loop.finish_epoch
+run_epoch = loop.run_epoch
 
-def finish_and_stop(*arguments):
-    finish(*arguments)
+def run_and_stop(*arguments):
+    is_finished = run_epoch(*arguments)
     signal.raise_signal(signal.SIGTERM)
+    return is_finished
 
-loop.finish_epoch = finish_and_stop
+loop.run_epoch = run_and_stop
 import mobilenetv2
 assert mobilenetv2.main() == 143
 raise SystemExit(0)

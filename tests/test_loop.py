@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,9 +89,9 @@ def test_weights_and_history_equal_a_naive_loop(
 
 @pytest.mark.parametrize(("step_seconds", "least", "most"), [(0.01, 1, 1), (0.5, 3, 4)])
 def test_the_sums_are_read_once_a_second_and_at_the_end_of_an_epoch(train, monkeypatch, step_seconds, least, most):
-    clock, reads, read = [1000.0], [], loop.RunningSums.read
+    clock, reads, read = [1000.0], [], loop.Trainer.read_sums
     monkeypatch.setattr(messages, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(loop.RunningSums, "read", lambda *arguments: reads.append(arguments[1]) or read(*arguments))
+    monkeypatch.setattr(loop.Trainer, "read_sums", lambda *arguments: reads.append(arguments[1]) or read(*arguments))
 
     def take_time(model, logits):
         clock[0] += step_seconds
@@ -189,7 +190,7 @@ def test_another_seed_trains_another_network(train):
 def in_background(monkeypatch):
     """Save in the background, as on a GPU."""
     saver = checkpoint.Saver
-    monkeypatch.setattr(checkpoint, "Saver", lambda recipe, **_: saver(recipe, in_background=True))
+    monkeypatch.setattr(checkpoint, "Saver", lambda recipe, _: saver(recipe, ThreadPoolExecutor(1)))
 
 
 def test_saving_in_the_background_saves_the_state_at_the_end_of_the_epoch(train, path, csv_path, monkeypatch, request):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -160,8 +161,8 @@ def test_the_loader_has_no_race_between_its_two_streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: streams.stream(streams.current))
     monkeypatch.setattr(torch.cuda, "stream", streams.on)
     settings = dense.RECIPE.augmentation()
-    loader = TrainLoader(tiny_images(train_size=60).train, 4, settings, chunk_size=8, prefetch=True)
-    loader.stream = streams.stream(1)
+    loader = TrainLoader(tiny_images(train_size=60).train, 4, settings, chunk_size=8)
+    loader.thread, loader.stream = ThreadPoolExecutor(1), streams.stream(1)
     with streams:
         for epoch in range(3):
             for step, (images, _) in enumerate(loader.epoch(epoch)):

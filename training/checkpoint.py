@@ -9,10 +9,11 @@ import hashlib
 import importlib.metadata
 import io
 import platform
+import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from common import distributed, files
 from common.errors import UserError, first_line
@@ -43,12 +44,9 @@ def write(path: str | Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values to `path`, atomically. Raises UserError if the file cannot be written."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
-    buffer.seek(-2, io.SEEK_END)  # the length of the archive's comment
-    if buffer.read() != b"\0\0":
-        raise RuntimeError("torch.save no longer ends its file as a zip archive without a comment")
-    buffer.seek(-2, io.SEEK_END)
-    buffer.write(COMMENT_LENGTH.to_bytes(2, "little"))
-    body = buffer.getvalue()
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = bytes(COMMENT_LENGTH)  # the place of the digest
+    body = buffer.getbuffer()[:-COMMENT_LENGTH]
     with files.atomic_write(path, "the checkpoint") as file:
         file.write(body)
         file.write(DIGEST_PREFIX + hashlib.sha256(body).hexdigest().encode())
@@ -81,10 +79,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{foreign} ({first_line(error)})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
         raise UserError(foreign)
-    if content["version"] > VERSION:
-        raise UserError(
-            f"{path}: from a later version (format {content['version']}, here {VERSION}); update this project"
-        )
+    if (found := content["version"]) > VERSION:
+        raise UserError(f"{path}: from a later version (format {found}, here {VERSION}); update this project")
     if missing := [name for name in REQUIRED_KEYS if name not in content]:
         raise UserError(f"{path}: not usable, {missing[0]} is missing; {ADVICE}")
     return content | {"digest": comment.removeprefix(DIGEST_PREFIX).decode()}
@@ -112,10 +108,10 @@ def is_truncated(raw: bytes) -> bool:
 
 def make_content(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
     """The content of the checkpoint: the network, its training, and everything that a resumed run needs."""
-    last, average = run.model.state_dict(), run.ema.model.state_dict() if run.ema else None
-    tested, num_classes = average if run.ema else last, len(data.classes)
+    last, tested = run.model.state_dict(), run.eval_model.state_dict()
+    arguments = {"num_classes": len(data.classes), **recipe.network_arguments()}
     return {
-        "network": {"name": recipe.network, "arguments": {"num_classes": num_classes, **recipe.network_arguments()}},
+        "network": {"name": recipe.network, "arguments": arguments},
         "model": run.best["model"] if run.best else tested,
         "chosen": {"epoch": run.best["epoch"] if run.best else run.epoch, "by": "val_accuracy" if run.best else "last"},
         "finished": run.epoch == recipe.epochs,
@@ -139,7 +135,7 @@ def make_content(run: "Run", data: Dataset, recipe: Recipe) -> dict[str, Any]:
         "training": {
             # The last weights and their moving average; None if "model" is the same.
             "model": last if run.best or run.ema else None,
-            "average": average if run.best else None,
+            "average": tested if run.best and run.ema else None,
             "best": {"epoch": run.best["epoch"], "accuracy": run.best["accuracy"]} if run.best else None,
             "optimizer": run.optimizer.state_dict()["state"],  # the recipe has the hyperparameters
             "epoch": run.epoch,
@@ -183,49 +179,40 @@ def previous_run(recipe: Recipe) -> Iterator[dict[str, Any] | None]:
     """The checkpoint to resume from, or None for a new run. Within the block it is locked against other runs.
 
     Raises UserError if a checkpoint exists but neither --resume nor --overwrite is given, if it has another recipe or
-    an earlier version, or if another run uses it.
+    an earlier version, if another run uses it, and as `check_files` does.
     """
     with contextlib.ExitStack() as locks:
 
         def lock_and_read() -> dict[str, Any] | None:
             if not recipe.dry_run:
                 locks.enter_context(files.locked(recipe.checkpoint_path, "the checkpoint", wait=False))
-            return read_previous_run(recipe)
+            previous = read_previous_run(recipe) if recipe.resume else None
+            check_files(recipe, previous)
+            return previous
 
         yield distributed.from_main_process(lock_and_read)
 
 
 def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
     path = recipe.checkpoint_path
-    if recipe.resume and not path.exists():
+    if not path.exists():
         print(f"{path}: there is no checkpoint to resume from; starting a new run", flush=True)
-    if recipe.overwrite or not path.exists() or (recipe.dry_run and not recipe.resume):
         return None
-    if not recipe.resume:
-        raise UserError(exists_message(path))
     content = read(path)
-    if content["version"] < VERSION:
-        raise UserError(
-            f"--resume: {path} is from an earlier version of this project (format {content['version']}, here {VERSION})"
-            ", and such a run cannot be resumed; train again with --name or --overwrite"
-        )
+    if (found := content["version"]) < VERSION:
+        raise UserError(f"{path} is from an earlier version (format {found}, here {VERSION}); train again with --name")
     if content["network"]["name"] != recipe.network:
         raise UserError(f"{path} holds a {content['network']['name']}, not a {recipe.network}; use another --name")
     if content["training"] is None:
-        raise UserError(
-            f"--resume: {path} has only the weights of a finished run; start a new run from them with --init {path} "
-            "and another --name"
-        )
+        raise UserError(f"{path} has only the weights of a finished run; use --init {path} and another --name")
     trained, epochs = content["training"]["epoch"] + bool(content["training"]["step"]), content["recipe"]["epochs"]
     if recipe.is_given("epochs") and recipe.epochs != epochs:
         if recipe.epochs < trained:
             raise UserError(f"--epochs {recipe.epochs}: {path} is already in epoch {trained}; give at least that many")
         print(f"{recipe.epochs} epochs instead of {epochs}: the learning rate follows the new schedule")
     if differences := recipe.differences(content["recipe"]):
-        raise UserError(
-            f"--resume: {path} was trained with another recipe:\n  " + "\n  ".join(differences) + "\nRemove "
-            "these flags, or start another run with --name or --overwrite"
-        )
+        lines = "\n  ".join([f"--resume: {path} was trained with another recipe:", *differences])
+        raise UserError(f"{lines}\nRemove these flags, or start another run with --name or --overwrite")
     return content
 
 
@@ -235,37 +222,24 @@ def check_files(recipe: Recipe, previous: dict[str, Any] | None) -> None:
         read_csv(recipe.reference)
     if recipe.dry_run:
         return
-    if previous is None and recipe.checkpoint_path.exists() and not recipe.overwrite:  # fit without previous_run
-        raise UserError(exists_message(recipe.checkpoint_path))
+    path = recipe.checkpoint_path
+    if path.exists() and not (previous or recipe.overwrite):
+        raise UserError(f"{path} already exists; --resume continues from it, --overwrite replaces it, --name keeps it")
     files.check_writable(recipe.checkpoint_dir, "the checkpoint")
     files.check_writable(recipe.plot_dir, "the plots")
-
-
-def exists_message(path: Path) -> str:
-    return f"{path} already exists; --resume continues from it, --overwrite replaces it, --name saves to another file"
 
 
 class Saver:
     """Writes the checkpoint and the CSV, from the main process only.
 
-    With `in_background`, `save` copies the state, and a thread writes the copy while the next epoch is trained. Its
-    error is raised by the next `save` or `wait`, or at the end of the block. An error says what was saved before.
+    With `thread`, `save` copies the state, and the thread writes the copy while the next epoch is trained. Its error is
+    raised by the next `save` or `wait`. An error says what was saved before.
     """
 
-    def __init__(self, recipe: Recipe, *, in_background: bool):
-        self.recipe = recipe
-        self.thread = ThreadPoolExecutor(1, "save") if in_background else None
+    def __init__(self, recipe: Recipe, thread: ThreadPoolExecutor | None):
+        self.recipe, self.thread = recipe, thread
         self.pending: Future | None = None
         self.saved = "nothing of this run is saved"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if self.thread:
-            self.thread.shutdown()
-        if kind is None:
-            self.wait()
 
     def restore(self, run: "Run", content: dict[str, Any]) -> None:
         """Restore a run's state from a checkpoint. Raises UserError if the content does not fit the run."""

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 WARM_UP_STEPS = 3  # before a capture, so that cuDNN and cuBLAS choose algorithms and allocate memory
 
-Step = Callable[[Tensor, Tensor, nn.Module], None]  # takes images, labels, and the model or its compiled version
-
 
 def pick_compile(choice: str, device: torch.device) -> str:
     """Resolve --compile. `auto` is "graph" on CUDA, else "none". Without CUDA, "graph" and "both" become "none"."""
@@ -32,17 +30,15 @@ def pick_compile(choice: str, device: torch.device) -> str:
 class FastStep:
     """A training step in the mode that --compile selects: "none", "graph", "inductor" or "both".
 
-    `step` may change only the tensors that `state` returns, and `state` must always return the same tensors. At the
-    first batch of each size (over all processes), the step is compiled or captured, which runs it. Then the state is
-    restored, so that these runs do not train.
+    `step` takes images, labels, and the model or its compiled version. It may change only the tensors in the list that
+    `state` returns, always the same ones. At the first batch of each size (over all processes), the step is compiled
+    or captured, which runs it. Then the state is restored, so that these runs do not train.
 
     Raises UserError if that fails. There is no fallback to eager mode: in PyTorch 2.11, the memory allocator does not
     work after a failed capture (github.com/pytorch/pytorch/issues/180395).
     """
 
-    def __init__(
-        self, step: Step, model: nn.Module, state: Callable[[], list[Tensor]], *, choice: str, batch_size: int
-    ):
+    def __init__(self, step: Callable, model: nn.Module, state: Callable, *, choice: str, batch_size: int):
         self.step, self.model, self.state, self.choice, self.batch_size = step, model, state, choice, batch_size
         # By the batch size over all processes, so that all processes prepare the same step at the same time.
         self.prepared: dict[int, Callable[[Tensor, Tensor], None]] = {}

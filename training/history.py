@@ -1,9 +1,8 @@
 """The history of a run, one row per epoch: as a CSV file, as a plot, and for TensorBoard."""
 
-import contextlib
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +74,20 @@ def plot_history(history: list[dict], recipe: Recipe) -> None:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def tensorboard(recipe: Recipe, epochs_done: int) -> Iterator:
-    """Yield a function that writes an epoch's row for TensorBoard; without --tensorboard the function does nothing."""
+def tensorboard(recipe: Recipe, epochs_done: int) -> Callable[[dict[str, Any]], None]:
+    """A function that writes an epoch's row for TensorBoard; without --tensorboard it does nothing."""
     if not recipe.tensorboard or recipe.dry_run or not distributed.is_main_process():
-        yield lambda row: None
-        return
+        return lambda row: None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-    with SummaryWriter(Path(recipe.plot_dir, "tensorboard", recipe.name), purge_step=epochs_done + 1) as writer:
+    writer = SummaryWriter(Path(recipe.plot_dir, "tensorboard", recipe.name), purge_step=epochs_done + 1)
 
-        def write(row: dict[str, Any]) -> None:
-            for name, value in row.items():
-                if name != "epoch":
-                    writer.add_scalar(name, value, row["epoch"])
-            writer.flush()
+    def write(row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "epoch":
+                writer.add_scalar(name, value, row["epoch"])
+        writer.flush()
 
-        yield write
+    return write

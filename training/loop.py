@@ -9,6 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,7 +69,8 @@ class Trainer:
         self.lr_at = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, steps, recipe.warmup, recipe.schedule_step)
         self.lr_tensor = run.optimizer.param_groups[0]["lr"]  # shared by all parameter groups
         self.label_smoothing, self.precision = recipe.label_smoothing, pick_precision(recipe.precision, device)
-        self.sums = RunningSums(device, self.lr_at)
+        # Of the current epoch: summed loss, correct predictions, steps until a loss is not finite. MPS has no float64.
+        self.sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self.remaining_time = messages.RemainingTime(run.epoch * steps + run.step, recipe.epochs * steps)
         self.global_batch_size = recipe.batch_size  # images of the current batch, over all processes
         choice = pick_compile(recipe.compile, device)
@@ -87,7 +89,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update()
-        self.sums.add(logits.detach(), labels)
+        self.add_to_sums(logits.detach(), labels)
+
+    def add_to_sums(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch. The loss is without label smoothing, so that it is comparable with the test loss."""
+        loss_sum, num_correct, finite_steps = self.sums.unbind()
+        loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
+        num_correct += (logits.argmax(1) == labels).sum()
+        finite_steps += loss_sum.isfinite()  # a non-finite sum stays non-finite
 
     def train_step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> None:
         """Run one step, compiled or captured as --compile says; `epoch` and `step` count from 0."""
@@ -101,23 +110,41 @@ class Trainer:
         """Every tensor that a step changes."""
         buffers = [value for state in self.optimizer.state.values() for value in state.values()]
         averages = self.ema.averages if self.ema else []
-        return [*self.model.state_dict().values(), *buffers, *averages, self.sums.values]
+        return [*self.model.state_dict().values(), *buffers, *averages, self.sums]
+
+    def read_sums(self, epoch: int, step: int) -> list[float]:
+        """Summed loss and correct predictions of this process. Waits for the device.
+
+        Raises UserError if a loss before `step` was not finite.
+        """
+        loss_sum, num_correct, finite_steps = self.sums.tolist()
+        if finite_steps < step:
+            raise UserError(self.not_finite("loss", epoch, int(finite_steps)))
+        return [loss_sum, num_correct]
+
+    def not_finite(self, what: str, epoch: int, step: int) -> str:
+        return (
+            f"the {what} is not finite at epoch {epoch + 1}, step {step + 1}, learning rate "
+            f"{self.lr_at(epoch, step):g}; nothing of this epoch is saved. Lower --base-lr, or look for broken images"
+        )
 
 
 def train_epoch(run: Run, trainer: Trainer, stop: StopSignals) -> None:
     """Train the current epoch from step `run.step` until its end or a signal. Updates `run`."""
     started = time.monotonic() - run.seconds
-    loader, sums = trainer.loader, trainer.sums
-    sums.start(run.sums, run.step)
+    # A resumed epoch continues the sums over all processes: each process starts with an equal part of them. Early
+    # checkpoints have a third value.
+    parts = [value / distributed.world_size() for value in (run.sums or (0.0, 0.0))[:2]]
+    trainer.sums.copy_(torch.tensor([*parts, run.step], dtype=trainer.sums.dtype))
     run.model.train()
-    with messages.ProgressBar(loader, run.epoch, run.step, trainer.remaining_time) as bar:
-        for images, labels in loader.epoch(run.epoch, run.step):
+    with messages.ProgressBar(run, trainer) as bar:
+        for images, labels in trainer.loader.epoch(run.epoch, run.step):
             trainer.train_step(run.epoch, run.step, images, labels)
             run.step += 1
-            bar.show(run.step, lambda: sums.read(run.epoch, run.step))
+            bar.show()
             if stop.should_stop(run.step, trainer.device):
                 break
-    run.sums = distributed.all_reduce_sum(sums.read(run.epoch, run.step))
+    run.sums = distributed.all_reduce(trainer.read_sums(run.epoch, run.step))
     run.seconds = time.monotonic() - started
 
 
@@ -142,25 +169,26 @@ def evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSignals) -> d
             return None
         loss_sum = F.cross_entropy(logits.double(), labels[part], reduction="sum").item()
         num_correct = float((logits.argmax(1) == labels[part]).sum())
-        loss_sum, num_correct = distributed.all_reduce_sum([loss_sum, num_correct])
+        loss_sum, num_correct = distributed.all_reduce([loss_sum, num_correct])
         if not math.isfinite(loss_sum):  # the last update can ruin the weights although its loss was finite
-            raise distributed.error_on_all_ranks(not_finite(f"{name} loss", run.epoch, run.step - 1, trainer.lr_at))
+            message = trainer.not_finite(f"{name} loss", run.epoch, run.step - 1)
+            raise UserError(message, silent=not distributed.is_main_process())
         row |= {f"{name}_loss": loss_sum / len(labels), f"{name}_accuracy": num_correct / len(labels)}
     return row
 
 
-def train_and_evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSignals) -> dict | None:
-    """Train the current epoch and evaluate the splits. Returns the row for the history, or None after a signal."""
+def run_epoch(run: Run, trainer: Trainer, splits: Splits, stop: StopSignals) -> bool:
+    """Train and evaluate the current epoch, and add it to the history. False if a signal stopped it.
+
+    A run that was stopped during the evaluation resumes with it: the epoch has no step left to train.
+    """
     train_epoch(run, trainer, stop)
-    if run.step < len(trainer.loader):
-        return None
-    # A run that was stopped during evaluation has no step left and resumes here.
     started = time.monotonic()
-    evaluated = evaluate(run, trainer, splits, stop)
+    evaluated = evaluate(run, trainer, splits, stop) if run.step == len(trainer.loader) else None
     if evaluated is None:
-        return None
-    num_images = min(len(trainer.loader.images), run.step * trainer.loader.batch_size)
-    return {
+        return False
+    num_images = trainer.loader.num_images
+    row = {
         "epoch": run.epoch + 1,
         "learning_rate": trainer.lr_at(run.epoch, run.step - 1),
         "train_loss": run.sums[0] / num_images,
@@ -169,6 +197,12 @@ def train_and_evaluate(run: Run, trainer: Trainer, splits: Splits, stop: StopSig
         "seconds": run.seconds + time.monotonic() - started,
         "images_per_second": num_images / run.seconds,
     }
+    run.history.append(row)
+    run.epoch, run.step, run.sums, run.seconds = run.epoch + 1, 0, None, 0.0
+    if "val_accuracy" in row and (run.best is None or row["val_accuracy"] > run.best["accuracy"]):
+        weights = checkpoint.copy_to_host(dict(run.eval_model.state_dict()))
+        run.best = {"epoch": run.epoch, "accuracy": row["val_accuracy"], "model": weights}
+    return True
 
 
 def fit(
@@ -186,66 +220,54 @@ def fit(
     Raises UserError for a loss that is not finite, if memory runs out, and if `data` is not the checkpoint's.
     """
     device = set_up_device(recipe.device, deterministic=recipe.deterministic)
-    check(model, data, recipe, previous, device)
+    distributed.from_main_process(lambda: check(model, data, recipe, previous, device))
     if recipe.init and not previous:
         distributed.print_rank0(checkpoint.load_init_weights(model, recipe, data.classes))
-    distributed.from_main_process(lambda: checkpoint.check_files(recipe, previous))
-    if previous and recipe.precision == "auto":  # a resumed run keeps its precision
-        recipe = replace(recipe, precision=previous["recipe"]["precision"])
+    recipe = recipe.resumed(previous)
     recipe = replace(recipe, precision=pick_precision(recipe.precision, device))
-    # The learning rate is scaled with the batch size that is really used.
-    effective = replace(recipe, batch_size=min(recipe.batch_size, len(data.train)))
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     with (
         StopSignals() as stop,
         explain_out_of_memory(recipe.batch_size),
-        history.tensorboard(recipe, previous["training"]["epoch"] if previous else 0) as log,
-        checkpoint.Saver(recipe, in_background=device.type == "cuda") as saver,
+        ThreadPoolExecutor(1, "save") as thread,
         contextlib.ExitStack() as at_the_end,
     ):
+        saver = checkpoint.Saver(recipe, thread if device.type == "cuda" else None)
+        # The learning rate is scaled with the batch size that is really used.
+        recipe = replace(recipe, batch_size=min(recipe.batch_size, len(data.train)))
         model.to(device, memory_format=torch.channels_last)
         distributed.broadcast(model.state_dict().values())
-        run = Run(model, make_optimizer(model, recipe, device), make_ema(model, effective, data.train))
+        run = Run(model, make_optimizer(model, recipe, device), make_ema(model, recipe, data.train))
         if previous:
             saver.restore(run, previous)
-        trainer = Trainer(run, data.train, effective, device)
+        trainer = Trainer(run, data.train, recipe, device)
         at_the_end.callback(trainer.fast_step.prepared.clear)  # NCCL cannot shut down while a CUDA graph uses it
-        messages.announce(run, trainer, data, effective)
-        report = messages.EpochReport(effective, len(data.classes), log, plot_history)
+        report = messages.EpochReport(recipe, len(data.classes), history.tensorboard(recipe, run.epoch), plot_history)
+        messages.announce(run, trainer, data, recipe)
         splits = {
             name: (torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels))
             for name, split in {"test": data.test, "val": data.val}.items()
             if split is not None
         }
         if recipe.dry_run:
-            messages.dry_run(run, trainer, splits["test"][0], effective)
+            messages.dry_run(run, trainer, splits["test"][0], recipe)
             return run
         while run.epoch < recipe.epochs and run.stopped_by is None:
-            row = train_and_evaluate(run, trainer, splits, stop)
-            if row is not None:
-                finish_epoch(run, row)
+            is_finished = run_epoch(run, trainer, splits, stop)
             saver.save(run, data)
-            if row is not None:
+            if is_finished:
                 report.epoch(run.history)
             if stop.in_any_process() and run.epoch < recipe.epochs:
                 run.stopped_by = stop.number
-                saver.wait()
-                messages.announce_stop(run, recipe, len(trainer.loader))
-        report.end(run)
+        saver.wait()
+        report.end(run, len(trainer.loader))
     return run
 
 
-def finish_epoch(run: Run, row: dict[str, Any]) -> None:
-    run.history.append(row)
-    run.epoch, run.step, run.sums, run.seconds = run.epoch + 1, 0, None, 0.0
-    if "val_accuracy" in row and (run.best is None or row["val_accuracy"] > run.best["accuracy"]):
-        weights = checkpoint.copy_to_host(dict(run.eval_model.state_dict()))
-        run.best = {"epoch": run.epoch, "accuracy": row["val_accuracy"], "model": weights}
-
-
 def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu") -> TrainLoader:
-    settings = {"seed": recipe.seed, "device": device, "crop_and_flip_from": recipe.crop_and_flip_from}
+    first_mild_epoch = math.ceil(recipe.augment_until * recipe.epochs)  # with crop and flip only
+    settings = {"seed": recipe.seed, "device": device, "crop_and_flip_from": first_mild_epoch}
     return TrainLoader(train, recipe.batch_size, recipe.augmentation(), **settings)
 
 
@@ -281,64 +303,24 @@ def make_ema(model: nn.Module, recipe: Recipe, train: Split) -> ModelEma | None:
     return ModelEma(model, decay=1 - 1 / max(1.0, recipe.ema_horizon * total_steps))
 
 
-class RunningSums:
-    """Sums over the steps of an epoch, kept on the device: loss, correct predictions, steps with a finite loss sum.
-
-    `read` synchronizes host and device, `add` does not. `lr_at` returns the learning rate of a step.
-    """
-
-    def __init__(self, device: torch.device, lr_at: Callable[[int, int], float]):
-        self.lr_at = lr_at
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        self.values = torch.zeros(3, dtype=dtype, device=device)
-
-    def start(self, values: list[float] | None, step: int) -> None:
-        """Continue at `step` from the sums over all processes; each process takes an equal part of them."""
-        parts = [value / distributed.world_size() for value in (values or (0.0, 0.0))[:2]]
-        self.values.copy_(torch.tensor([*parts, float(step)], dtype=self.values.dtype))
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch. The loss is without label smoothing, so that it is comparable with the test loss."""
-        loss_sum, num_correct, finite_steps = self.values.unbind()
-        loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
-        num_correct += (logits.argmax(1) == labels).sum()
-        finite_steps += loss_sum.isfinite()  # a non-finite sum stays non-finite
-
-    def read(self, epoch: int, step: int) -> list[float]:
-        """Summed loss and correct predictions. Raises UserError if a loss before `step` was not finite."""
-        loss_sum, num_correct, finite_steps = self.values.tolist()
-        if finite_steps < step:
-            raise UserError(not_finite("loss", epoch, int(finite_steps), self.lr_at))
-        return [loss_sum, num_correct]
-
-
-def not_finite(what: str, epoch: int, step: int, lr_at: Callable[[int, int], float]) -> str:
-    return (
-        f"the {what} is not finite at epoch {epoch + 1}, step {step + 1}, learning rate {lr_at(epoch, step):g}; "
-        "nothing of this epoch is saved. Lower --base-lr, or look for broken images"
-    )
-
-
 def check(model: nn.Module, data: Dataset, recipe: Recipe, previous: dict | None, device: torch.device) -> None:
-    """Raise UserError in all processes if model, data, recipe, checkpoint and device do not fit together."""
-    world_size = distributed.world_size()
+    """Raise UserError if model, data, recipe, checkpoint, files and device do not fit together."""
     with torch.device("meta"):
         expected = NETWORKS[recipe.network](len(data.classes), **recipe.network_arguments())
-    shapes, expected_shapes = (
-        {name: value.shape for name, value in network.state_dict().items()} for network in (model, expected)
-    )
-    if shapes != expected_shapes:
-        raise distributed.error_on_all_ranks(f"the model is not the recipe's {recipe.network}; build that one")
+    shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (model, expected)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"the model is not the recipe's {recipe.network}; build that one")
     if previous and previous["data"]["digest"] != data.digest:
-        raise distributed.error_on_all_ranks(
+        raise UserError(
             f"--resume: --data {data.source} does not hold the images that {recipe.checkpoint_path} was trained on "
             f"(--data {previous['data']['source']}); use those, or start another run with --name or --overwrite"
         )
+    world_size = distributed.world_size()
     if recipe.sync_bn and (device.type != "cuda" or world_size == 1):
-        found = f"{world_size} on {device.type.upper()}"
-        raise distributed.error_on_all_ranks(f"--sync-bn needs several processes on CUDA; found {found}; remove it")
+        raise UserError(f"--sync-bn needs several processes on CUDA; found {world_size} on {device.type.upper()}")
     if min(recipe.batch_size, len(data.train)) < 2 * world_size:
-        raise distributed.error_on_all_ranks(
+        raise UserError(
             f"--batch-size {recipe.batch_size} with {len(data.train):,} training images leaves fewer than two for each "
             f"of {world_size} processes, and batch norm needs two; use larger batches or fewer processes"
         )
+    checkpoint.check_files(recipe, previous)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dataset import Dataset
 from training.recipe import REFERENCE_BATCH, Recipe
-from utils import TrainLoader, eval_batch_size, multiply_adds, normalize, predict
+from utils import eval_batch_size, multiply_adds, normalize, predict
 
 if TYPE_CHECKING:
     from training.loop import Run, Trainer
@@ -67,21 +67,13 @@ def describe_network(name: str, arguments: dict[str, Any]) -> str:
     return f"{name} ({sizes})"
 
 
-def announce_stop(run: "Run", recipe: Recipe, num_steps: int) -> None:
-    instead = " instead of --overwrite" if recipe.overwrite else ""
-    distributed.print_rank0(
-        f"stopped in epoch {run.epoch + 1} after step {run.step} of {num_steps}, saved to {recipe.checkpoint_path}; "
-        f"the same command with --resume{instead} continues from there"
-    )
-
-
 class EpochReport:
     """Prints, logs and plots the epochs, in the main process. Plotting takes at most about 5 % of the time."""
 
     def __init__(self, recipe: Recipe, num_classes: int, log: Callable[[dict], Any], plot_history: Callable):
         self.recipe, self.log, self.plot_history = recipe, log, plot_history
         self.high_loss = 1.5 * math.log(num_classes)  # 1.5 × the loss of uniform probabilities
-        self.last_plot, self.plot_seconds = time.monotonic(), 1.0
+        self.next_plot = time.monotonic() + 20.0
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
         if not distributed.is_main_process():
@@ -96,7 +88,7 @@ class EpochReport:
         )
         self.warn_of_growing_loss(history)
         self.log(row)
-        if 0.05 * (time.monotonic() - self.last_plot) >= self.plot_seconds:
+        if time.monotonic() >= self.next_plot:
             self.plot(history)
 
     def warn_of_growing_loss(self, history: list[dict[str, Any]]) -> None:
@@ -114,22 +106,27 @@ class EpochReport:
     def plot(self, history: list[dict[str, Any]]) -> None:
         started = time.monotonic()
         self.plot_history(history, self.recipe)
-        self.last_plot = time.monotonic()
-        self.plot_seconds = self.last_plot - started
+        now = time.monotonic()
+        self.next_plot = now + 20 * (now - started)
 
-    def end(self, run: "Run") -> None:
+    def end(self, run: "Run", num_steps: int) -> None:
+        recipe = self.recipe
+        if run.stopped_by is not None:
+            instead = " instead of --overwrite" if recipe.overwrite else ""
+            distributed.print_rank0(
+                f"stopped in epoch {run.epoch + 1} after step {run.step} of {num_steps}, saved to "
+                f"{recipe.checkpoint_path}; the same command with --resume{instead} continues from there"
+            )
+        if not run.history or not distributed.is_main_process():
+            return
         if run.best:
             test_accuracy = run.history[run.best["epoch"] - 1]["test_accuracy"]
             distributed.print_rank0(
                 f"saved the weights of epoch {run.best['epoch']}: validation accuracy {run.best['accuracy']:.2%}, "
                 f"test accuracy {test_accuracy:.2%}"
             )
-        if run.history and distributed.is_main_process():
-            self.plot(run.history)
-            recipe = self.recipe
-            distributed.print_rank0(
-                f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}"
-            )
+        self.plot(run.history)
+        distributed.print_rank0(f"weights: {recipe.checkpoint_path}   curves: {recipe.plot_path}, {recipe.csv_path}")
 
 
 class RemainingTime:
@@ -151,24 +148,25 @@ class RemainingTime:
 class ProgressBar(tqdm):
     """The progress bar of an epoch. Once a second it reads loss and accuracy, which synchronizes with the device."""
 
-    def __init__(self, loader: TrainLoader, epoch: int, step: int, remaining_time: RemainingTime):
-        self.loader, self.remaining_time, self.steps_before = loader, remaining_time, epoch * len(loader)
-        self.last_read = time.monotonic()
-        seen = min(step * loader.batch_size, loader.num_images)
+    def __init__(self, run: "Run", trainer: "Trainer"):
+        self.run, self.trainer, self.last_read = run, trainer, time.monotonic()
         super().__init__(
-            total=loader.num_images, initial=seen, desc=f"epoch {epoch + 1}", unit=" images", unit_scale=True,
-            leave=False, disable=None if distributed.is_main_process() else True,
+            total=trainer.loader.num_images, initial=self.images_seen(), desc=f"epoch {run.epoch + 1}", unit=" images",
+            unit_scale=True, leave=False, disable=None if distributed.is_main_process() else True,
         )  # fmt: skip
 
-    def show(self, steps: int, sums: Callable[[], list[float]]) -> None:
+    def images_seen(self) -> int:
+        return min(self.run.step * self.trainer.loader.batch_size, self.trainer.loader.num_images)
+
+    def show(self) -> None:
         if time.monotonic() - self.last_read < 1:
             return
-        loss_sum, num_correct = sums()  # over the images of this process
-        seen = min(steps * self.loader.batch_size, self.loader.num_images)
-        part = seen / distributed.world_size()
-        left = self.remaining_time.estimate(self.steps_before + steps)
+        run, trainer = self.run, self.trainer
+        loss_sum, num_correct = trainer.read_sums(run.epoch, run.step)
+        part = self.images_seen() / distributed.world_size()  # of this process
+        left = trainer.remaining_time.estimate(run.epoch * len(trainer.loader) + run.step)
         self.set_postfix_str(f"loss {loss_sum / part:.4f}, accuracy {num_correct / part:.2%}, run: {left} left", False)
-        self.update(seen - self.n)
+        self.update(self.images_seen() - self.n)
         self.last_read = time.monotonic()
 
 
@@ -178,7 +176,7 @@ def dry_run(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> N
     for step, batch in zip(range(2), loader.epoch(0), strict=False):
         started = time.perf_counter()
         trainer.train_step(0, step, *batch)
-        trainer.sums.read(0, step + 1)  # waits for the device
+        trainer.read_sums(0, step + 1)  # waits for the device
         step_seconds = time.perf_counter() - started
     model, part = run.eval_model.eval(), images[: eval_batch_size(images, device)]
     started = time.perf_counter()

@@ -39,10 +39,7 @@ def small_copy(path: Path) -> dict[str, Any]:
     content = checkpoint.read(path)
     if not content["finished"]:
         raise UserError(f"{path} is not finished; resume its run first")
-    with checkpoint.explain_unusable(path):
-        weights = {
-            name: value.to(torch.bfloat16) if value.ndim == 4 else value for name, value in content["model"].items()
-        }
+    weights = {name: value.to(torch.bfloat16) if value.ndim == 4 else value for name, value in content["model"].items()}
     return {name: value for name, value in content.items() if name != "digest"} | {"model": weights, "training": None}
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import functools
-import math
+import operator
 import os
 import typing
 from collections.abc import Sequence
@@ -36,13 +36,20 @@ BASELINE = {
 }  # fmt: skip
 
 
+# The limits of a flag's value: what must hold, and the words for it.
+LIMITS = {
+    "choices": (lambda value, choices: value in choices, "one of {}"),
+    "at_least": (operator.ge, "{} or more"),
+    "above": (operator.gt, "above {}"),
+    "at_most": (operator.le, "{} or less"),
+}
+
+
 def flag(help: str, default: Any = MISSING, *, group: str = "training", fixed: bool = True, **limits: Any) -> Any:
     """A field that is also a command-line flag. `fixed`: a resumed run must keep the checkpoint's value.
 
-    `limits` of the value: `choices`, or `at_least`, `above` and `at_most`.
+    `limits` of the value: see `LIMITS`.
     """
-    if unknown := limits.keys() - {"choices", "at_least", "above", "at_most"}:
-        raise TypeError(f"a flag has no {', '.join(unknown)}")
     return field(default=default, metadata={"help": help, "group": group, "fixed": fixed, "limits": limits})
 
 
@@ -73,7 +80,7 @@ class Recipe:
     schedule_step: str = flag("update the learning rate every epoch or every batch", choices=("epoch", "batch"))
     momentum: float = flag("momentum of SGD", at_least=0, at_most=1)
     nesterov: bool = flag("Nesterov momentum")
-    weight_decay: float = flag("weight decay of SGD", at_least=0)
+    weight_decay: float = flag("weight decay of SGD", at_least=0, at_most=1e30)
     decay_norms: bool = flag("also apply weight decay to norm layers and biases")
     label_smoothing: float = flag("fraction of each target spread evenly over all classes", at_least=0, at_most=1)
     ema_horizon: float = flag("test and save an EMA over this fraction of the run (0: no EMA)", at_least=0, at_most=1)
@@ -148,11 +155,6 @@ class Recipe:
         return self.base_min_lr * self.batch_size / REFERENCE_BATCH
 
     @property
-    def crop_and_flip_from(self) -> int:
-        """The first epoch, counted from 0, with crop and flip only."""
-        return math.ceil(self.augment_until * self.epochs)
-
-    @property
     def checkpoint_path(self) -> Path:
         return Path(self.checkpoint_dir) / f"{self.name}.pt"
 
@@ -179,7 +181,8 @@ class Recipe:
         return {name: value for name, value in asdict(self).items() if name != "given"}
 
     def is_given(self, name: str) -> bool:
-        return self.given is None or name in self.given
+        is_auto = (name, self.precision) == ("precision", "auto")  # a resumed run keeps its precision
+        return not is_auto and (self.given is None or name in self.given)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """One line per given value that differs from `other` (a recipe's `as_dict()`) and would change the training."""
@@ -187,7 +190,7 @@ class Recipe:
             f"{flag_name(item.name)}: {other.get(item.name)} in the checkpoint, {getattr(self, item.name)} now"
             for item in flags(self)
             if item.metadata["fixed"] and self.is_given(item.name)
-            if getattr(self, item.name) != other.get(item.name) and (item.name, self.precision) != ("precision", "auto")
+            if getattr(self, item.name) != other.get(item.name)
         ]
 
     def resumed(self, previous: dict[str, Any] | None) -> Self:
@@ -213,22 +216,12 @@ def flags(recipe: Recipe | type[Recipe]) -> list[Field]:
 
 
 def check(item: Field, value: Any) -> None:
-    """Raise UserError if a field does not allow a value."""
-    limits, expected = item.metadata["limits"], None
-    if value is None:
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        expected = "a finite number"
-    elif "choices" in limits and value not in limits["choices"]:
-        expected = "one of " + ", ".join(map(str, limits["choices"]))
-    elif "at_least" in limits and value < limits["at_least"]:
-        expected = f"{limits['at_least']} or more"
-    elif "above" in limits and value <= limits["above"]:
-        expected = f"above {limits['above']}"
-    elif "at_most" in limits and value > limits["at_most"]:
-        expected = f"{limits['at_most']} or less"
-    if expected:
-        raise UserError(f"{flag_name(item.name)} is {value}; it must be {expected}")
+    """Raise UserError if a field does not allow a value. NaN is within no limits."""
+    for name, limit in item.metadata["limits"].items():
+        is_within, words = LIMITS[name]
+        if value is not None and not is_within(value, limit):
+            expected = words.format(", ".join(map(str, limit)) if name == "choices" else limit)
+            raise UserError(f"{flag_name(item.name)} is {value}; it must be {expected}")
 
 
 RecipeT = typing.TypeVar("RecipeT", bound=Recipe)
@@ -245,24 +238,22 @@ def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = 
     if recipe_parser.parse_known_args(argv)[0].recipe == "baseline":
         recipe = replace(recipe, recipe="baseline", **BASELINE)
     types_of = typing.get_type_hints(type(recipe))
-    groups: dict[str, Any] = {}
     # The flags of the network first: they differ between the scripts.
-    for item in sorted(flags(recipe), key=lambda item: item.metadata["group"] != "network"):
-        kind, group, default = types_of[item.name], item.metadata["group"], getattr(recipe, item.name)
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
+    items = sorted(flags(recipe), key=lambda item: item.metadata["group"] != "network")
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(item.metadata["group"] for item in items)}
+    for item in items:
+        kind, default = types_of[item.name], getattr(recipe, item.name)
         options: dict[str, Any] = {"help": item.metadata["help"], "default": argparse.SUPPRESS}
+        if default is not None and default is not False:
+            options["help"] += f" (default: {'yes' if default is True else default})"
         if kind is bool:
             # If each script sets its own default, the flag can also be turned off (--no-…).
             options["action"] = argparse.BooleanOptionalAction if item.default is MISSING else "store_true"
-            options["help"] += " (default: yes)" if default else ""
         else:
             options["type"] = (typing.get_args(kind) or [kind])[0]  # int for `int | None`
             choices = item.metadata["limits"].get("choices")  # Recipe checks them
             options["metavar"] = f"{{{','.join(map(str, choices))}}}" if choices else options["type"].__name__.upper()
-            if default is not None:
-                options["help"] += f" (default: {default})"
-        groups[group].add_argument(flag_name(item.name), **options)
+        groups[item.metadata["group"]].add_argument(flag_name(item.name), **options)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
         if isinstance(value, list):  # argparse of Python 3.11 parses --name=-- as a list

@@ -9,6 +9,7 @@ from common import distributed
 from common.errors import termination_signals
 
 import torch
+from torch.distributed import ReduceOp
 
 
 class StopSignals:
@@ -45,6 +46,6 @@ class StopSignals:
 
     def in_any_process(self) -> bool:
         """Whether any process got a signal. All processes must call this at the same point."""
-        if number := int(distributed.all_reduce_max(self.number or 0)):
+        if number := int(distributed.all_reduce([self.number or 0], ReduceOp.MAX)[0]):
             self.number = number  # never reset: a signal may have arrived since the exchange
         return bool(number)
