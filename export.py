@@ -62,8 +62,7 @@ class Format:
 
 def main() -> int:
     options = parse_flags()
-    file_format = FORMATS[options.format]
-    require(options.format)
+    file_format = require(options.format)
     paths = members.paths_of(options)
     contents = members.read_all(paths)
     set_up_device("cpu")
@@ -82,11 +81,8 @@ def main() -> int:
         raise UserError(f"the format {options.format} needs newer packages ({error}): {upgrade}") from None
     difference = largest_difference(ensemble, file_format.read(written), images)
     if not difference <= TOLERANCE:
-        raise UserError(
-            f"{options.output} is not written: on {source} its probabilities differ from PyTorch's by up to "
-            f"{difference:.1e}, more than {TOLERANCE:.0e}; use the other format, or other versions of the packages for "
-            f"{options.format}"
-        )
+        found = f"its probabilities differ from PyTorch's by up to {difference:.1e}, more than {TOLERANCE:.0e}"
+        raise UserError(f"{options.output} is not written: on {source} {found}; use the other --format")
     with files.atomic_write(options.output, "the file") as file:
         file.write(written)
 
@@ -109,21 +105,19 @@ def parse_flags() -> argparse.Namespace:
     extensions = tuple(f".{name}" for name in FORMATS)
     options.format = options.format or options.output.suffix.lower().removeprefix(".")
     if options.format not in FORMATS:
-        raise UserError(
-            f"--output {options.output}: unknown extension; expected one of {', '.join(extensions)}, or give --format"
-        )
+        expected = f"expected one of {', '.join(extensions)}, or give --format"
+        raise UserError(f"--output {options.output}: unknown extension; {expected}")
     files.check_output(options.output, extensions)
     members.check_range("--images", options.images, 1, MAX_IMAGES)
     return options
 
 
-def require(name: str) -> None:
-    """Raise UserError if a package that a format needs is missing."""
+def require(name: str) -> Format:
+    """The format of this name. Raises UserError if a package that it needs is missing."""
     if missing := [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]:
-        plural = "s" if len(missing) > 1 else ""
-        raise UserError(
-            f"the format {name} needs the package{plural} {', '.join(missing)}: pip install {' '.join(missing)}"
-        )
+        packages = f"package{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        raise UserError(f"the format {name} needs the {packages}: pip install {' '.join(missing)}")
+    return FORMATS[name]
 
 
 def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tensor, str]:
@@ -141,10 +135,7 @@ def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tens
         except UserError as error:
             if options.data:
                 raise
-            print(
-                f"warning: comparing on random images, because the test images are not available: {error}",
-                file=sys.stderr,
-            )
+            print(f"warning: comparing on random images; the test images are not available: {error}", file=sys.stderr)
     return torch.from_numpy(rng.integers(0, 256, (options.images, 3, size, size), np.uint8)), "random images"
 
 

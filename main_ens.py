@@ -103,10 +103,7 @@ def parse_flags() -> argparse.Namespace:
     members.check_range("--batch-size", options.batch_size, 1, MAX_IMAGES)
     members.check_range("--test-size", options.test_size, 1, MAX_IMAGES)
     if options.temperature == FIT and options.data is not None:
-        raise UserError(
-            f"--temperature {FIT} needs the validation images of the members' own data, but --data {options.data} "
-            "replaces them; remove one of the two flags, or give the temperature as a number"
-        )
+        raise UserError(f"--temperature fit needs the members' images; --data {options.data} replaces them; remove one")
     return options
 
 
@@ -130,10 +127,7 @@ def load_data(contents: members.Contents, options: argparse.Namespace) -> Datase
         flags.append("split_seed")
     members.check_same(contents, lambda data: {flag_name(name): data["split"].get(name) for name in flags})
     if options.temperature == FIT and data.val is None:
-        raise UserError(
-            f"--temperature {FIT} needs validation images, but {contents[0][0]} has none; train all members "
-            "with the same --val-size, or give the temperature as a number. Test images are never used for fitting"
-        )
+        raise UserError(f"--temperature fit needs validation images; {contents[0][0]} has none; train with --val-size")
     return data
 
 
@@ -151,20 +145,13 @@ def load_data_of(
     except UserError as error:
         if data is not None or source.lower() in dataset.NAMES or Path(source).exists():
             raise
-        raise UserError(
-            f"{error}\n{path} was trained on this path, relative to the current folder of that run; give the new path "
-            "as --data"
-        ) from None
+        hint = "was trained on this path, relative to the current folder of that run; give the new path as --data"
+        raise UserError(f"{error}\n{path} {hint}") from None
     if list(loaded.classes) != trained["classes"]:
-        raise UserError(
-            f"--data {source} has the classes {', '.join(loaded.classes)}, but {path} was trained on "
-            f"{', '.join(trained['classes'])}"
-        )
+        found, expected = ", ".join(loaded.classes), ", ".join(trained["classes"])
+        raise UserError(f"--data {source} has the classes {found}, but {path} was trained on {expected}")
     if data is None and loaded.digest != trained["digest"]:
-        raise UserError(
-            f"{source} no longer holds the images that {path} was trained with; restore them, or give --data to test "
-            "on other images"
-        )
+        raise UserError(f"{source} no longer holds the images that {path} was trained with; give others as --data")
     return loaded
 
 

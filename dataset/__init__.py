@@ -3,6 +3,7 @@
 `load` returns each of them as uint8 images, labels and class names. Importing this package does not import torch.
 """
 
+import os
 from pathlib import Path
 
 from common.errors import UserError
@@ -60,11 +61,6 @@ def load(
         folder = existing_folder(source)
         if (folder / "data_batch_1").is_file():  # CIFAR-10's official files
             classes, train, test = cifar10.read_folder(folder, image_size)
-        elif data_dir.resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"--data {source} contains {data_dir}/, the folder of decoded images, which would count as a class; "
-                "run the script from another folder"
-            )
         else:
             classes, train, val, test = image_folder.load_image_folder(folder, image_size, data_dir / "cache")
     source_digest = digest(classes, *(split for split in (train, val, test) if split is not None))
@@ -72,39 +68,31 @@ def load(
     if test is None:
         counts = np.bincount(train.labels)
         if counts.min() < 2:
-            raise UserError(
-                f"--data {source}: class {classes[counts.argmin()]!r} has one image, but a class needs one for "
-                "training and one for testing; add images, or a test folder"
-            )
+            label = classes[counts.argmin()]
+            raise UserError(f"--data {source}: class {label!r} has one image; add some, or a test folder")
         train, test = hold_out(train, test_split, (split_seed, TEST_SPLIT_STREAM))
     else:
         test_split = None
     if val_size:
         if val is not None:
             raise UserError(f"--val-size {val_size}: {source} already has validation images; remove the flag")
-        rows = balanced_rows("--val-size", val_size, train.labels, classes, (split_seed, VAL_STREAM), min_left=1)
+        rows = balanced_rows("--val-size", val_size, train, classes, (split_seed, VAL_STREAM), min_left=1)
         val, train = train.take(rows), train.drop(rows)
     if train_size is not None:
-        stream = (split_seed, TRAIN_SUBSET_STREAM)
-        rows = balanced_rows("--train-size", train_size, train.labels, classes, stream, min_size=len(classes))
-        train = train.take(rows)
+        seed = (split_seed, TRAIN_SUBSET_STREAM)
+        train = train.take(balanced_rows("--train-size", train_size, train, classes, seed, least=len(classes)))
     if test_size is not None:
-        stream = (split_seed, TEST_SUBSET_STREAM)
-        test = test.take(balanced_rows("--test-size", test_size, test.labels, classes, stream))
+        test = test.take(balanced_rows("--test-size", test_size, test, classes, (split_seed, TEST_SUBSET_STREAM)))
     return Dataset(str(source), classes, train, test, val, source_digest, test_split)
 
 
 def existing_folder(source: str) -> Path:
     """The path of the folder that --data names. Raises UserError if it does not exist."""
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        return Path(path)
     expected = f"expected {', '.join(NAMES)}, or a folder of images"
-    try:
-        path = Path(source).expanduser()
-        if source and path.is_dir():
-            return path
-        is_file = bool(source) and path.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"--data {source}: {error}; {expected}") from None
-    if is_file:
+    if os.path.exists(path):
         raise UserError(f"--data {source} is a file; {expected}. If it is an archive, unpack it and give the folder")
-    parent = "" if Path(source).is_absolute() else f" in {Path.cwd()}"
+    parent = "" if os.path.isabs(path) else f" in {Path.cwd()}"
     raise UserError(f"--data {source or repr(source)}: there is no such folder{parent}; {expected}")

@@ -57,10 +57,7 @@ def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bo
             if not archive.exists():
                 download_archive(name, archive, data_url)
             elif not check_md5(archive, kind.tgz_md5):
-                raise UserError(
-                    f"{archive}: its md5 is not that of the official archive, {kind.tgz_md5}: the file is damaged, or "
-                    "not the official one; delete it to download it again, or put the official one there"
-                )
+                raise UserError(f"{archive}: its md5 is not the official archive's; delete it to download it again")
             with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as unpacked:
                 extract_archive(archive, unpacked)
                 os.replace(Path(unpacked, kind.base_folder), folder)
@@ -94,11 +91,10 @@ def download_archive(name: str, archive: Path, data_url: str | None) -> None:
         finally:
             socket.setdefaulttimeout(default_timeout)
             partial.unlink(missing_ok=True)
-    command = shlex.join(["curl", "--fail", "--location", "--create-dirs", "--output", str(archive), hosts[0]])
-    raise UserError(
-        f"{kind.__name__} could not be downloaded from any host:\n  " + "\n  ".join(causes) + "\nGive a working URL "
-        f"as --data-url, or other images as --data, or download the file by hand and start again:\n  {command}"
-    )
+    command = f"curl --fail --location --create-dirs --output {shlex.quote(str(archive))} {shlex.quote(hosts[0])}"
+    listed = "".join(f"\n  {cause}" for cause in causes)
+    advice = f"Give a working --data-url, or download the file by hand and start again:\n  {command}"
+    raise UserError(f"{kind.__name__} could not be downloaded from any host:{listed}\n{advice}")
 
 
 def read_folder(folder: Path, image_size: int, name: str = "cifar10") -> tuple[tuple[str, ...], Split, Split]:
@@ -110,9 +106,7 @@ def read_folder(folder: Path, image_size: int, name: str = "cifar10") -> tuple[t
     try:
         train, test = (Official(folder.absolute().parent, train=is_train) for is_train in (True, False))
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"{folder}: a file is missing or not the official one ({first_line(error)}); delete the folder to download "
-            "it again, or put the official files there"
-        ) from None
+        problem = f"a file is missing or not the official one ({first_line(error)})"
+        raise UserError(f"{folder}: {problem}; delete the folder to download it again") from None
     splits = (Split(resize_all(part.data, image_size), np.array(part.targets, np.int64)) for part in (train, test))
     return tuple(train.classes), *splits

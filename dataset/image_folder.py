@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from .splits import Split
 
-SPLIT_NAMES = {
-    "train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "tests", "testing"),
+SPLIT_OF = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "tests": "test", "testing": "test",
 }  # fmt: skip
 HEIC = (".heic", ".heif")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", *HEIC)
@@ -48,43 +49,40 @@ def load_image_folder(
 
     The images are sorted by class, then by path. The decoded images are cached in `cache_dir`.
 
-    Raises UserError for a folder without class folders, for a class without images, if train, validation and test have
-    different classes, and for unreadable images.
+    Raises UserError for a folder that contains the cache, for a folder without class folders, for a class without
+    images, if train, validation and test have different classes, and for unreadable images.
     """
+    if cache_dir.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder} contains {cache_dir.parent}/, the folder of decoded images; run from another folder")
     parts = find_parts(folder)
     listing = {name: list_classes(part) for name, part in parts.items()}
-    classes = tuple(sorted(listing["train"]))
+    classes = tuple(listing["train"])
     if not classes:
         raise UserError(f"{parts['train']}: has no folders; expected train/<class>/…, or a folder for each class")
     for name, found in listing.items():
         if different := sorted(found.keys() ^ set(classes)):
             has, lacks = ("train", name) if different[0] in classes else (name, "train")
-            raise UserError(
-                f"{folder}: class {different[0]!r} is in {parts[has].name}/ but not in {parts[lacks].name}/; both need "
-                "the same classes: add it or remove it"
-            )
+            where = f"is in {parts[has].name}/ but not in {parts[lacks].name}/"
+            raise UserError(f"{folder}: class {different[0]!r} {where}; add it or remove it")
         if empty := [label for label in classes if not found[label]]:
-            raise UserError(
-                f"{parts[name] / empty[0]}: has no images ({', '.join(EXTENSIONS)}); add some, or remove the folder"
-            )
+            raise UserError(f"{parts[name] / empty[0]}: has no images ({', '.join(EXTENSIONS)}); add some or remove it")
     paths = [path for found in listing.values() for label in classes for path in found[label]]
     images = load_cached(folder, paths, image_size, cache_dir)
     splits = {}
     for name, found in listing.items():
         labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(found[label]) for label in classes])
         splits[name], images = Split(images[: len(labels)], labels), images[len(labels) :]
-    test, val = splits.get("test"), splits.get("val")
-    return classes, splits["train"], *((None, val) if test is None else (val, test))
+    return classes, splits["train"], splits.get("val"), splits.get("test")
 
 
 def find_parts(folder: Path) -> dict[str, Path]:
     """The folders named train, val and test; if there are none, the folder itself as "train"."""
     inside = visible_folders(folder)
-    while len(inside) == 1 and split_name(inside[0]) is None and (deeper := visible_folders(inside[0])):
+    while len(inside) == 1 and inside[0].name.lower() not in SPLIT_OF and (deeper := visible_folders(inside[0])):
         folder, inside = inside[0], deeper  # an archive often unpacks to a single outer folder
     parts: dict[str, Path] = {}
     for path in inside:
-        if (name := split_name(path)) in parts:
+        if (name := SPLIT_OF.get(path.name.lower())) in parts:
             raise UserError(f"{folder}: has both {parts[name].name}/ and {path.name}/; remove one")
         if name:
             parts[name] = path
@@ -93,18 +91,14 @@ def find_parts(folder: Path) -> dict[str, Path]:
     for path in inside:
         if path not in parts.values():
             print(f"note: {path} is ignored; beside train/, only val/ and test/ are used", file=sys.stderr)
+    if "test" not in parts and "val" in parts:  # a single folder of held-out images is for testing
+        parts["test"] = parts.pop("val")
     return parts
 
 
-def split_name(path: Path) -> str | None:
-    return next((split for split, names in SPLIT_NAMES.items() if path.name.lower() in names), None)
-
-
 def visible_folders(folder: Path) -> list[Path]:
-    try:
-        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    except OSError as error:
-        raise_unreadable(error)
+    _, names, _ = next(os.walk(folder, onerror=raise_unreadable))
+    return [folder / name for name in sorted(names) if name[0] != "."]
 
 
 def list_classes(folder: Path) -> dict[str, list[Path]]:
@@ -171,19 +165,16 @@ def load_cached(folder: Path, paths: Sequence[Path], image_size: int, cache_dir:
 def decode_or_raise(folder: Path, paths: Sequence[Path], image_size: int) -> np.ndarray:
     """Decode all images. Raises one UserError for all unreadable images; it names the first ten."""
     images, broken = empty_images(len(paths), image_size), []
-    decoded = decode_all(paths, image_size)
-    bar = tqdm(decoded, total=len(paths), unit="image", desc=f"decode {folder.name}", disable=None)
-    for row, result in enumerate(bar):
+    decoded = tqdm(decode_all(paths, image_size), f"decode {folder.name}", len(paths), unit="image", disable=None)
+    for row, result in enumerate(decoded):
         if isinstance(result, UserError):
-            broken.append(str(result))
+            broken.append(result)
         else:
             images[row] = result[0]
     if broken:
+        listed = "".join(f"\n  {error}" for error in broken[:MAX_LISTED])
         more = f"\n  and {len(broken) - MAX_LISTED:,} more" if len(broken) > MAX_LISTED else ""
-        raise UserError(
-            f"{folder}: {len(broken):,} of {len(paths):,} images cannot be read:\n  "
-            + "\n  ".join(broken[:MAX_LISTED]) + more
-        )  # fmt: skip
+        raise UserError(f"{folder}: {len(broken):,} of {len(paths):,} images cannot be read:{listed}{more}")
     return images
 
 
@@ -202,10 +193,7 @@ def empty_images(count: int, image_size: int) -> np.ndarray:
     try:
         return np.empty((count, 3, image_size, image_size), np.uint8)
     except (MemoryError, ValueError):  # ValueError: more than any machine can address
-        raise UserError(
-            f"--image-size {image_size}: {count:,} images of that size take {3 * count * image_size**2:,} bytes, which "
-            "do not fit in memory; give a smaller size"
-        ) from None
+        raise UserError(f"--image-size {image_size}: {count:,} images do not fit in memory; make it smaller") from None
 
 
 Decoded = tuple[np.ndarray, tuple[int, int]]  # uint8 (3, S, S), and the original width and height
@@ -242,19 +230,15 @@ def decode(path: str | Path, image_size: int) -> Decoded | UserError:
     except UnidentifiedImageError:
         heic = " (HEIC: pip install pillow-heif)" if Path(path).suffix.lower() in HEIC else ""
         return UserError(f"{path}: not an image that Pillow can read; remove it, or convert it to PNG{heic}")
-    except PermissionError as error:
-        return UserError(f"{path}: not readable ({error.strerror}); change its permissions, or remove it")
     except Exception as error:  # Pillow raises many exception types for broken files
-        return UserError(f"{path}: a broken image ({first_line(error)}); replace or remove it")
+        return UserError(f"{path}: cannot be read ({first_line(error)}); replace or remove it")
 
 
 def to_array(image: Image.Image, image_size: int) -> np.ndarray:
-    """Convert to RGB, uint8 (3, S, S). An image of another size: its largest centred square, resized."""
+    """Convert to RGB, uint8 (3, S, S): the largest centred square of the image, resized if it has another size."""
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     if image.mode == "P":  # converting straight to RGB warns about transparent palettes
         image = image.convert("RGBA")
-    image = image.convert("RGB")
-    if image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -8,11 +8,12 @@ The results are those of `torchvision.transforms.v2` on uint8 tensors (tests/tes
 are integers after each operator, truncated instead of rounded where torchvision truncates.
 """
 
-import functools
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # torchvision's RandAugment operators in its order. The five that move pixels are adjacent; one gather applies them all.
 RANDAUGMENT_OPS = (
@@ -24,6 +25,12 @@ SIGNED_OPS = RANDAUGMENT_OPS[1:10]
 MAGNITUDE_BINS = 31
 # Mean colour of CIFAR-10's training images, 0 to 255; almost zero after normalisation.
 MEAN_COLOUR = (125, 123, 114)
+
+
+def _torchvision() -> ModuleType:
+    from torchvision.transforms.v2 import functional  # not at the top: it takes a second
+
+    return functional
 
 
 # On the CPU, PyTorch vectorises minimum, maximum and bitwise operations on uint8. Its `where`, comparisons and
@@ -140,42 +147,28 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     return images ^ is_above.mul_(255)
 
 
-def autocontrast(images: Tensor) -> Tensor:
+def autocontrast(images: Tensor, _: Tensor) -> Tensor:
     """Stretch each channel so that its darkest value becomes 0 and its lightest 255."""
-    low, high = (extreme.float() for extreme in torch.aminmax(images.flatten(2), dim=2, keepdim=True))
-    flat = low == high
-    low, scale = low.masked_fill(flat, 0), ((high - low) * (1 / 255)).masked_fill_(flat, 1)
-    stretched = images.flatten(2).sub(low).div_(scale).clamp_(0, 255)
-    return _truncate(stretched).view_as(images)
+    return _torchvision().autocontrast(images)
 
 
-def equalize(images: Tensor) -> Tensor:
+def equalize(images: Tensor, _: Tensor) -> Tensor:
     """Map the values of each channel so that its histogram becomes as flat as possible."""
-    pixels = images.flatten(2).long()
-    histogram = pixels.new_zeros(*pixels.shape[:2], 256)
-    histogram.scatter_add_(2, pixels, torch.ones_like(pixels))
-    # As in torchvision, pixels of the lightest value are not counted; the others are spread over 255 steps.
-    lightest = histogram.gather(2, pixels.amax(2, keepdim=True))
-    step = (pixels.shape[2] - lightest) // 255
-    below = histogram.cumsum(2) - histogram
-    table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    return torch.where(step > 0, table.gather(2, pixels), pixels).to(torch.uint8).view_as(images)
+    return _torchvision().equalize(images)
 
 
-def cut_out(images: Tensor, centre: Tensor, side: int) -> Tensor:
-    """Cutout: fill a square around the pixel with flat index `centre` (DeVries and Taylor 2017, arXiv:1708.04552)."""
+def cut_out(images: Tensor, centre: Tensor, side: int, colour: Tensor) -> Tensor:
+    """Cutout: fill a square around the pixel with flat index `centre` (DeVries and Taylor 2017, arXiv:1708.04552).
+
+    `colour`: uint8 (1, 3, 1, 1).
+    """
     height, width = images.shape[2:]
     centre = centre.view(-1, 1)
     low_y, low_x = centre // width - side // 2, centre % width - side // 2
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     in_rows, in_columns = (low_y <= y) & (y < low_y + side), (low_x <= x) & (x < low_x + side)
     inside = (in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).to(torch.uint8).mul_(255).unsqueeze(1)
-    return choose(inside, _mean_colour(images.device), images)
-
-
-@functools.cache  # copying it to the device for each chunk would synchronize host and device
-def _mean_colour(device: torch.device) -> Tensor:
-    return torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
+    return choose(inside, colour, images)
 
 
 def remap(images: Tensor, sources: Tensor) -> Tensor:
@@ -192,10 +185,8 @@ def crop_sources(size: int, padding: int) -> Tensor:
 
     Row top · (2·padding + 1) + left is the crop at (top, left) of the image padded with zeros on all sides.
     """
-    line = torch.arange(size) + torch.arange(-padding, padding + 1)[:, None]
-    line = torch.where((line >= 0) & (line < size), line, -1)  # (shifts, size)
-    y, x = line[:, None, :, None], line[None, :, None, :]
-    return torch.where((y >= 0) & (x >= 0), y * size + x, -1).flatten(2).flatten(0, 1)
+    padded = F.pad(torch.arange(size * size).view(size, size), [padding] * 4, value=-1)
+    return padded.unfold(0, size, 1).unfold(1, size, 1).flatten(2).flatten(0, 1)
 
 
 def geometric_sources(size: int, magnitude: int) -> Tensor:
@@ -212,8 +203,7 @@ def geometric_sources(size: int, magnitude: int) -> Tensor:
 
 def _move(image: Tensor, name: str, strength: float) -> Tensor:
     """A geometric operator on one image, as torchvision's RandAugment calls it."""
-    from torchvision.transforms.v2 import functional as TF  # not at the top: it takes a second
-
+    TF = _torchvision()
     if name == "Rotate":
         return TF.rotate(image, strength)
     along_x = name.endswith("X")

@@ -49,9 +49,9 @@ def digest(classes: Sequence[str], *splits: Split) -> str:
     return hasher.hexdigest()
 
 
-def hold_out(split: Split, fraction: float, stream: tuple[int, int]) -> tuple[Split, Split]:
+def hold_out(split: Split, fraction: float, seed: tuple[int, int]) -> tuple[Split, Split]:
     """Hold out a random `fraction` of each class. Returns the rest and the held-out images, at least one per class."""
-    rng = np.random.default_rng(stream)
+    rng = np.random.default_rng(seed)
     held_out = []
     for label in np.unique(split.labels):
         rows = rng.permutation(np.flatnonzero(split.labels == label))
@@ -61,32 +61,23 @@ def hold_out(split: Split, fraction: float, stream: tuple[int, int]) -> tuple[Sp
 
 
 def balanced_rows(
-    flag: str,
-    size: int,
-    labels: np.ndarray,
-    classes: Sequence[str],
-    stream: tuple[int, int],
-    *,
-    min_size: int = 1,
-    min_left: int = 0,
+    flag: str, size: int, split: Split, classes: Sequence[str], seed: tuple[int, int], least: int = 1, min_left: int = 0
 ) -> np.ndarray:
     """Pick `size` rows at random so that any two classes' counts differ by at most one.
 
-    labels: (N,). stream: a seed and the number of the random choice. min_size: the smallest `size` allowed. min_left:
-    how many rows of each class must not be picked. Returns int64 (size,), ascending. Raises UserError, which names
-    `flag`, if `size` is impossible.
+    seed: --split-seed and the number of the random choice. least: the smallest `size` allowed. min_left: how many rows
+    of each class must not be picked. Returns int64 (size,), ascending. Raises UserError, which names `flag`, if `size`
+    is impossible.
     """
-    free = np.maximum(np.bincount(labels, minlength=len(classes)) - min_left, 0)
+    free = np.bincount(split.labels) - min_left
     smallest = int(free.argmin())
     largest = int(free[smallest] * len(classes) + (free > free[smallest]).sum())
-    if not min_size <= size <= largest:
-        raise UserError(
-            f"{flag} {size}: expected {min_size} to {largest}. The {len(classes)} classes get equal numbers of images, "
-            f"and class {classes[smallest]!r} can provide only {free[smallest]} of the {len(labels)}"
-        )
-    rng = np.random.default_rng(stream)
+    if not least <= size <= largest:
+        limit = f"class {classes[smallest]!r} has only {free[smallest]} to give"
+        raise UserError(f"{flag} {size}: expected {least} to {largest}. All classes get equal numbers, and {limit}")
+    rng = np.random.default_rng(seed)
     per_class, remainder = divmod(size, len(classes))
     counts = np.full(len(classes), per_class)
     counts[rng.permutation(np.flatnonzero(free > per_class))[:remainder]] += 1
-    picked = [rng.permutation(np.flatnonzero(labels == label))[:count] for label, count in enumerate(counts)]
+    picked = [rng.permutation(np.flatnonzero(split.labels == label))[:count] for label, count in enumerate(counts)]
     return np.sort(np.concatenate(picked))

@@ -5,7 +5,7 @@ first, on the CPU. Then the images are augmented in chunks: each operator runs o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ RANDAUGMENT: dict[str, Operator] = {
     "Sharpness": operators.adjust_sharpness,
     "Posterize": operators.posterize,
     "Solarize": operators.solarize,
-    "AutoContrast": lambda images, _: operators.autocontrast(images),
-    "Equalize": lambda images, _: operators.equalize(images),
+    "AutoContrast": operators.autocontrast,
+    "Equalize": operators.equalize,
 }
 # Images are grouped by operator. Group 0 is the identity; all geometric operators together are group 1.
 RANDAUGMENT_GROUPS = torch.tensor([0] + [1] * len(GEOMETRIC_OPS) + [2 + k for k in range(len(RANDAUGMENT))])
@@ -69,7 +69,7 @@ class RandomParams:
     cutout: Tensor  # (N,) int32, flat index of the square's centre
 
     def __getitem__(self, rows: Tensor | slice | int) -> "RandomParams":
-        return RandomParams(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return RandomParams(*(values[rows] for values in vars(self).values()))
 
 
 def sample_params(num_images: int, size: int, settings: Augmentation, generator: torch.Generator) -> RandomParams:
@@ -90,9 +90,8 @@ def sample_params(num_images: int, size: int, settings: Augmentation, generator:
     jitter_change = low + uniform(len(JITTER)) * (high - low)
     flip = (uniform() < settings.flip).int()
     randaugment_op = below(len(RANDAUGMENT_OPS), ops)
-    strengths = torch.stack(
-        [operators.op_magnitude(name, settings.randaugment_magnitude, size) for name in RANDAUGMENT_OPS]
-    )
+    magnitude = settings.randaugment_magnitude
+    strengths = torch.stack([operators.op_magnitude(name, magnitude, size) for name in RANDAUGMENT_OPS])
     signed = torch.tensor([name in SIGNED_OPS for name in RANDAUGMENT_OPS])
     chosen = randaugment_op.long()
     sign = torch.where(signed[chosen] & (uniform(ops) < 0.5), -1.0, 1.0)
@@ -125,7 +124,7 @@ class Plan:
         def copied(values: Tensor) -> Tensor:
             return (values.pin_memory() if on_cuda else values).to(device, non_blocking=True)
 
-        params = RandomParams(*(copied(getattr(self.params, field.name)) for field in fields(self.params)))
+        params = RandomParams(*map(copied, vars(self.params).values()))
         index, sort_order, inverse_order = map(copied, (self.index, self.sort_order, self.inverse_order))
         return Plan(index, params, sort_order, inverse_order, self.counts, self.chunk)
 
@@ -150,6 +149,7 @@ class Augmenter:
 
     def __init__(self, size: int, settings: Augmentation, device: torch.device | str = "cpu"):
         self.cutout = settings.cutout
+        self.mean_colour = torch.tensor(operators.MEAN_COLOUR, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
         self.crop_sources = operators.crop_sources(size, settings.crop_padding).to(device)
         if settings.randaugment_ops:
             self.geometric_sources = operators.geometric_sources(size, settings.randaugment_magnitude).to(device)
@@ -181,7 +181,7 @@ class Augmenter:
             others = [(operator, magnitude) for operator in RANDAUGMENT.values()]
             groups = [(None, op), (self.move, 2 * (op - 1) + (magnitude < 0)), *others]
             batch = by_group(batch, step, groups)
-        return operators.cut_out(batch, params.cutout, self.cutout) if self.cutout else batch
+        return operators.cut_out(batch, params.cutout, self.cutout, self.mean_colour) if self.cutout else batch
 
     def move(self, images: Tensor, variants: Tensor) -> Tensor:
         """RandAugment's geometric operators. `variants`, int32 (B,), are rows of `geometric_sources`."""

@@ -1,6 +1,5 @@
 """The logits of trained networks for test images, computed once and then cached next to the checkpoint."""
 
-import functools
 import hashlib
 import json
 import sys
@@ -42,14 +41,16 @@ def member_logits(
     computed again and deleted from the cache. Raises UserError if logits are not finite.
     """
     batch_size = batch_size or eval_batch_size(images, device)
-    # Everything that determines the logits or their time, except for the checkpoint and the view.
+    sources = b"".join(path.read_bytes() for path in sorted(Path(models.__file__).parent.glob("*.py")))
+    # Everything that determines the logits or their time, except for the checkpoint and the view. Changes outside
+    # models/ need a new CACHE_VERSION.
     setting = {
         "version": CACHE_VERSION,
         "images": (tuple(images.shape), hashlib.sha256(images.numpy()).hexdigest()),
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else (device.type, torch.get_num_threads()),
         "precision": precision,
         "batch_size": batch_size,
-        "sources": models_digest(),
+        "sources": hashlib.sha256(sources).hexdigest(),
         "torch": str(torch.__version__),
     }
     members, milliseconds = [], []
@@ -60,7 +61,8 @@ def member_logits(
             cache = path.parent / CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
             view = read_cache(cache) if cached else None
             if view is None:
-                view = compute(path, content, images, device, precision, flipped, batch_size)
+                pixels = images.flip(3) if flipped else images
+                view = compute(path, content, pixels, device, precision=precision, batch_size=batch_size)
                 if cached:
                     write_cache(cache, *view)
                 else:
@@ -72,35 +74,19 @@ def member_logits(
 
 
 def compute(
-    path: Path,
-    content: dict[str, Any],
-    images: Tensor,
-    device: torch.device,
-    precision: str,
-    flipped: bool,
-    batch_size: int,
+    path: Path, content: dict[str, Any], images: Tensor, device: torch.device, *, precision: str, batch_size: int
 ) -> tuple[Tensor, float]:
-    """Logits of one checkpoint for one view, float32 (N, C), and the seconds they took, without the warm-up batch."""
+    """Logits of one checkpoint, float32 (N, C), and the seconds they took, without the warm-up batch."""
     member = build_member(path, content).to(device, memory_format=torch.channels_last)
-    network = (lambda batch: member(batch.flip(3))) if flipped else member
     with explain_out_of_memory(batch_size):
         # On a GPU, the first batch also loads the kernels and allocates the memory.
         warm_up = images[: batch_size if device.type == "cuda" else WARM_UP_IMAGES]
-        predict(network, warm_up, device, precision=precision, batch_size=batch_size)
+        predict(member, warm_up, device, precision=precision, batch_size=batch_size)
         started = time.perf_counter()
-        logits = predict(network, images, device, precision=precision, batch_size=batch_size, label=path.stem)
+        logits = predict(member, images, device, precision=precision, batch_size=batch_size, label=path.stem)
         seconds = time.perf_counter() - started
     check_finite(path, logits)
     return logits, seconds
-
-
-@functools.cache
-def models_digest() -> str:
-    """A hash of models/*.py. Changes elsewhere need a new CACHE_VERSION."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(models.__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def read_cache(path: Path) -> tuple[Tensor, float] | None:

@@ -53,8 +53,6 @@ def read_all(paths: Sequence[str | Path], cascade: float | None = None) -> Conte
 
     Prints a warning on stderr if the training of a member is not finished.
     """
-    if isinstance(paths, str | Path):
-        paths = [paths]
     if not paths:
         raise UserError("an ensemble needs at least one checkpoint; none is given")
     paths = [Path(path) for path in paths]
@@ -69,7 +67,7 @@ def read_all(paths: Sequence[str | Path], cascade: float | None = None) -> Conte
             done = f"{len(content['history'])} of {content['recipe']['epochs']} epochs"
             print(f"warning: {path} is not finished, {done}; it is used anyway", file=sys.stderr)
         contents.append((path, content))
-    check_same(contents, lambda data: {"classes": data["classes"], "image size": data["image_size"]})
+    check_same(contents, lambda data: {"classes": ", ".join(data["classes"]), "image size": data["image_size"]})
     if cascade is None:
         return contents
     check_range("the threshold of the cascade", cascade, 0, 1)
@@ -84,16 +82,9 @@ def check_same(contents: Contents, properties: Callable[[dict[str, Any]], dict[s
     expected = properties(first["data"])
     for path, content in others:
         found = properties(content["data"])
-        if differences := [
-            f"{name}: {as_text(expected[name])} in {first_path}, {as_text(found[name])} in {path}"
-            for name in expected
-            if expected[name] != found[name]
-        ]:
-            raise UserError("these checkpoints do not fit together:\n  " + "\n  ".join(differences))
-
-
-def as_text(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, list) else str(value)
+        if different := [name for name in expected if expected[name] != found[name]]:
+            lines = [f"\n  {name}: {expected[name]} in {first_path}, {found[name]} in {path}" for name in different]
+            raise UserError(f"these checkpoints do not fit together:{''.join(lines)}")
 
 
 def names(paths: Sequence[Path]) -> list[str]:
@@ -104,8 +95,7 @@ def names(paths: Sequence[Path]) -> list[str]:
 
 def count_multiply_adds(path: Path, content: dict[str, Any]) -> int:
     """Multiply-adds of a checkpoint's network for one image."""
-    with checkpoint.explain_unusable(path):
-        return multiply_adds(build_member(path, content).network, content["data"]["image_size"])
+    return multiply_adds(build_member(path, content).network, content["data"]["image_size"])
 
 
 def build(contents: Contents, **averaging: Any) -> Ensemble:
@@ -189,17 +179,15 @@ def paths_of(options: argparse.Namespace) -> list[Path]:
         paths += found
     if paths:
         return paths
-    folder = Path(options.checkpoint_dir)
-    missing = [name for name in SCRIPTS if not (folder / name).exists()]
-    if len(missing) == len(SCRIPTS):
+    defaults = [Path(options.checkpoint_dir, name) for name in SCRIPTS]
+    missing = [path for path in defaults if not path.exists()]
+    if missing == defaults:
+        problem = f"{Path(options.checkpoint_dir).absolute()} has none of {', '.join(SCRIPTS)}"
         trained = " (pretrained/ has trained ones)" if any(Path("pretrained").glob("*.pt")) else ""
-        raise UserError(
-            f"{folder.absolute()} has none of {', '.join(SCRIPTS)}; train one, for instance with python dense.py, or "
-            f"name checkpoints{trained} or another --checkpoint-dir"
-        )
-    for name in missing:
-        print(f"note: {folder / name} is missing; python {SCRIPTS[name]} trains it", file=sys.stderr)
-    return [folder / name for name in SCRIPTS if name not in missing]
+        raise UserError(f"{problem}; train one (python dense.py), or name checkpoints{trained} or a --checkpoint-dir")
+    for path in missing:
+        print(f"note: {path} is missing; python {SCRIPTS[path.name]} trains it", file=sys.stderr)
+    return [path for path in defaults if path not in missing]
 
 
 def check_finite(path: Path, logits: Tensor) -> None:

@@ -154,12 +154,9 @@ def plot_cost(
         axes.set_xlabel(f"milliseconds per image, {device}")
     accuracy_axes.set_ylabel("test accuracy (%)")
     loss_axes.set_ylabel("test loss (nats)")
-    figure.legend(
-        *accuracy_axes.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,  # in two lines: a single line would be cut off
-        title="   ".join(f"{letter} {shorten(name, 24)}" for name, letter in letters.items()) or None,
-    )
+    handles, labels = accuracy_axes.get_legend_handles_labels()
+    key = "   ".join(f"{letter} {shorten(name, 24)}" for name, letter in letters.items())
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=key or None)  # one line would be cut off
     return figure
 
 

@@ -38,33 +38,32 @@ def plot_training(
     the EMA. With validation images, the best epoch is marked, and the legend has its results instead of the last
     epoch's. `reference` is the history of another run, drawn dashed and pale; `reference_name` is its file.
     """
-    if not history:
-        raise ValueError("the history has no epochs")
+    history, reference = _in_percent(history), _in_percent(reference or [])
     figure = Figure(figsize=(12.4, 4.9))
     figure.suptitle(f"{shorten(title, 60)} · {_summary(history)}")
     loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
 
     kept = max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))  # of equal epochs, the first one
-    for axes, quantity, fmt, scale in ((loss_axes, "loss", "{:.3f}", 1), (accuracy_axes, "accuracy", "{:.2f} %", 100)):
+    for axes, quantity, fmt in ((loss_axes, "loss", "{:.3f}"), (accuracy_axes, "accuracy", "{:.2f} %")):
         for split, (name, colour) in SPLITS.items():
             key = f"{split}_{quantity}"
             if key not in history[0]:
                 continue
             tested = f"{name} (EMA)" if averaged and split != "train" else name
-            label = f"{tested} {fmt.format(scale * kept[key])}"
+            label = f"{tested} {fmt.format(kept[key])}"
             if reference and split != "val":
-                label += f" (reference {fmt.format(scale * reference[-1][key])})"
-                _draw_reference(axes, reference, history, key, scale, color=colour)
-            _draw(axes, history, key, scale, color=colour, label=label)
+                label += f" (reference {fmt.format(reference[-1][key])})"
+                _draw_reference(axes, reference, history, key, color=colour)
+            _draw(axes, history, key, color=colour, label=label)
         if kept is not history[-1]:
             axes.axvline(kept["epoch"], color=GREY, linestyle="-.", label=f"epoch {kept['epoch']} is kept")
-    _draw(rate_axes, history, "learning_rate", 1, color=GREY, label="this run")
+    _draw(rate_axes, history, "learning_rate", color=GREY, label="this run")
     if reference:
-        _draw_reference(rate_axes, reference, history, "learning_rate", 1, color=GREY, label="reference")
+        _draw_reference(rate_axes, reference, history, "learning_rate", color=GREY, label="reference")
         figure.supxlabel(_reference_note([reference], [history], [reference_name]), color=GREY)
 
-    _label(loss_axes, accuracy_axes, rate_axes)
-    for axes in (loss_axes, accuracy_axes, *([rate_axes] if reference else [])):
+    _label(figure)
+    for axes in figure.axes if reference else (loss_axes, accuracy_axes):
         # Above the axes, so that it hides no curve.
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), borderaxespad=0.2)
     return figure
@@ -82,31 +81,28 @@ def plot_runs(
 
     `references`, if given, are the histories of other runs, one for each run; `reference_names` are their files.
     """
+    histories, references = ([_in_percent(history) for history in runs] for runs in (histories, references))
     figure = Figure(figsize=(12.4, 4.9 + 0.28 * len(names)))
-    loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
+    axes_of = dict(zip(("test_loss", "test_accuracy", "learning_rate"), figure.subplots(1, 3), strict=True))
     for number, (history, name) in enumerate(zip(histories, names, strict=True)):
         last = history[-1]
-        label = (
-            f"{shorten(name, 40)}: test accuracy {100 * last['test_accuracy']:.2f} %, loss {last['test_loss']:.3f} "
-            f"in the last epoch · {_summary(history)}"
-        )
-        _draw(loss_axes, history, "test_loss", 1, label=label, **line_style(number))
-        _draw(accuracy_axes, history, "test_accuracy", 100, **line_style(number))
-        _draw(rate_axes, history, "learning_rate", 1, **line_style(number))
-    figure.legend(handles=loss_axes.lines, loc="outside upper center")
+        result = f"test accuracy {last['test_accuracy']:.2f} %, loss {last['test_loss']:.3f} in the last epoch"
+        label = f"{shorten(name, 40)}: {result} · {_summary(history)}"
+        for key, axes in axes_of.items():
+            _draw(axes, history, key, label=label, **line_style(number))
+    figure.legend(handles=figure.axes[0].lines, loc="outside upper center")
     for number, (reference, history) in enumerate(zip(references, histories, strict=bool(references))):
-        colour = line_style(number)["color"]
-        _draw_reference(loss_axes, reference, history, "test_loss", 1, color=colour)
-        _draw_reference(accuracy_axes, reference, history, "test_accuracy", 100, color=colour)
-        _draw_reference(rate_axes, reference, history, "learning_rate", 1, color=colour)
+        for key, axes in axes_of.items():
+            _draw_reference(axes, reference, history, key, color=line_style(number)["color"])
     if references:
         figure.supxlabel(_reference_note(references, histories, reference_names), color=GREY)
-    _label(loss_axes, accuracy_axes, rate_axes, quantity="test ")
+    _label(figure, quantity="test ")
     return figure
 
 
-def _label(loss_axes: Axes, accuracy_axes: Axes, rate_axes: Axes, *, quantity: str = "") -> None:
+def _label(figure: Figure, *, quantity: str = "") -> None:
     """Set labels, scales and ticks of the three axes."""
+    loss_axes, accuracy_axes, rate_axes = figure.axes
     losses = loss_axes.dataLim
     is_log = losses.y1 >= 10 * losses.minposy  # below a factor of 10, a linear axis is easier to read
     if is_log:
@@ -116,26 +112,29 @@ def _label(loss_axes: Axes, accuracy_axes: Axes, rate_axes: Axes, *, quantity: s
     accuracy_axes.set_ylabel(f"{quantity}accuracy (%)")
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_ylim(bottom=0)
-    for axes in (loss_axes, accuracy_axes, rate_axes):
+    for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
 
 
-def _draw(axes: Axes, history: list[dict], key: str, scale: float, **line: str | float | None) -> None:
+def _in_percent(history: list[dict]) -> list[dict]:
+    """The same history, with accuracies in percent."""
+    return [row | {key: 100 * row[key] for key in row if key.endswith("accuracy")} for row in history]
+
+
+def _draw(axes: Axes, history: list[dict], key: str, **line: str | float | None) -> None:
     """Draw one line. With 20 epochs or fewer, each epoch has a marker."""
-    epochs, values = [row["epoch"] for row in history], [scale * row[key] for row in history]
+    epochs, values = [row["epoch"] for row in history], [row[key] for row in history]
     axes.plot(epochs, values, **{"marker": "o" if len(history) <= 20 else None, "linewidth": 2, "zorder": 3} | line)
 
 
-def _draw_reference(
-    axes: Axes, reference: list[dict], history: list[dict], key: str, scale: float, **line: str
-) -> None:
+def _draw_reference(axes: Axes, reference: list[dict], history: list[dict], key: str, **line: str) -> None:
     """Draw the reference dashed up to the run's last epoch; if it is longer, its final test result as a dotted line."""
     rows = [row for row in reference if row["epoch"] <= history[-1]["epoch"]]
     pale = line | {"alpha": 0.6, "linewidth": 1.5, "zorder": 2}
-    _draw(axes, rows, key, scale, linestyle="--", **pale)
+    _draw(axes, rows, key, linestyle="--", **pale)
     if len(rows) < len(reference) and key.startswith("test"):
-        axes.axhline(scale * reference[-1][key], linestyle=":", **pale)
+        axes.axhline(reference[-1][key], linestyle=":", **pale)
 
 
 def _reference_note(

@@ -72,7 +72,6 @@ def test_everything_that_determines_the_logits_or_their_time_is_in_the_cache_key
         file.write("\n# edited\n")
     with monkeypatch.context() as patch:
         patch.setattr(models, "__file__", str(tmp_path / "models" / "__init__.py"))
-        patch.setattr(logits_cache, "models_digest", logits_cache.models_digest.__wrapped__)
         with pytest.raises(AssertionError, match="is built"):
             member_logits(contents, images, CPU)
     path = changed(contents[1][0], lambda content: content["model"]["classifier.bias"].add_(1))
