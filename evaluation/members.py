@@ -53,6 +53,8 @@ def read_all(paths: Sequence[str | Path], cascade: float | None = None) -> Conte
 
     Prints a warning on stderr if the training of a member is not finished.
     """
+    if isinstance(paths, str | Path):
+        paths = [paths]
     if not paths:
         raise UserError("an ensemble needs at least one checkpoint; none is given")
     paths = [Path(path) for path in paths]

@@ -149,11 +149,13 @@ def by_network(members: Sequence[dict[str, Any]], networks: Sequence[dict[str, A
     groups: dict[str, list[dict[str, Any]]] = {}
     for member, network in zip(members, networks, strict=True):
         groups.setdefault(json.dumps(network, sort_keys=True), []).append(member)
-    rows = []
-    for network, same in groups.items():
-        if len(same) > 1:
-            rows.append({"network": json.loads(network)["name"], "members": [member["name"] for member in same]})
-            for name in (*PER_IMAGE, "calibration_error"):
-                values = [member[name] for member in same]
-                rows[-1][name] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
-    return rows
+    return [
+        {"network": json.loads(network)["name"], "members": [member["name"] for member in same]}
+        | {name: mean_and_std([member[name] for member in same]) for name in (*PER_IMAGE, "calibration_error")}
+        for network, same in groups.items()
+        if len(same) > 1
+    ]
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values)}
