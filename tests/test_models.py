@@ -161,7 +161,8 @@ def test_depthwise_convolutions_have_the_right_gradients_in_bfloat16(stride):
     torch.testing.assert_close(outputs.double(), expected, rtol=2**-8, atol=1e-3)
     torch.testing.assert_close(images.grad.double(), exact.grad, rtol=2**-8, atol=1e-3)
     assert convolution.weight.grad.dtype == torch.float32
-    torch.testing.assert_close(convolution.weight.grad.double(), weight.grad, rtol=2**-8, atol=1e-3)
+    # CPUs without bfloat16 instructions sum this gradient in bfloat16.
+    assert (convolution.weight.grad.double() - weight.grad).norm() < 2**-7 * weight.grad.norm()
 
 
 def test_grouped_convolutions_computed_as_dense_ones_train_the_same():
