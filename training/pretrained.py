@@ -24,10 +24,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("pretrained"), help="folder (default: pretrained)")
     options = parser.parse_args()
     copies = {options.output / path.name: small_copy(path) for path in options.checkpoints}
+    if existing := [path for path in copies if path.exists()]:
+        raise UserError(f"{existing[0]} already exists; delete it, or give another --output")
     files.check_writable(options.output, "the copies")
     for path, content in copies.items():
-        if path.exists():
-            raise UserError(f"{path} already exists; delete it, or give another --output")
         checkpoint.write(path, content)
         raw = path.read_bytes()
         print(f"{path}: {len(raw) / 1e6:.1f} MB, sha256 {hashlib.sha256(raw).hexdigest()}")
