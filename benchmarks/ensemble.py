@@ -1,9 +1,10 @@
 """Measure everything: the time and the accuracies of the four commands, from scratch.
 
-dense.py, mobilenetv2.py, resnext.py and main_ens.py run one after the other in a new folder, without caches of decoded
+mobilenetv2.py, dense.py, resnext.py and main_ens.py run one after the other in a new folder, without caches of decoded
 images or compiled kernels. Each is timed from the start of its process to its end. CIFAR-10 is downloaded before the
 first command and is not timed. After Ctrl-C, SIGTERM or --time-limit, the same command continues the run, also in a
-copy of --work on another machine. Delete --work to measure again. Windows has no such signals: it does not run there.
+copy of --work on another machine; only the flags of scripts that have not started may change. Delete --work to measure
+again. Windows has no such signals: it does not run there.
 
 --output is a folder. It gets result.json (the numbers), logits.npz (the members' logits for the test images), and the
 histories and plots of the commands. --against runs nothing: it compares two such folders.
@@ -55,6 +56,7 @@ from training.recipe import Recipe, flag_name, parse_flags
 from training.signals import StopSignals
 
 TRAINING = {"dense.py": dense, "mobilenetv2.py": mobilenetv2, "resnext.py": resnext}
+IN_TURN = ("mobilenetv2.py", "dense.py", "resnext.py")  # the cheapest first: a mistake shows early
 TESTING = "main_ens.py"
 OF_ENSEMBLE = ("ensemble.json", "ensemble.png", "cost.png")
 OWN_FLAGS = {"data", "name", "checkpoint_dir", "plot_dir", "resume", "overwrite"}  # set by this benchmark
@@ -81,7 +83,7 @@ def main() -> int:
     files.check_writable(output, "the results")
     commands = {name: [*own, "--data", data, "--resume"] for name, own in flags.items()}
     commands[TESTING] = ["--device", recipes["dense.py"].device]
-    training = [list(TRAINING)] if options.parallel else [[name] for name in TRAINING]
+    training = [list(TRAINING)] if options.parallel else [[name] for name in IN_TURN]
     timer = threading.Timer(options.time_limit, signal.raise_signal, [signal.SIGTERM])
     timer.daemon = True
     with Stop() as stop:
@@ -154,17 +156,18 @@ def open_work(work: Path, setting: dict[str, Any]) -> Progress:
             raise UserError(f"--work {work} is not empty and holds no run of this benchmark; use a new folder")
         return Progress(setting)
     progress = Progress(**json.loads(path.read_bytes()))
-    before, now = fixed(progress.setting), fixed(setting)
+    before, now = (fixed(setting, list(progress.starts)) for setting in (progress.setting, setting))
     if changed := [f"{name}: {before[name]} there, {now[name]} now" for name in now if before[name] != now[name]]:
         raise UserError(f"--work {work} holds a run with another setting; use a new folder:\n  " + "\n  ".join(changed))
-    progress.setting["device"] = setting["device"]
+    progress.setting |= {name: setting[name] for name in ("command", "device", "flags")}
     return progress
 
 
-def fixed(setting: dict[str, Any]) -> dict[str, Any]:
+def fixed(setting: dict[str, Any], started: list[str]) -> dict[str, Any]:
     """What must be the same when a run continues. "-dirty" does not count: the work folder itself may cause it."""
-    commit = (setting["commit"] or "").removesuffix("-dirty")
-    return {name: value for name, value in setting.items() if name not in ("command", "device")} | {"commit": commit}
+    own = {name: value for name, value in setting.items() if name not in ("command", "device")}
+    flags = {name: flags for name, flags in setting["flags"].items() if name in started}
+    return own | {"commit": (setting["commit"] or "").removesuffix("-dirty"), "flags": flags}
 
 
 def link_data(data: str, data_url: str | None, work: Path) -> str:
