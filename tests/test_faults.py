@@ -3,6 +3,7 @@
 FAULTS=N is the number of kills; there are half as many signals (SIGINT and SIGTERM). `make test-faults` has 200 kills.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -31,7 +32,6 @@ FLAGS = [
     "--width", "0.25", "--device", "cpu", "--batch-size", "32", "--compile", "none", "--resume",
 ]  # fmt: skip
 WRITING = ("before", "fsync", "replace", "after")  # moments during a write at which a process can kill itself
-MAX_SECONDS = 1.5  # until a process is killed or stopped: enough for a few epochs
 
 
 def train(folder: str, flags: list[str], log: str, moment: str | None, count: int) -> None:
@@ -78,6 +78,18 @@ def forks():
         yield context
 
 
+@pytest.fixture(scope="module")
+def seconds(forks, tmp_path_factory):
+    """The time until a process is killed or stopped, at most: enough for a few epochs on this machine."""
+    folder = tmp_path_factory.mktemp("timed")
+    for name in ("first", "second"):  # the first process also waits for the imports
+        started = time.monotonic()
+        process = Chain(forks, folder / name, "--epochs", 1000).start_and_save()
+        seconds = time.monotonic() - started
+        process.kill()
+    return 2 * seconds
+
+
 class Chain:
     """A run in its own folder that is started many times."""
 
@@ -93,6 +105,14 @@ class Chain:
         arguments = (str(self.folder), self.flags, str(self.log), moment, count)
         process = self.forks.Process(target=train, args=arguments)
         process.start()
+        return process
+
+    def start_and_save(self):
+        """Start and wait for the first checkpoint."""
+        process = self.start()
+        while not self.path.exists():
+            assert process.is_alive(), self.log.read_text()
+            time.sleep(0.01)
         return process
 
     def check(self):
@@ -141,7 +161,7 @@ def batches(total):
 
 
 @pytest.mark.parametrize(("seed", "count"), batches(FAULTS))
-def test_kills_at_any_moment(forks, tmp_path, seed, count):
+def test_kills_at_any_moment(forks, tmp_path, seconds, seed, count):
     rng, epochs = random.Random(seed), 3 * count
     chain = Chain(forks, tmp_path / "killed", "--seed", seed, "--epochs", epochs)
     killed = 0
@@ -150,7 +170,7 @@ def test_kills_at_any_moment(forks, tmp_path, seed, count):
             process = chain.start(rng.choice(WRITING), rng.randrange(1, 7))
         else:
             process = chain.start()
-            time.sleep(rng.uniform(0, MAX_SECONDS))
+            time.sleep(rng.uniform(0, seconds))
             process.kill()
         process.join(60)
         assert process.exitcode in (-signal.SIGKILL, 0), chain.log.read_text()
@@ -161,14 +181,16 @@ def test_kills_at_any_moment(forks, tmp_path, seed, count):
 
 
 @pytest.mark.parametrize(("seed", "count"), batches(FAULTS // 2))
-def test_signals_at_any_moment(forks, tmp_path, seed, count):
+def test_signals_at_any_moment(forks, tmp_path, seconds, seed, count):
     rng, epochs = random.Random(1000 + seed), 4 * count
     chain = Chain(forks, tmp_path / "stopped", "--seed", seed, "--epochs", epochs, "--val-size", 40)
-    saved = 0
-    for number in rng.choices([signal.SIGINT, signal.SIGTERM], k=count):
+    sent = saved = 0
+    while (sent < count or saved == 0) and chain.done < epochs:
+        number, sent = rng.choice([signal.SIGINT, signal.SIGTERM]), sent + 1
         process = chain.start()
-        time.sleep(rng.uniform(0.3, MAX_SECONDS))
-        os.kill(process.pid, number)
+        time.sleep(rng.uniform(0.2 * seconds, seconds))
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.kill(process.pid, number)
         process.join(60)
         said = chain.check()
         # Before the script has started, the signal ends Python.
@@ -185,9 +207,7 @@ def test_signals_at_any_moment(forks, tmp_path, seed, count):
 
 def test_a_second_signal_exits_at_once_and_damages_no_file(forks, tmp_path):
     chain = Chain(forks, tmp_path / "twice", "--epochs", 1000)
-    process = chain.start()
-    while not chain.path.exists() and process.is_alive():
-        time.sleep(0.05)
+    process = chain.start_and_save()
     for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):  # so that both arrive at once
         os.kill(process.pid, number)
     process.join(20)
