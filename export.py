@@ -94,7 +94,7 @@ def main() -> int:
 
 def parse_flags() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="the file to write")
+    parser.add_argument("--output", type=Path, help="the file to write (required)")
     parser.add_argument("--format", choices=FORMATS, help="(default: the extension of --output)")
     members.add_flags(parser, device=False)
     tested = parser.add_mutually_exclusive_group()
@@ -102,6 +102,8 @@ def parse_flags() -> argparse.Namespace:
     tested.add_argument("--random", action="store_true", help="compare on random images instead")
     parser.add_argument("--images", type=int, default=256, help="number of images to compare on (default: 256)")
     options = parser.parse_args()
+    if not options.output:  # argparse's "required" would hide an unknown flag
+        parser.error("--output is missing; give the file to write, such as ensemble.onnx")
     extensions = tuple(f".{name}" for name in FORMATS)
     options.format = options.format or options.output.suffix.lower().removeprefix(".")
     if options.format not in FORMATS:

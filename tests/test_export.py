@@ -137,6 +137,8 @@ def test_packages_that_are_too_old_are_an_error(paths, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--random"], "--output is missing"),
+        (["--outptu", "a.pt2"], "there is no flag --outptu; did you mean --output?"),
         (["--output", "a.bin"], "--output a.bin: unknown extension; expected one of .onnx, .pt2"),
         (["--output", "a.pt2", "--images", "0"], "--images is 0"),
         (["--output", "a.pt2", "--data", "nowhere"], "nowhere"),
