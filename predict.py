@@ -90,7 +90,7 @@ def main() -> int:
         print(unusual_note(unusual, ensemble.image_size), file=sys.stderr)
     print(f"{pluralize(len(paths) - skipped, 'image')}, {skipped:,} skipped", file=sys.stderr)
     if options.cascade:
-        print(f"seen by {', '.join(f'{name} {number:,}' for name, number in seen.items())}", file=sys.stderr)
+        print(f"images seen by {', '.join(f'{name} {number:,}' for name, number in seen.items())}", file=sys.stderr)
     return 1 if skipped else 0
 
 
@@ -111,7 +111,7 @@ def parse_flags() -> argparse.Namespace:
     options = parser.parse_intermixed_args()
     members.check_range("--batch-size", options.batch_size, 1)
     members.check_range("--top", options.top, 1)
-    # Sort the arguments: images may follow --checkpoints, and checkpoints may be among the images.
+    # Separate the arguments: images may follow --checkpoints, and checkpoints may be among the images.
     given = [*options.images, *map(str, options.checkpoints)]
     options.images = [path for path in given if not is_checkpoint(Path(path))]
     options.checkpoints = [Path(path) for path in given if is_checkpoint(Path(path))]

@@ -88,14 +88,14 @@ class TrainLoader:
         self.labels = torch.from_numpy(split.labels).to(device)
         self.device = self.images.device
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
-        self.size, self.crop_and_flip_from = self.images.shape[-1], crop_and_flip_from
+        self.image_size, self.crop_and_flip_from = self.images.shape[-1], crop_and_flip_from
         self.augmenters = {
-            settings: transforms.Augmenter(self.size, settings, device)
+            settings: transforms.Augmenter(self.image_size, settings, device)
             for settings in (augmentation, augmentation.crop_and_flip())
         }
         self.num_images = min(len(self.images), len(self) * batch_size)  # in an epoch
         self.local_batch_size = len(range(batch_size)[distributed.local_slice(batch_size)])
-        chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.size**2
+        chunk_size = chunk_size or CHUNK_PIXELS[self.device.type] // self.image_size**2
         self.chunk_size = max(1, chunk_size // self.local_batch_size) * self.local_batch_size
         on_cuda = self.device.type == "cuda"
         self.thread = ThreadPoolExecutor(1, "plan") if on_cuda else None
@@ -128,7 +128,7 @@ class TrainLoader:
     def plan(self, epoch: int, start: int = 0) -> transforms.Plan:
         generator = epoch_generator(self.seed, epoch)
         settings = self.settings(epoch)
-        params = transforms.sample_params(len(self.images), self.size, settings, generator)
+        params = transforms.sample_params(len(self.images), self.image_size, settings, generator)
         order = torch.randperm(len(self.images), generator=generator)[start * self.batch_size : self.num_images]
         order = torch.cat([batch[distributed.local_slice(len(batch))] for batch in order.split(self.batch_size)])
         return transforms.make_plan(order, params, self.chunk_size)

@@ -4,7 +4,7 @@ mobilenetv2.py, dense.py, resnext.py and main_ens.py run one after the other in 
 images or compiled kernels. Each is timed from the start of its process to its end. CIFAR-10 is downloaded before the
 first command and is not timed. After Ctrl-C, SIGTERM or --time-limit, the same command continues the run, also in a
 copy of --work on another machine; only the flags of scripts that have not started may change. Delete --work to measure
-again. Windows has no such signals: it does not run there.
+again. Windows has no such signals: this script does not run there.
 
 --output is a folder. It gets result.json (the numbers), logits.npz (the members' logits for the test images), and the
 histories and plots of the commands. --against runs nothing: it compares two such folders.
@@ -256,7 +256,7 @@ def write_output(
         | {"images_per_second": statistics.median(epoch["images_per_second"] for epoch in history)}
         for row, script, history, (_, content) in zip(tested["members"], recipes, histories, members, strict=True)
     ]
-    trained = sum(len(data.train) / epoch["images_per_second"] for history in histories for epoch in history)
+    training_seconds = sum(len(data.train) / epoch["images_per_second"] for history in histories for epoch in history)
     result = progress.setting | {
         "device": " and ".join(dict.fromkeys(device for used in progress.devices.values() for device in used)),
         "members": rows,
@@ -267,7 +267,7 @@ def write_output(
         "total_seconds": sum(progress.seconds.values()),
         "cpu_seconds": progress.cpu_seconds,
         # The fraction of the training scripts' time in which they start, load, test, save and plot.
-        "not_training": 1 - trained / sum(row["seconds"] for row in rows),
+        "not_training": 1 - training_seconds / sum(row["seconds"] for row in rows),
     }
     if result["parallel"]:
         result["training_together_seconds"] = progress.elapsed - progress.seconds[TESTING]

@@ -61,7 +61,7 @@ def above_zero(text: str) -> float:
 
 FLAGS: dict[str, dict[str, Any]] = {
     "data": {"help": "cifar10, digits, or a folder of images (default: %(default)s)"},
-    "images": {"type": positive, "help": "train on at most this many images"},
+    "images": {"type": positive, "help": "use at most this many training images"},
     "image_size": {"type": positive, "help": "side of the images (default: %(default)s)"},
     "networks": {"nargs": "+", "choices": list(NETWORKS), "help": "(default: all)"},
     "batch_size": {"type": positive, "help": "images per step (default: %(default)s)"},

@@ -32,7 +32,7 @@ def set_up_device(name: str, *, deterministic: bool = False) -> torch.device:
         raise UserError(f"--device {name}: PyTorch {torch.__version__} finds no such device, only {', '.join(found)}")
     if name == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for operators in float32
-        # cuDNN searches for the fastest algorithm, which can differ between runs. Batch sizes do not vary: it pays off.
+        # cuDNN searches for the fastest algorithm, which can differ between runs. Batch sizes hardly vary: it pays off.
         torch.backends.cudnn.benchmark = not deterministic
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts

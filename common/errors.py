@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """An error of the user or the environment: bad flag, bad file, no network, full disk.
+    """An error of the user or the environment: bad flag, bad file, no internet connection, full disk.
 
     The message names the file or flag, what was found, what was expected, and what to do. `silent`: it is not printed,
     because another process prints it.

@@ -37,14 +37,14 @@ READ_TIMEOUT = 15  # seconds without data, after which the next host is tried
 
 
 def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bool = True) -> Path:
-    """Return the official folder in `data_dir`. If missing, it is unpacked from the archive, downloaded if necessary.
+    """Return the official folder in `data_dir`. If it is missing, unpack the archive, and download that if necessary.
 
     A host that fails, does not answer or sends a wrong file is skipped with a line on stderr. Raises UserError if all
     hosts fail, if a file cannot be written, and if an existing archive has a wrong md5.
     """
     from torchvision.datasets.utils import check_md5, extract_archive
 
-    kind = class_of(name)
+    kind = torchvision_class(name)
     folder, archive = data_dir / kind.base_folder, data_dir / kind.filename
     if folder.is_dir():
         return folder
@@ -66,7 +66,7 @@ def find(name: str, data_dir: Path, data_url: str | None = None, *, download: bo
     return folder
 
 
-def class_of(name: str) -> Any:
+def torchvision_class(name: str) -> Any:
     import torchvision  # not at the top: it takes a second
 
     return getattr(torchvision.datasets, name.upper())
@@ -76,7 +76,7 @@ def download_archive(name: str, archive: Path, data_url: str | None) -> None:
     """Download the archive from the first host that works. Raises UserError, with a curl command, if none does."""
     from torchvision.datasets.utils import download_url
 
-    kind, hosts = class_of(name), HOSTS[name]
+    kind, hosts = torchvision_class(name), HOSTS[name]
     partial = archive.with_name(f".{archive.name}.part")
     default_timeout, causes = socket.getdefaulttimeout(), []
     for url in (data_url, *hosts) if data_url else hosts:
@@ -100,13 +100,13 @@ def download_archive(name: str, archive: Path, data_url: str | None) -> None:
 def read_folder(folder: Path, image_size: int, name: str = "cifar10") -> tuple[tuple[str, ...], Split, Split]:
     """Class names, train and test images of an official folder. Raises UserError for a missing or unofficial file."""
 
-    class Official(class_of(name)):
+    class Official(torchvision_class(name)):
         base_folder = folder.name
 
     try:
         train, test = (Official(folder.absolute().parent, train=is_train) for is_train in (True, False))
     except (RuntimeError, OSError) as error:
         problem = f"a file is missing or not the official one ({first_line(error)})"
-        raise UserError(f"{folder}: {problem}; delete the folder to download it again") from None
+        raise UserError(f"{folder}: {problem}; delete the folder, then --data {name} downloads it again") from None
     splits = (Split(resize_all(part.data, image_size), np.array(part.targets, np.int64)) for part in (train, test))
     return tuple(train.classes), *splits

@@ -107,11 +107,12 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     chroma = value - minimum.float().mul_(1 / 255)
     # The clamps avoid 0 / 0 for grey pixels, whose hue and saturation are zero.
     saturation = chroma / value.clamp(min=1 / 255)
-    far = (value.unsqueeze(1) - scaled).div_(chroma.clamp_(min=1e-3).unsqueeze(1))
-    far_red, far_green, far_blue = far.unbind(1)
-    hue = (far_blue - far_green).mul_(is_red & 1)
-    hue += (far_red + 2).sub_(far_blue).mul_(is_green & 1)
-    hue += (far_green + 4).sub_(far_red).mul_(is_blue & 1)
+    # How far each channel is below the maximum, as a fraction of the chroma.
+    below = (value.unsqueeze(1) - scaled).div_(chroma.clamp_(min=1e-3).unsqueeze(1))
+    below_red, below_green, below_blue = below.unbind(1)
+    hue = (below_blue - below_green).mul_(is_red & 1)
+    hue += (below_red + 2).sub_(below_blue).mul_(is_green & 1)
+    hue += (below_green + 4).sub_(below_red).mul_(is_blue & 1)
     hue = hue.mul_(1 / 6).add_(1).frac_().add_(shift.float().view(-1, 1, 1))
     hue = hue.sub_(hue.floor()).mul_(6)
 
@@ -121,6 +122,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     part = saturation * hue.sub_(sixth)
     falling = (1 - part).mul_(value).clamp_(0, 1)
     rising = part.add_(1 - saturation).mul_(value).clamp_(0, 1)
+    # torchvision's conversion of floats to uint8.
     falling, rising = (_truncate(values.mul_(255 + 1 - 1e-3)) for values in (falling, rising))
     sixth = _truncate(sixth)
     is_sixth = [_bits_where_equal(sixth, number) for number in range(6)]

@@ -39,7 +39,7 @@ NUM_GROUPS = 2 + len(RANDAUGMENT)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Strengths of the augmentations. The fields have the same names in the recipe."""
+    """Strengths of the augmentations, by default the baseline's. The fields have the same names in the recipe."""
 
     crop_padding: int = 4
     brightness: float = 0.2
@@ -109,7 +109,7 @@ class Plan:
 
     index: Tensor  # (N,) int32, the shuffled images
     params: RandomParams  # in the same order
-    sort_order: Tensor  # (N, 4 + K) int32, for each step: argsort by operator within the chunk
+    sort_order: Tensor  # (N, 4 + K) int32, for each jitter and RandAugment step: argsort by operator within the chunk
     inverse_order: Tensor  # (N, 4 + K) int32, the inverse permutation
     counts: list[list[list[int]]]  # [chunk][step][group]: number of images
     chunk: int  # images per chunk
@@ -165,6 +165,7 @@ class Augmenter:
         def by_group(batch: Tensor, step: int, groups: list[tuple[Operator | None, Tensor]]) -> Tensor:
             """Run the operator of each group on the images of that group, each with its own value."""
             results = []
+            # Jitter has only the first four groups; no image is in the others.
             for rows, (operator, values) in zip(sort_order[step].split(counts[step]), groups, strict=False):
                 group = batch.index_select(0, rows)
                 results.append(operator(group, values.index_select(0, rows)) if operator and len(rows) else group)

@@ -1,4 +1,4 @@
-"""Accuracy against cost: of every subset of an ensemble, and of a cascade of its members, the cheapest first.
+"""Accuracy against cost: of subsets of an ensemble, and of a cascade, which runs the cheapest member first.
 
 Costs are per image: milliseconds, measured while the logits were computed, and multiply-adds, which are counted.
 """
@@ -18,7 +18,7 @@ DEFAULT_THRESHOLD = 0.9
 TOLERANCE = 0.001  # accuracy that a threshold chosen on validation images may lose
 MAX_MEMBERS_FOR_ALL_SUBSETS = 6  # with more members, only the smallest and the largest subsets
 
-Cost = dict[str, Any]  # of a member: name, milliseconds, multiply_adds
+Cost = dict[str, Any]  # of a member: name, checkpoint, milliseconds, multiply_adds
 
 
 def member_costs(contents: members.Contents, milliseconds: Sequence[float], views: int) -> list[Cost]:

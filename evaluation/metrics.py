@@ -84,13 +84,13 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
     All K columns use the same rows, so the difference of two columns is a paired comparison.
     """
     rng = np.random.default_rng(0)
-    images = len(values)
+    num_images = len(values)
     means = np.empty((RESAMPLES, values.shape[1]))
-    for start in range(0, RESAMPLES, at_once := max(1, RESAMPLED_AT_ONCE // images)):
-        drawn = rng.integers(0, images, (min(at_once, RESAMPLES - start), images))
+    for start in range(0, RESAMPLES, at_once := max(1, RESAMPLED_AT_ONCE // num_images)):
+        drawn = rng.integers(0, num_images, (min(at_once, RESAMPLES - start), num_images))
         # Counting how often each row was drawn needs only a matrix product, instead of gathering all drawn rows.
-        counts = np.stack([np.bincount(rows, minlength=images) for rows in drawn]).astype(np.float64)
-        means[start : start + len(drawn)] = counts @ values / images
+        counts = np.stack([np.bincount(rows, minlength=num_images) for rows in drawn]).astype(np.float64)
+        means[start : start + len(drawn)] = counts @ values / num_images
     return means
 
 

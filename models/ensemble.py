@@ -66,8 +66,8 @@ class Ensemble(nn.Module):
     """Images, uint8 (B, 3, S, S), to probabilities, float32 (B, classes).
 
     `classes` are the class names, `image_size` is S. `cascade` is a threshold as in `cascade_probs`: a member only runs
-    on images for which the average of the previous members stays below it. Raises ValueError for images of another
-    dtype or shape, and for a cascade with a temperature or another average than softmax.
+    on images for which the top probability of the previous members' average is below it. Raises ValueError for images
+    of another dtype or shape, and for a cascade with a temperature or another average than softmax.
     """
 
     def __init__(

@@ -43,14 +43,14 @@ def plot_training(
     figure.suptitle(f"{shorten(title, 60)} · {_summary(history)}")
     loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3)
 
-    kept = max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))  # of equal epochs, the first one
+    kept = max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))  # of equally accurate epochs, the first
     for axes, quantity, fmt in ((loss_axes, "loss", "{:.3f}"), (accuracy_axes, "accuracy", "{:.2f} %")):
         for split, (name, colour) in SPLITS.items():
             key = f"{split}_{quantity}"
             if key not in history[0]:
                 continue
-            tested = f"{name} (EMA)" if averaged and split != "train" else name
-            label = f"{tested} {fmt.format(kept[key])}"
+            shown = f"{name} (EMA)" if averaged and split != "train" else name
+            label = f"{shown} {fmt.format(kept[key])}"
             if reference and split != "val":
                 label += f" (reference {fmt.format(reference[-1][key])})"
                 _draw_reference(axes, reference, history, key, color=colour)
@@ -96,11 +96,11 @@ def plot_runs(
             _draw_reference(axes, reference, history, key, color=line_style(number)["color"])
     if references:
         figure.supxlabel(_reference_note(references, histories, reference_names), color=GREY)
-    _label(figure, quantity="test ")
+    _label(figure, prefix="test ")
     return figure
 
 
-def _label(figure: Figure, *, quantity: str = "") -> None:
+def _label(figure: Figure, *, prefix: str = "") -> None:
     """Set labels, scales and ticks of the three axes."""
     loss_axes, accuracy_axes, rate_axes = figure.axes
     losses = loss_axes.dataLim
@@ -108,8 +108,8 @@ def _label(figure: Figure, *, quantity: str = "") -> None:
     if is_log:
         loss_axes.set_yscale("log")
         label_log_axis(loss_axes.yaxis)
-    loss_axes.set_ylabel(f"{quantity}loss (nats{', log scale' if is_log else ''})")
-    accuracy_axes.set_ylabel(f"{quantity}accuracy (%)")
+    loss_axes.set_ylabel(f"{prefix}loss (nats{', log scale' if is_log else ''})")
+    accuracy_axes.set_ylabel(f"{prefix}accuracy (%)")
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_ylim(bottom=0)
     for axes in figure.axes:
@@ -141,8 +141,8 @@ def _reference_note(
     references: Sequence[list[dict]], histories: Sequence[list[dict]], names: Sequence[str | Path]
 ) -> str:
     """The meaning of dashed and dotted lines. Two folders and the file name identify a reference."""
-    files = [Path(*Path(name).parts[-3:]).as_posix() for name in names]
-    named = [f"{shorten(file, 60)} · {_summary(rows)}" for file, rows in zip(files, references, strict=True)]
+    paths = [Path(*Path(name).parts[-3:]).as_posix() for name in names]
+    named = [f"{shorten(path, 60)} · {_summary(rows)}" for path, rows in zip(paths, references, strict=True)]
     is_longer = any(len(rows) > len(history) for rows, history in zip(references, histories, strict=True))
     note = f"dashed: reference {', '.join(named)}" + is_longer * "; dotted: test result after its last epoch"
     return textwrap.fill(note, 130)

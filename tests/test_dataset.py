@@ -142,7 +142,7 @@ def test_only_official_files_are_unpickled(load, tmp_path, files):
 def test_cifar100_is_another_archive_and_class(load, tmp_path):
     refused(lambda: load("CIFAR100", download=False), "cifar-100-python.tar.gz", "there is no such file")
     assert not (tmp_path / "data").exists()
-    assert cifar10.class_of("cifar100") is torchvision.datasets.CIFAR100
+    assert cifar10.torchvision_class("cifar100") is torchvision.datasets.CIFAR100
 
 
 # Failures of a host, and a part of each error message.
@@ -208,7 +208,7 @@ def test_a_failing_host_is_skipped_and_reported(load, host, tmp_path, files, cap
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
     assert line.split("\r")[-1].startswith(f"skipped {urls[0]}: ")
     assert BAD_HOSTS[page] in line
-    assert names_in(tmp_path / "data") == [FOLDER, cifar10.class_of("cifar10").filename]
+    assert names_in(tmp_path / "data") == [FOLDER, cifar10.torchvision_class("cifar10").filename]
     assert names_in(tmp_path / "data" / FOLDER) == sorted(files)
 
 

@@ -133,6 +133,14 @@ def test_conflicting_values_and_invalid_names_are_refused(arguments, words):
     assert words in str(refusal.value)
 
 
+@pytest.mark.parametrize("flag", ["--recipe", "--epochs"])
+def test_a_flag_without_its_value_is_a_one_line_error(capsys, flag):
+    with pytest.raises(SystemExit) as end:
+        parse(flag)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: argument {flag}: expected one argument (--help lists all flags)\n"
+
+
 def test_a_constant_learning_rate_is_allowed():
     assert parse("--base-lr", "0.0001", "--base-min-lr", "0.0001").base_min_lr == 0.0001
 

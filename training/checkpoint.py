@@ -55,7 +55,7 @@ def write(path: str | Path, content: dict[str, Any]) -> None:
 def read(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU: only tensors and plain values. No code in the file is executed.
 
-    Returns the dict of `make_content` (with at least the `REQUIRED_KEYS`), and the SHA-256 of the file as "digest".
+    Returns the dict of `make_content` (with at least the `REQUIRED_KEYS`), and the stored SHA-256 as "digest".
 
     Raises UserError for a file that is missing, unreadable, truncated, damaged, no checkpoint, or of a later version.
     """
@@ -93,7 +93,7 @@ def explain_unusable(path: str | Path) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
-        if isinstance(error, LookupError):
+        if isinstance(error, KeyError):
             reason += " is missing"
         raise UserError(f"{path}: not usable ({reason}); {ADVICE}") from None
 
@@ -200,7 +200,9 @@ def read_previous_run(recipe: Recipe) -> dict[str, Any] | None:
         return None
     content = read(path)
     if (found := content["version"]) < VERSION:
-        raise UserError(f"{path} is from an earlier version (format {found}, here {VERSION}); train again with --name")
+        raise UserError(
+            f"{path} is from an earlier version (format {found}, here {VERSION}); train again with another --name"
+        )
     if content["network"]["name"] != recipe.network:
         raise UserError(f"{path} holds a {content['network']['name']}, not a {recipe.network}; use another --name")
     if content["training"] is None:
@@ -224,7 +226,9 @@ def check_files(recipe: Recipe, previous: dict[str, Any] | None) -> None:
         return
     path = recipe.checkpoint_path
     if path.exists() and not (previous or recipe.overwrite):
-        raise UserError(f"{path} already exists; --resume continues from it, --overwrite replaces it, --name keeps it")
+        raise UserError(
+            f"{path} already exists; --resume continues from it, --overwrite replaces it, another --name keeps it"
+        )
     files.check_writable(recipe.checkpoint_dir, "the checkpoint")
     files.check_writable(recipe.plot_dir, "the plots")
 

@@ -266,8 +266,8 @@ def fit(
 
 
 def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu") -> TrainLoader:
-    first_mild_epoch = math.ceil(recipe.augment_until * recipe.epochs)  # with crop and flip only
-    settings = {"seed": recipe.seed, "device": device, "crop_and_flip_from": first_mild_epoch}
+    crop_and_flip_from = math.ceil(recipe.augment_until * recipe.epochs)
+    settings = {"seed": recipe.seed, "device": device, "crop_and_flip_from": crop_and_flip_from}
     return TrainLoader(train, recipe.batch_size, recipe.augmentation(), **settings)
 
 

@@ -130,7 +130,7 @@ class EpochReport:
 
 
 class RemainingTime:
-    """Estimates how long a run still takes, from the steps that this process has trained."""
+    """Estimates how long a run still takes, from the steps of this process. Prints it once, after 60 s."""
 
     def __init__(self, steps_done: int, total_steps: int):
         self.first, self.total, self.started = steps_done, total_steps, time.monotonic()

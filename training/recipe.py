@@ -109,7 +109,7 @@ class Recipe:
     train_size: int | None = data_flag("number of training images, balanced over the classes", None, at_least=1)
     test_size: int | None = data_flag("number of test images, balanced over the classes", None, at_least=1)
     val_size: int = data_flag("number of training images held out to choose the best epoch", 0, at_least=0)
-    test_split: float = data_flag("fraction of each class to test on, if no test set", 0.2, above=0, at_most=0.9)
+    test_split: float = data_flag("fraction of each class to test on if no test set exists", 0.2, above=0, at_most=0.9)
     split_seed: int = data_flag("seed of the random subsets and splits above", 0, at_least=0, at_most=MAX_SEED)
 
     name: str = files_flag("file name of the checkpoint, the plot and the CSV, without extension")
@@ -194,7 +194,7 @@ class Recipe:
         ]
 
     def resumed(self, previous: dict[str, Any] | None) -> Self:
-        """This recipe, but with the checkpoint's values where no flag was given."""
+        """This recipe, but with the checkpoint's epochs, data and `fixed` values where no flag was given."""
         stored = previous["recipe"] if previous else {}
         kept = [item.name for item in flags(self) if item.metadata["fixed"] or item.name in ("epochs", "data")]
         return replace(self, **{name: stored[name] for name in kept if name in stored and not self.is_given(name)})
@@ -234,7 +234,8 @@ def parse_flags(recipe: RecipeT, description: str, argv: Sequence[str] | None = 
     UserError for a value out of range.
     """
     parser, recipe_parser = Parser(description), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    recipe_parser.add_argument("--recipe")  # parsed first: it decides the defaults of the other flags
+    # --recipe is parsed first, because it decides the defaults of the other flags. `parser` reports a missing value.
+    recipe_parser.add_argument("--recipe", nargs="?")
     if recipe_parser.parse_known_args(argv)[0].recipe == "baseline":
         recipe = replace(recipe, recipe="baseline", **BASELINE)
     types_of = typing.get_type_hints(type(recipe))
