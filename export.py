@@ -1,7 +1,7 @@
 """Export the ensemble, or a single network, as one file that is used without this project.
 
 Input: RGB images, uint8 (batch, 3, S, S), any batch size. Output: probabilities, float32 (batch, classes). Weights and
-normalisation are included. Images of other sizes must be resized first, as predict.py does it: Pillow's exif_transpose,
+normalization are included. Images of other sizes must be resized first, as predict.py does it: Pillow's exif_transpose,
 then ImageOps.fit to S×S, bilinear. The metadata are strings, with the same keys in both formats: classes and members
 (JSON lists), image_size (S), input (a short form of this paragraph), average, temperature, format, version.
 

@@ -1,7 +1,7 @@
-"""What the scripts share: the loader of augmented batches, normalisation, prediction, and the cosine schedule.
+"""What the scripts share: the loader of augmented batches, normalization, prediction, and the cosine schedule.
 
 The path of a batch: `dataset.load` returns uint8 arrays. `TrainLoader` keeps them on the device as one tensor, augments
-a chunk of them at a time (dataset/transforms.py), splits the chunk into batches and normalises each batch.
+a chunk of them at a time (dataset/transforms.py), splits the chunk into batches and normalizes each batch.
 """
 
 import copy
@@ -63,7 +63,7 @@ def steps_per_epoch(num_images: int, batch_size: int, device: torch.device) -> i
 
 
 class TrainLoader:
-    """Shuffled, augmented and normalised batches of a split, made on the device.
+    """Shuffled, augmented and normalized batches of a split, made on the device.
 
     The order of the images and their random augmentation depend only on (seed, epoch), not on the batch or chunk size.
     The last batch may be smaller (see `steps_per_epoch`). With several processes, each gets its part of every batch.

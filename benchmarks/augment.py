@@ -3,7 +3,7 @@
 ours         utils.TrainLoader: all images of a chunk at once, on the device, in this process
 torchvision  the usual code: transforms on one PIL image at a time, in a DataLoader with two worker processes
 
-Both apply RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and normalisation with the strengths of --recipe
+Both apply RandomCrop, ColorJitter, RandomHorizontalFlip, RandAugment and normalization with the strengths of --recipe
 baseline, and return float32 batches of 64. They take turns, round by round; the first round is a warm-up and does not
 count, nor does the start of the DataLoader's workers in it. A round of ours is a whole epoch, with the sampling of its
 random parameters.

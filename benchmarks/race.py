@@ -119,10 +119,10 @@ def draw(curves: dict[str, list[Point]], device: str) -> Figure:
     figure = Figure(figsize=(9, 4.5))
     axes = figure.subplots()
     labels = {"ours": "mobilenetv2.py", "baseline": "plain loop, the baseline's recipe of 200 epochs"}
-    for (name, points), colour in zip(curves.items(), (VERMILLION, BLUE), strict=True):
+    for (name, points), color in zip(curves.items(), (VERMILLION, BLUE), strict=True):
         minutes = [point["seconds"] / 60 for point in points]
         percent = [100 * point["test_accuracy"] for point in points]
-        axes.plot(minutes, percent, "o-", color=colour, label=f"{labels[name]}: {percent[-1]:.2f} %")
+        axes.plot(minutes, percent, "o-", color=color, label=f"{labels[name]}: {percent[-1]:.2f} %")
     axes.set_xlabel(f"minutes on {device}")
     axes.set_ylabel("test accuracy (%)")
     axes.set_xlim(left=0)

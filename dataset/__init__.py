@@ -40,7 +40,7 @@ def load(
       - "digits": scikit-learn's 8×8 digits, which need no download
       - the path of a folder: CIFAR-10's official files, or image files in class folders (see image_folder.py)
 
-    All images become `image_size` × `image_size`: the largest centred square, resized. If a source has no test images
+    All images become `image_size` × `image_size`: the largest centered square, resized. If a source has no test images
     (digits, class folders without a test folder), the fraction `test_split` of each class becomes the test set. Then
     `val_size` training images are held out, and `train_size` and `test_size` select subsets of the remaining training
     images and of the test images, balanced over the classes. Every choice is random, seeded with `split_seed`.

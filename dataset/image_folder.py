@@ -179,7 +179,7 @@ def decode_or_raise(folder: Path, paths: Sequence[Path], image_size: int) -> np.
 
 
 def resize_all(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 grey (N, H, W) or RGB (N, H, W, 3) to uint8 (N, 3, S, S). Raises UserError if they do not fit in memory."""
+    """uint8 gray (N, H, W) or RGB (N, H, W, 3) to uint8 (N, 3, S, S). Raises UserError if they do not fit in memory."""
     if pixels.shape[1:] == (image_size, image_size, 3):
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
     images = empty_images(len(pixels), image_size)
@@ -235,7 +235,7 @@ def decode(path: str | Path, image_size: int) -> Decoded | UserError:
 
 
 def to_array(image: Image.Image, image_size: int) -> np.ndarray:
-    """Convert to RGB, uint8 (3, S, S): the largest centred square of the image, resized if it has another size."""
+    """Convert to RGB, uint8 (3, S, S): the largest centered square of the image, resized if it has another size."""
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     if image.mode == "P":  # converting straight to RGB warns about transparent palettes

@@ -23,8 +23,8 @@ RANDAUGMENT_OPS = (
 GEOMETRIC_OPS = RANDAUGMENT_OPS[1:6]
 SIGNED_OPS = RANDAUGMENT_OPS[1:10]
 MAGNITUDE_BINS = 31
-# Mean colour of CIFAR-10's training images, 0 to 255; almost zero after normalisation.
-MEAN_COLOUR = (125, 123, 114)
+# Mean color of CIFAR-10's training images, 0 to 255; almost zero after normalization.
+MEAN_COLOR = (125, 123, 114)
 
 
 def _torchvision() -> ModuleType:
@@ -33,8 +33,8 @@ def _torchvision() -> ModuleType:
     return functional
 
 
-# On the CPU, PyTorch vectorises minimum, maximum and bitwise operations on uint8. Its `where`, comparisons and
-# `masked_fill` are not vectorised and about 50 times slower. So values are selected with bit masks.
+# On the CPU, PyTorch vectorizes minimum, maximum and bitwise operations on uint8. Its `where`, comparisons and
+# `masked_fill` are not vectorized and about 50 times slower. So values are selected with bit masks.
 
 
 def _column(values: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def choose(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return (yes & mask).bitwise_or_(no & ~mask)
 
 
-def _grey(images: Tensor) -> Tensor:
+def _gray(images: Tensor) -> Tensor:
     """Luma of each pixel, float32 (B, 1, H, W), rounded down to integers."""
     red, green, blue = images.unbind(1)
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_().unsqueeze(1)
@@ -74,20 +74,20 @@ def adjust_brightness(images: Tensor, change: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, change: Tensor) -> Tensor:
-    """Move pixels away from (change > 0) or towards the mean grey of their image."""
-    return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), change)
+    """Move pixels away from (change > 0) or towards the mean gray of their image."""
+    return _blend(images, _gray(images).mean((1, 2, 3), keepdim=True), change)
 
 
 def adjust_saturation(images: Tensor, change: Tensor) -> Tensor:
-    """Move pixels away from (change > 0) or towards their own grey value."""
-    return _blend(images, _grey(images), change)
+    """Move pixels away from (change > 0) or towards their own gray value."""
+    return _blend(images, _gray(images), change)
 
 
 def adjust_sharpness(images: Tensor, change: Tensor) -> Tensor:
     """Move pixels away from (change > 0) or towards a 3×3 smoothing of the image; its border is unchanged."""
     pixels = images.float()
     inner = pixels[..., 1:-1, 1:-1]
-    # The sum over the 3×3 window plus four times the centre is an integer, so only the division by 13 rounds.
+    # The sum over the 3×3 window plus four times the center is an integer, so only the division by 13 rounds.
     rows = pixels[..., :-2, :] + pixels[..., 1:-1, :] + pixels[..., 2:, :]
     total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(inner, alpha=4)
     smooth = total.mul_(1 / 13).round_()
@@ -105,7 +105,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
 
     scaled, value = images.float().mul_(1 / 255), maximum.float().mul_(1 / 255)
     chroma = value - minimum.float().mul_(1 / 255)
-    # The clamps avoid 0 / 0 for grey pixels, whose hue and saturation are zero.
+    # The clamps avoid 0 / 0 for gray pixels, whose hue and saturation are zero.
     saturation = chroma / value.clamp(min=1 / 255)
     # How far each channel is below the maximum, as a fraction of the chroma.
     below = (value.unsqueeze(1) - scaled).div_(chroma.clamp_(min=1e-3).unsqueeze(1))
@@ -116,7 +116,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     hue = hue.mul_(1 / 6).add_(1).frac_().add_(shift.float().view(-1, 1, 1))
     hue = hue.sub_(hue.floor()).mul_(6)
 
-    # In each sixth of the colour circle, one channel is the maximum, one the minimum, and the middle one rises (in even
+    # In each sixth of the color circle, one channel is the maximum, one the minimum, and the middle one rises (in even
     # sixths) or falls (in odd ones). A new hue changes only the order of the channels and the value of the middle one.
     sixth = hue.floor()
     part = saturation * hue.sub_(sixth)
@@ -159,18 +159,18 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
     return _torchvision().equalize(images)
 
 
-def cut_out(images: Tensor, centre: Tensor, side: int, colour: Tensor) -> Tensor:
-    """Cutout: fill a square around the pixel with flat index `centre` (DeVries and Taylor 2017, arXiv:1708.04552).
+def cut_out(images: Tensor, center: Tensor, side: int, color: Tensor) -> Tensor:
+    """Cutout: fill a square around the pixel with flat index `center` (DeVries and Taylor 2017, arXiv:1708.04552).
 
-    `colour`: uint8 (1, 3, 1, 1).
+    `color`: uint8 (1, 3, 1, 1).
     """
     height, width = images.shape[2:]
-    centre = centre.view(-1, 1)
-    low_y, low_x = centre // width - side // 2, centre % width - side // 2
+    center = center.view(-1, 1)
+    low_y, low_x = center // width - side // 2, center % width - side // 2
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     in_rows, in_columns = (low_y <= y) & (y < low_y + side), (low_x <= x) & (x < low_x + side)
     inside = (in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).to(torch.uint8).mul_(255).unsqueeze(1)
-    return choose(inside, colour, images)
+    return choose(inside, color, images)
 
 
 def remap(images: Tensor, sources: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def _move(image: Tensor, name: str, strength: float) -> Tensor:
 def op_magnitude(name: str, magnitude: int, size: int) -> Tensor:
     """Strength of a RandAugment operator at bin `magnitude` of 31, without sign (Cubuk et al. 2019, arXiv:1909.13719).
 
-    Shears are slopes, translations pixels, rotations degrees; brightness, colour, contrast and sharpness are `change`;
+    Shears are slopes, translations pixels, rotations degrees; brightness, color, contrast and sharpness are `change`;
     posterize is in bits, solarize a fraction of 255. Operators without a strength have 0.
     """
     if name == "Posterize":

@@ -66,7 +66,7 @@ class RandomParams:
     flip: Tensor  # (N,) int32, 0 or 1
     randaugment_op: Tensor  # (N, K) int32, index into RANDAUGMENT_OPS
     randaugment_magnitude: Tensor  # (N, K) float32, signed
-    cutout: Tensor  # (N,) int32, flat index of the square's centre
+    cutout: Tensor  # (N,) int32, flat index of the square's center
 
     def __getitem__(self, rows: Tensor | slice | int) -> "RandomParams":
         return RandomParams(*(values[rows] for values in vars(self).values()))
@@ -149,7 +149,7 @@ class Augmenter:
 
     def __init__(self, size: int, settings: Augmentation, device: torch.device | str = "cpu"):
         self.cutout = settings.cutout
-        self.mean_colour = torch.tensor(operators.MEAN_COLOUR, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
+        self.mean_color = torch.tensor(operators.MEAN_COLOR, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
         self.crop_sources = operators.crop_sources(size, settings.crop_padding).to(device)
         if settings.randaugment_ops:
             self.geometric_sources = operators.geometric_sources(size, settings.randaugment_magnitude).to(device)
@@ -182,7 +182,7 @@ class Augmenter:
             others = [(operator, magnitude) for operator in RANDAUGMENT.values()]
             groups = [(None, op), (self.move, 2 * (op - 1) + (magnitude < 0)), *others]
             batch = by_group(batch, step, groups)
-        return operators.cut_out(batch, params.cutout, self.cutout, self.mean_colour) if self.cutout else batch
+        return operators.cut_out(batch, params.cutout, self.cutout, self.mean_color) if self.cutout else batch
 
     def move(self, images: Tensor, variants: Tensor) -> Tensor:
         """RandAugment's geometric operators. `variants`, int32 (B,), are rows of `geometric_sources`."""

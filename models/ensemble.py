@@ -15,7 +15,7 @@ def average_probs(logits: Tensor, average: str = "softmax", temperature: float =
     """Probabilities of an ensemble, (N, C), from the logits of its members, (M, N, C), with the same dtype.
 
     "softmax" is the mean of the members' probabilities. "logits" is the softmax of their mean logits. That is the
-    normalised geometric mean of the probabilities, in which confident members have more weight.
+    normalized geometric mean of the probabilities, in which confident members have more weight.
 
     A temperature above 1 makes the average less confident, below 1 more (Rahaman and Thiery 2021, arXiv:2007.08792).
     """
@@ -49,7 +49,7 @@ def cascade_probs(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 class Member(nn.Module):
-    """A trained network with its own normalisation: images, uint8 (B, 3, H, W), to logits (B, classes)."""
+    """A trained network with its own normalization: images, uint8 (B, 3, H, W), to logits (B, classes)."""
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()

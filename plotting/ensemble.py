@@ -10,7 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plotting.style import BLUE, GREEN, GREY, PALE, VERMILLION, label_log_axis, line_style, saves_png, shorten
+from plotting.style import BLUE, GRAY, GREEN, PALE, VERMILLION, label_log_axis, line_style, saves_png, shorten
 
 MIN_IMAGES_PER_BIN = 10  # bins with fewer images are drawn hollow
 MAX_MISTAKES, MISTAKES_PER_LINE = 16, 4
@@ -37,7 +37,7 @@ def plot_ensemble(rows: list[dict], *, confusion_matrix: np.ndarray, classes: Se
     accuracy_dots.get_yticklabels()[-1].set_fontweight("bold")
     loss_dots.set_yticks([])
 
-    left.supxlabel("broad lines: 95 % intervals over the test images", color=GREY)
+    left.supxlabel("broad lines: 95 % intervals over the test images", color=GRAY)
     _draw_lines(accuracy_lines, rows, "accuracy", 100, "running accuracy (%)")
     _draw_lines(loss_lines, rows, "loss", 1, "running loss (nats)")
     _draw_confusion(right.subplots(), confusion_matrix, classes)
@@ -62,7 +62,7 @@ def plot_reliability(rows: list[dict], *, title: str) -> Figure:
         axes.remove()
     figure.supxlabel(
         "confidence, the probability of the predicted class (%)\n"
-        f"grey: fraction of the images; hollow: a bin with fewer than {MIN_IMAGES_PER_BIN} images"
+        f"gray: fraction of the images; hollow: a bin with fewer than {MIN_IMAGES_PER_BIN} images"
     )
     figure.supylabel("accuracy (%)")
     return figure
@@ -100,13 +100,13 @@ def plot_mistakes(
             note += "; from top to bottom:\n" + textwrap.fill(order + more, 130)
     figure = Figure(figsize=(12.8, 0.7 + 0.2 * note.count("\n") + 1.85 * lines))
     figure.suptitle(shorten(title, 104))
-    figure.supxlabel(note, color=GREY)
+    figure.supxlabel(note, color=GRAY)
     grid = figure.add_gridspec(max(lines, 1), MISTAKES_PER_LINE)
     for number, image in enumerate(worst):
         label, predicted, confidence = labels[image], ensemble[image].argmax(), ensemble[image].max()
         texts = []
         for name, probs in zip(names[:MAX_TEXT_LINES], members[:, image], strict=False):
-            texts += [(shorten(name, 15), GREY)] if has_room else []
+            texts += [(shorten(name, 15), GRAY)] if has_room else []
             prediction = f"{shorten(classes[probs.argmax()], 11)}, {100 * probs.max():.0f} %"
             texts.append((prediction, GREEN if probs.argmax() == label else "black"))
         heading = f"{shorten(classes[label], 12)} → {shorten(classes[predicted], 12)}, {100 * confidence:.1f} %"
@@ -161,17 +161,17 @@ def plot_cost(
 
 
 def _draw_mistake(axes: Axes, image: np.ndarray, heading: str, texts: list[tuple[str, str]]) -> None:
-    """Draw one image and, next to it, lines of text in their colours."""
+    """Draw one image and, next to it, lines of text in their colors."""
     axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=True, color=PALE)  # a frame, for images with white background
     axes.set_title(heading, loc="left", fontsize=12, pad=4)
-    for number, (text, colour) in enumerate(texts):
+    for number, (text, color) in enumerate(texts):
         place = {"x": 1.05, "y": 1 - (number + 0.5) / MAX_TEXT_LINES, "transform": axes.transAxes, "va": "center"}
-        axes.text(s=text, **place, fontsize=11, color=colour, in_layout=False)  # does not change the image's size
+        axes.text(s=text, **place, fontsize=11, color=color, in_layout=False)  # does not change the image's size
 
 
-def _draw_bins(axes: Axes, row: dict, colour: str) -> None:
+def _draw_bins(axes: Axes, row: dict, color: str) -> None:
     """Draw one dot per non-empty bin, with a line to the diagonal (perfect calibration).
 
     In the background, pale: the fraction of the images in each bin.
@@ -180,10 +180,10 @@ def _draw_bins(axes: Axes, row: dict, colour: str) -> None:
     filled = counts > 0
     confidence, accuracy = 100 * confidence[filled], 100 * accuracy[filled]
     axes.stairs(100 * counts / counts.sum(), np.linspace(0, 100, len(counts) + 1), fill=True, color=PALE, zorder=0)
-    axes.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle="--", zorder=1)
-    axes.vlines(confidence, confidence, accuracy, color=colour, linewidth=2.5, alpha=0.5, zorder=2)
-    faces = np.where(counts[filled] < MIN_IMAGES_PER_BIN, "white", colour)
-    axes.scatter(confidence, accuracy, s=36, c=faces, edgecolors=colour, linewidths=1.5, zorder=3, clip_on=False)
+    axes.plot([0, 100], [0, 100], color=GRAY, linewidth=1, linestyle="--", zorder=1)
+    axes.vlines(confidence, confidence, accuracy, color=color, linewidth=2.5, alpha=0.5, zorder=2)
+    faces = np.where(counts[filled] < MIN_IMAGES_PER_BIN, "white", color)
+    axes.scatter(confidence, accuracy, s=36, c=faces, edgecolors=color, linewidths=1.5, zorder=3, clip_on=False)
     axes.set(xlim=(0, 100), ylim=(0, 102), xticks=(0, 50, 100), yticks=(0, 50, 100), aspect="equal")
     axes.set_title(f"{shorten(row['name'], 18)}\nECE {100 * row['calibration_error']:.2f} %")
 
@@ -198,7 +198,7 @@ def _draw_dots(axes: Axes, rows: list[dict], metric: str, scale: float, fmt: str
     for number, (row, style) in enumerate(zip(rows, row_styles(len(rows)), strict=True)):
         value, interval = scale * row[metric], [scale * end for end in row["intervals"][metric]]
         marker, weight = ("D", "bold") if number == last else ("o", "normal")
-        # This line is the legend of the curves below: it has the same colour and the same dashes.
+        # This line is the legend of the curves below: it has the same color and the same dashes.
         axes.axhline(number, **style, alpha=0.4)
         axes.plot(interval, (number, number), color=style["color"], linewidth=5, alpha=0.4, solid_capstyle="butt")
         axes.plot(value, number, marker, color=style["color"], markersize=9, zorder=5)
@@ -233,7 +233,7 @@ def row_styles(count: int) -> list[dict]:
 
 
 def _draw_confusion(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """Draw percentages of each true class, up to 20 classes as numbers, else as colours with the worst confusions."""
+    """Draw percentages of each true class, up to 20 classes as numbers, else as colors with the worst confusions."""
     size = len(counts)
     percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # On a square-root scale, a confusion of a few percent is visible next to a diagonal near 100.
@@ -251,8 +251,8 @@ def _draw_confusion(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> N
         for row, column in np.argwhere(counts):
             value = percent[row, column]
             text = f"{value:.1f}" if size <= 10 and value < 99.95 else f"{value:.0f}"
-            colour = "white" if value > 40 else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=11, color=colour)
+            color = "white" if value > 40 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=11, color=color)
         return
     axes.tick_params(labelsize=9)
     axes.figure.colorbar(image, ax=axes, shrink=0.7, ticks=(0, 1, 5, 10, 25, 50, 100))

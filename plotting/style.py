@@ -1,4 +1,4 @@
-"""What all plots share: colours, fonts, shortened names, and the PNG file.
+"""What all plots share: colors, fonts, shortened names, and the PNG file.
 
 Plots use matplotlib's `Figure` objects without pyplot, so they need no window and no display.
 """
@@ -19,10 +19,10 @@ from matplotlib.font_manager import fontManager
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 DPI = 125
-# The palette of Okabe and Ito, which is safe for colour-blind readers. Black is for the ensemble.
+# The palette of Okabe and Ito, which is safe for color-blind readers. Black is for the ensemble.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-COLOURS, DASHES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY), ("-", "--", ":", "-.")
-GREY = "#595959"
+COLORS, DASHES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY), ("-", "--", ":", "-.")
+GRAY = "#595959"
 PALE = "#D9D9D9"
 
 # Fallback fonts for Chinese, Japanese and Korean, if installed.
@@ -76,9 +76,9 @@ def saves_png(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def line_style(number: int) -> dict[str, str]:
-    """Colour and dashes of line `number`, counted from 0. The first 24 lines are all different."""
-    dashes, colour = divmod(number, len(COLOURS))
-    return {"color": COLOURS[colour], "linestyle": DASHES[dashes % len(DASHES)]}
+    """Color and dashes of line `number`, counted from 0. The first 24 lines are all different."""
+    dashes, color = divmod(number, len(COLORS))
+    return {"color": COLORS[color], "linestyle": DASHES[dashes % len(DASHES)]}
 
 
 def label_log_axis(axis: Axis) -> None:

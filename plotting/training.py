@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plotting.style import BLUE, GREEN, GREY, VERMILLION, label_log_axis, line_style, saves_png, shorten
+from plotting.style import BLUE, GRAY, GREEN, VERMILLION, label_log_axis, line_style, saves_png, shorten
 
 SPLITS = {"train": ("train", BLUE), "val": ("validation", GREEN), "test": ("test", VERMILLION)}
 
@@ -45,7 +45,7 @@ def plot_training(
 
     kept = max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))  # of equally accurate epochs, the first
     for axes, quantity, fmt in ((loss_axes, "loss", "{:.3f}"), (accuracy_axes, "accuracy", "{:.2f} %")):
-        for split, (name, colour) in SPLITS.items():
+        for split, (name, color) in SPLITS.items():
             key = f"{split}_{quantity}"
             if key not in history[0]:
                 continue
@@ -53,14 +53,14 @@ def plot_training(
             label = f"{shown} {fmt.format(kept[key])}"
             if reference and split != "val":
                 label += f" (reference {fmt.format(reference[-1][key])})"
-                _draw_reference(axes, reference, history, key, color=colour)
-            _draw(axes, history, key, color=colour, label=label)
+                _draw_reference(axes, reference, history, key, color=color)
+            _draw(axes, history, key, color=color, label=label)
         if kept is not history[-1]:
-            axes.axvline(kept["epoch"], color=GREY, linestyle="-.", label=f"epoch {kept['epoch']} is kept")
-    _draw(rate_axes, history, "learning_rate", color=GREY, label="this run")
+            axes.axvline(kept["epoch"], color=GRAY, linestyle="-.", label=f"epoch {kept['epoch']} is kept")
+    _draw(rate_axes, history, "learning_rate", color=GRAY, label="this run")
     if reference:
-        _draw_reference(rate_axes, reference, history, "learning_rate", color=GREY, label="reference")
-        figure.supxlabel(_reference_note([reference], [history], [reference_name]), color=GREY)
+        _draw_reference(rate_axes, reference, history, "learning_rate", color=GRAY, label="reference")
+        figure.supxlabel(_reference_note([reference], [history], [reference_name]), color=GRAY)
 
     _label(figure)
     for axes in figure.axes if reference else (loss_axes, accuracy_axes):
@@ -95,7 +95,7 @@ def plot_runs(
         for key, axes in axes_of.items():
             _draw_reference(axes, reference, history, key, color=line_style(number)["color"])
     if references:
-        figure.supxlabel(_reference_note(references, histories, reference_names), color=GREY)
+        figure.supxlabel(_reference_note(references, histories, reference_names), color=GRAY)
     _label(figure, prefix="test ")
     return figure
 

@@ -372,18 +372,18 @@ def test_other_sizes_are_cropped_and_resized_and_the_right_size_is_unchanged(tmp
     assert np.array_equal(decode(tmp_path, encode(noise[:8, :8]), 8), noise[:8, :8].transpose(2, 0, 1))
 
 
-def test_grey_alpha_palette_and_16_bit_images_become_rgb(tmp_path):
+def test_gray_alpha_palette_and_16_bit_images_become_rgb(tmp_path):
     rng = np.random.default_rng(0)
-    grey = rng.integers(0, 256, (8, 8), np.uint8)
-    colour = rng.integers(0, 2, (8, 8, 3)).astype(np.uint8) * 255
-    alpha = np.concatenate([colour, np.full((8, 8, 1), 128, np.uint8)], axis=2)
-    palette = Image.fromarray(colour).quantize(8)
+    gray = rng.integers(0, 256, (8, 8), np.uint8)
+    color = rng.integers(0, 2, (8, 8, 3)).astype(np.uint8) * 255
+    alpha = np.concatenate([color, np.full((8, 8, 1), 128, np.uint8)], axis=2)
+    palette = Image.fromarray(color).quantize(8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for content in (encode(grey), encode(grey.astype(np.uint16) * 256 + 99), encode(np.stack([grey, grey], 2))):
-            assert np.array_equal(decode(tmp_path, content, 8), np.stack([grey] * 3))
+        for content in (encode(gray), encode(gray.astype(np.uint16) * 256 + 99), encode(np.stack([gray, gray], 2))):
+            assert np.array_equal(decode(tmp_path, content, 8), np.stack([gray] * 3))
         for content in (encode(alpha), encode(palette), encode(palette, transparency=bytes(8))):
-            assert np.array_equal(decode(tmp_path, content, 8), colour.transpose(2, 0, 1))
+            assert np.array_equal(decode(tmp_path, content, 8), color.transpose(2, 0, 1))
         assert decode(tmp_path, encode(Image.new("CMYK", (9, 9)), "JPEG"), 8).shape == (3, 8, 8)
 
 
@@ -498,10 +498,10 @@ def test_digits_equal_scikit_learns(load):
     everything = np.concatenate([loaded.train.images, loaded.test.images])
     assert everything.dtype == np.uint8
     for channel in everything.transpose(1, 0, 2, 3):  # every original occurs once, with its label
-        grey = np.round(original.images * 255 / 16).astype(np.uint8)
+        gray = np.round(original.images * 255 / 16).astype(np.uint8)
         labels = np.concatenate([loaded.train.labels, loaded.test.labels])
         found = sorted((image.tobytes(), label) for image, label in zip(channel, labels, strict=True))
-        assert found == sorted((image.tobytes(), label) for image, label in zip(grey, original.target, strict=True))
+        assert found == sorted((image.tobytes(), label) for image, label in zip(gray, original.target, strict=True))
 
 
 def test_digits_without_scikit_learn_are_an_error(load, monkeypatch):

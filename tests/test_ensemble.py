@@ -63,7 +63,7 @@ def test_an_ensemble_without_members_is_refused():
 
 def test_images_of_another_dtype_or_shape_are_refused(paths, images):
     ensemble = members.load(paths)
-    for wrong in (images / 255, images[0], images[:, :, :4], images[:, :1]):  # floats, one image, another size, grey
+    for wrong in (images / 255, images[0], images[:, :, :4], images[:, :1]):  # floats, one image, another size, gray
         with pytest.raises(ValueError, match=r"expected torch\.uint8, values 0 to 255, of shape \(B, 3, 8, 8\)"):
             ensemble(wrong)
     assert not ensemble(images).requires_grad

@@ -90,7 +90,7 @@ def test_flags_between_the_images_select_members_average_and_temperature(folder)
 
 
 def test_images_are_decoded_as_in_training(folder, monkeypatch):
-    """Images rotated by EXIF, with alpha, grey, 16 bits, palette, animated, large, not square."""
+    """Images rotated by EXIF, with alpha, gray, 16 bits, palette, animated, large, not square."""
     made = folder / "made"
     for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
         (made / split / name).mkdir(parents=True)
@@ -99,7 +99,7 @@ def test_images_are_decoded_as_in_training(folder, monkeypatch):
     exif[0x0112] = 6
     picture(1, (40, 23)).save(made / "train" / "a" / "rotated.jpg", exif=exif)
     picture(2, (9, 8)).convert("RGBA").save(made / "train" / "a" / "alpha.png")
-    picture(3, (100, 8)).convert("L").save(made / "train" / "b" / "grey.jpg")
+    picture(3, (100, 8)).convert("L").save(made / "train" / "b" / "gray.jpg")
     Image.fromarray(np.arange(0, 65536, 64, np.uint16).reshape(32, 32)).save(made / "train" / "b" / "deep.png")
     picture(4).save(made / "train" / "b" / "moves.gif", save_all=True, append_images=[picture(5)])
     picture(6, (5, 5)).convert("P").save(made / "train" / "b" / "palette.png", transparency=0)

@@ -33,7 +33,7 @@ BLENDING = ("contrast", "saturation", "Color", "Contrast", "Sharpness")
 
 
 def photos(count, size, seed=0):
-    """Smooth coloured shapes with some texture; brightness and contrast differ between images."""
+    """Smooth colored shapes with some texture; brightness and contrast differ between images."""
     generator = torch.Generator().manual_seed(seed)
     shapes = torch.rand(count, 3, 4, 4, generator=generator)
     shapes = interpolate(shapes, size=(size, size), mode="bicubic", align_corners=False)
@@ -44,22 +44,22 @@ def photos(count, size, seed=0):
 
 
 def odd_images(size):
-    """Difficult images: noise, ramps, grey, few values, one value, black and white, pure colours."""
+    """Difficult images: noise, ramps, gray, few values, one value, black and white, pure colors."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randint(256, (2, 3, size, size), generator=generator, dtype=torch.uint8)
     ramp = torch.linspace(0, 255, size).to(torch.uint8)
     ramps = torch.stack(torch.broadcast_tensors(ramp[:, None], ramp, ramp.flip(0)))[None]
-    grey = photos(2, size, seed=2)[:, :1].expand(-1, 3, -1, -1)
+    gray = photos(2, size, seed=2)[:, :1].expand(-1, 3, -1, -1)
     narrow = noise[:1] // 32 + 100
     two_values = (noise[:1] > 127).to(torch.uint8) * 255
     checks = (torch.arange(size)[:, None] + torch.arange(size)).remainder(2).to(torch.uint8).mul(255)
     checks = checks.expand(1, 3, -1, -1)
-    colours = [(0, 0, 0), (1, 1, 1), (128, 128, 128), (255, 255, 255)]
-    colours += [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255), (200, 100, 37)]
-    flat = torch.tensor(colours, dtype=torch.uint8).view(-1, 3, 1, 1).expand(-1, -1, size, size)
+    colors = [(0, 0, 0), (1, 1, 1), (128, 128, 128), (255, 255, 255)]
+    colors += [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255), (200, 100, 37)]
+    flat = torch.tensor(colors, dtype=torch.uint8).view(-1, 3, 1, 1).expand(-1, -1, size, size)
     speck = flat[2:3].clone()
     speck[0, :, size // 2, size // 3] = torch.tensor([200, 0, 127], dtype=torch.uint8)
-    return torch.cat((noise, ramps, grey, narrow, two_values, checks, flat, speck))
+    return torch.cat((noise, ramps, gray, narrow, two_values, checks, flat, speck))
 
 
 def images_of(size):
@@ -122,7 +122,7 @@ def magnitudes_of(name, size):
 
 @pytest.mark.parametrize("size", [32, 21])
 @pytest.mark.parametrize("name", transforms.RANDAUGMENT)
-def test_randaugment_colours_equal_torchvision(name, size):
+def test_randaugment_colors_equal_torchvision(name, size):
     magnitudes = magnitudes_of(name, size)
     if SPACE[name][1]:
         magnitudes = torch.cat((magnitudes, -magnitudes))
@@ -168,7 +168,7 @@ def chain_of_torchvision(image, params, settings):
     if side:  # torchvision has no Cutout
         image, (top, left) = image.clone(), (place - side // 2 for place in divmod(int(params.cutout), size))
         square = image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
-        square[:] = torch.tensor(operators.MEAN_COLOUR).view(3, 1, 1)
+        square[:] = torch.tensor(operators.MEAN_COLOR).view(3, 1, 1)
     return image
 
 
@@ -358,7 +358,7 @@ def test_epochs_do_not_depend_on_the_global_random_state(split, usual):
     assert torch.equal(loader.images, torch.from_numpy(split.images))
 
 
-def test_batches_are_augmented_and_normalised(split, usual):
+def test_batches_are_augmented_and_normalized(split, usual):
     settings, images = Augmentation(), torch.from_numpy(split.images)
     params = transforms.sample_params(COUNT, 16, settings, epoch_generator(3, 2))
     expected = torch.stack([chain_of_torchvision(images[row], params[row], settings) for row in usual[1]])

@@ -100,7 +100,7 @@ class Recipe:
     flip: float = augmentation_flag("RandomHorizontalFlip: probability", at_most=1)
     randaugment_ops: int = augmentation_flag("RandAugment: operations for each image", at_most=100)
     randaugment_magnitude: int = augmentation_flag("RandAugment: strength", at_most=30)
-    cutout: int = augmentation_flag("Cutout: side of the grey square, in pixels (0: off)")
+    cutout: int = augmentation_flag("Cutout: side of the gray square, in pixels (0: off)")
     augment_until: float = augmentation_flag("after this fraction of the epochs, only crop and flip", at_most=1)
 
     data: str = data_flag("cifar10, cifar100, digits, or a folder of images (see README)", "cifar10", fixed=False)
