@@ -129,9 +129,10 @@ def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tens
     """
     size, rng = data["image_size"], np.random.default_rng(0)
     if not options.random:
-        source, seed = options.data or data["source"], data["split"]["split_seed"]
+        source, split = options.data or data["source"], {"split_seed": 0, "test_split": 0.2} | data["split"]
+        split = {name: split[name] for name in ("split_seed", "test_split")}
         try:
-            test = dataset.load(source, image_size=size, split_seed=seed, download=bool(options.data)).test
+            test = dataset.load(source, image_size=size, **split, download=bool(options.data)).test
             rows = rng.permutation(len(test))[: options.images]  # the images of folders are sorted by class
             return torch.from_numpy(test.images[rows]), f"test images of {source}"
         except UserError as error:

@@ -43,9 +43,9 @@ Prediction = dict[str, Any]  # for one image, as in --json: "image", and either 
 def main() -> int:
     options = parse_flags()
     paths = find_images(options.images)
-    threshold = options.threshold if options.cascade else None
-    contents = members.read_all(members.paths_of(options), threshold)
-    ensemble = members.build(contents, average=options.average, temperature=options.temperature, cascade=threshold)
+    contents = members.read_all(members.paths_of(options), options.threshold)
+    averaging = {"average": options.average, "temperature": options.temperature, "cascade": options.threshold}
+    ensemble = members.build(contents, **averaging)
     num_classes = len(ensemble.classes)
     top = min(DEFAULT_TOP, num_classes) if options.top is None else options.top
     if top > num_classes:
@@ -100,8 +100,8 @@ def parse_flags() -> argparse.Namespace:
     members.add_flags(parser, checkpoints="--checkpoints")
     parser.add_argument("--cascade", action="store_true", help="cheapest network first, others only on low confidence")
     parser.add_argument(
-        "--threshold", type=float, default=DEFAULT_THRESHOLD, metavar="P",
-        help="--cascade: stop at this top probability (default: %(default)s)",
+        "--threshold", type=float, metavar="P",
+        help=f"--cascade: stop at this top probability (default: {DEFAULT_THRESHOLD})",
     )  # fmt: skip
     parser.add_argument("--top", type=int, metavar="K", help=f"number of classes per image (default: {DEFAULT_TOP})")
     parser.add_argument("--json", metavar="FILE", help="write the predictions there as JSON; - is standard output")
@@ -120,6 +120,10 @@ def parse_flags() -> argparse.Namespace:
             files.check_output(path, (ending,))
     if not options.images:
         raise UserError("no images are given; name image files, or folders of them")
+    if options.threshold is not None and not options.cascade:
+        raise UserError("--threshold is for --cascade; add --cascade, or remove it")
+    if options.cascade and options.threshold is None:
+        options.threshold = DEFAULT_THRESHOLD
     if options.cascade and (options.average != "softmax" or options.temperature != 1.0):
         raise UserError("--cascade averages unscaled softmax outputs; remove --average logits and --temperature")
     if options.json and options.json == options.csv:

@@ -50,9 +50,13 @@ def main() -> int:
     parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="flags of every run")
     options = parser.parse_args()
     output = Path(options.output)
-    rows: list[dict[str, Any]] = json.loads(output.read_text())["runs"] if output.exists() else []
+    before = json.loads(output.read_text()) if output.exists() else {"runs": []}
+    rows: list[dict[str, Any]] = before["runs"]
     done = {(row["script"], row["flags"], row["seed"]) for row in rows}
     about = harness.provenance(torch.device("cpu")) | {"data": options.data, "val_size": options.val_size}
+    for name in ("data", "val_size"):
+        if before.get(name, about[name]) != about[name]:
+            raise UserError(f"{output} has runs with {name} {before[name]}, not {about[name]}; give another --output")
     commit = about.pop("commit")  # stored per run, because runs can be added later
     runs = [(label, shlex.join([*options.flags, *own])) for label, own in options.run]
     wanted = [

@@ -5,7 +5,7 @@
     photos/<class>/…                                   a fraction of each class becomes the test set
 
 As in torchvision's ImageFolder, image files are recognized by their extension, subfolders of a class folder belong to
-the class, and all other files are ignored.
+the class, and all other files are ignored; so are names that begin with a dot.
 """
 
 import hashlib

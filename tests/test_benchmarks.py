@@ -151,6 +151,9 @@ def test_search(tmp_path):
     accuracies = [100 * row["val_accuracy"] for row in result["runs"]]
     mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
     assert f"| usual (mobilenetv2.py {first['flags']}) | 2 | {mean:.2f} ± {spread:.2f} |" in printed
+    flags[flags.index(30)] = 40
+    error = run(tmp_path, "search.py", "--output", "out.json", *flags, *fixed).stderr
+    assert "out.json has runs with val_size 30, not 40; give another --output" in error
 
 
 def test_race(tmp_path):

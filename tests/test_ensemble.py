@@ -238,6 +238,7 @@ def test_only_images_of_low_confidence_reach_the_next_member(folder):
     ("flags", "words"),
     [
         (["--cascade", "--threshold", "1.5"], "the threshold of the cascade is 1.5; it must be 0 to 1"),
+        (["--threshold", "0.8"], "--threshold is for --cascade"),
         (["--cascade", "--checkpoints", "checkpoints/resnext.pt"], "there is only checkpoints/resnext.pt"),
         (["--cascade", "--average", "logits"], "remove --average logits"),
         (["--cascade", "--temperature", "2"], "remove --average logits and --temperature"),

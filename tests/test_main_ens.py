@@ -310,6 +310,8 @@ def test_small_copies_work_like_their_checkpoints(folder, tmp_path):
     assert "already exists" in command_line.refused(tmp_path, pretrained, *originals)
     unfinished = changed(originals[0], lambda content: content.update(finished=False), tmp_path / "unfinished.pt")
     assert "is not finished" in command_line.refused(tmp_path, pretrained, unfinished)
+    same_name = [originals[0], copies[0], "--output", "other"]
+    assert "the same file name" in command_line.refused(tmp_path, pretrained, *same_name)
     (tmp_path / "checkpoints" / "tuned.pt").unlink()
     assert "(pretrained/ has trained ones)" in refused(tmp_path)
 

@@ -132,9 +132,8 @@ class Trainer:
 def train_epoch(run: Run, trainer: Trainer, stop: StopSignals) -> None:
     """Train the current epoch from step `run.step` until its end or a signal. Updates `run`."""
     started = time.monotonic() - run.seconds
-    # A resumed epoch continues the sums over all processes: each process starts with an equal part of them. Early
-    # checkpoints have a third value.
-    parts = [value / distributed.world_size() for value in (run.sums or (0.0, 0.0))[:2]]
+    # A resumed epoch continues the sums over all processes: each process starts with an equal part of them.
+    parts = [value / distributed.world_size() for value in run.sums or (0.0, 0.0)]
     trainer.sums.copy_(torch.tensor([*parts, run.step], dtype=trainer.sums.dtype))
     run.model.train()
     with messages.ProgressBar(run, trainer) as bar:

@@ -92,7 +92,7 @@ class EpochReport:
             self.plot(history)
 
     def warn_of_growing_loss(self, history: list[dict[str, Any]]) -> None:
-        """Warn once, if the loss of two successive epochs is far above the first epoch's or uniform guessing's."""
+        """Warn once, if two successive losses are above 1.2 × the first epoch's or 1.8 × that of uniform guessing."""
         losses = [row["train_loss"] for row in history]
         limit = 1.2 * min(losses[0], self.high_loss)
         high = [loss > limit for loss in losses]

@@ -24,6 +24,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("pretrained"), help="folder (default: pretrained)")
     options = parser.parse_args()
     copies = {options.output / path.name: small_copy(path) for path in options.checkpoints}
+    if len(copies) < len(options.checkpoints):
+        raise UserError("two of the checkpoints have the same file name; copy each to its own --output")
     if existing := [path for path in copies if path.exists()]:
         raise UserError(f"{existing[0]} already exists; delete it, or give another --output")
     files.check_writable(options.output, "the copies")
