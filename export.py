@@ -15,7 +15,7 @@ then ImageOps.fit to S×S, bilinear. The metadata are strings, with the same key
     network = torch.export.load("ensemble.pt2", extra_files=metadata).module()
     classes, probs = json.loads(metadata["classes"]), network(images)
 
-Without arguments it uses the checkpoints of dense.py, mobilenetv2.py and resnext.py. The file is written (atomically)
+Without checkpoints it uses the checkpoints of dense.py, mobilenetv2.py and resnext.py. The file is written (atomically)
 only if its probabilities agree with PyTorch's on test images.
 """
 

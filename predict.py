@@ -107,7 +107,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the predictions there as JSON; - is standard output")
     parser.add_argument("--csv", metavar="FILE", help="write the predictions there as CSV; - is standard output")
     parser.add_argument("--verbose", action="store_true", help="also print each member's most likely class")
-    parser.add_argument("--batch-size", type=int, help="images per batch (default: 32 of 32×32, on a GPU 512)")
+    parser.add_argument("--batch-size", type=int, help="images per batch (default: 32 of 32×32; 512 on CUDA)")
     options = parser.parse_intermixed_args()
     members.check_range("--batch-size", options.batch_size, 1)
     members.check_range("--top", options.top, 1)
