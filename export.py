@@ -15,7 +15,7 @@ then ImageOps.fit to S×S, bilinear. The metadata are strings, with the same key
     network = torch.export.load("ensemble.pt2", extra_files=metadata).module()
     classes, probs = json.loads(metadata["classes"]), network(images)
 
-Without checkpoints it uses the checkpoints of dense.py, mobilenetv2.py and resnext.py. The file is written (atomically)
+By default it exports the checkpoints of dense.py, mobilenetv2.py and resnext.py. The file is written (atomically)
 only if its probabilities agree with PyTorch's on test images.
 """
 
@@ -129,8 +129,8 @@ def pick_images(data: dict[str, Any], options: argparse.Namespace) -> tuple[Tens
     """
     size, rng = data["image_size"], np.random.default_rng(0)
     if not options.random:
-        source, split = options.data or data["source"], {"split_seed": 0, "test_split": 0.2} | data["split"]
-        split = {name: split[name] for name in ("split_seed", "test_split")}
+        source = options.data or data["source"]
+        split = {name: data["split"][name] for name in ("split_seed", "test_split") if name in data["split"]}
         try:
             test = dataset.load(source, image_size=size, **split, download=bool(options.data)).test
             rows = rng.permutation(len(test))[: options.images]  # the images of folders are sorted by class

@@ -47,8 +47,8 @@ def set_up_device(name: str, *, deterministic: bool = False) -> torch.device:
 def pick_precision(choice: str, device: torch.device) -> str:
     """Resolve --precision to "float32" or "bfloat16".
 
-    `auto` is bfloat16 on CUDA and on CPUs with bfloat16 instructions. Without them, bfloat16 can be
-    hundreds of times slower than float32 (github.com/pytorch/pytorch/issues/146508).
+    `auto` is bfloat16 on CUDA and on CPUs with bfloat16 instructions. Without them, bfloat16 can be hundreds of
+    times slower than float32 (github.com/pytorch/pytorch/issues/146508).
     """
     if choice != "auto":
         return choice

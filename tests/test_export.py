@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import changed, overflow, refused, succeeded
 
+import dataset
 import export
 from dataset import cifar10
 from evaluation import members
@@ -96,6 +97,14 @@ def test_without_the_data_set_random_images_are_used_with_a_warning(paths, tmp_p
     assert "warning: comparing on random images" in done.stderr
     assert reason in done.stderr
     assert "on 3 random images" in done.stdout
+
+
+def test_a_source_without_test_images_is_split_as_the_member_was(paths, tmp_path):
+    split = {"split_seed": 3, "test_split": 0.4}
+    changed(paths[0], lambda content: content["data"].update(source="digits", split=content["data"]["split"] | split))
+    done = succeeded(tmp_path, export, paths[0], "--output", "a.pt2", "--images", 2000)
+    expected = len(dataset.load("digits", image_size=8, **split).test)
+    assert f"on {expected} test images of digits" in done.stdout
 
 
 @pytest.mark.parametrize(
