@@ -26,6 +26,24 @@ def lr_of(recipe, step, steps_in_epoch):
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * cosine
 
 
+@torch.no_grad()
+def step_kernels(model, recipe, lr, velocities):
+    """Muon for every convolution: the singular values of its update, normalized, become f(f(f(s)))."""
+    for name, kernel in model.named_parameters():
+        if kernel.ndim < 4:
+            continue
+        velocity = velocities[name] = recipe.momentum * velocities.get(name, 0) + kernel.grad
+        update = kernel.grad + recipe.momentum * velocity if recipe.nesterov else velocity
+        u, s, v = torch.linalg.svd(update.flatten(1), full_matrices=False)
+        s = s / s.norm()
+        for _ in range(3):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        update, norm = (u * s @ v).view(kernel.shape), kernel.norm()
+        kernel -= lr * norm * update / update.norm()
+        kernel *= norm / kernel.norm()
+        kernel.grad = None
+
+
 def train(model, data, recipe, world_size=1):
     """Train `model`; return the history, and the weights that are tested.
 
@@ -44,7 +62,7 @@ def train(model, data, recipe, world_size=1):
         ],
         lr=1.0, momentum=recipe.momentum, nesterov=recipe.nesterov,
     )  # fmt: skip
-    history = []
+    history, velocities = [], {}
     for epoch in range(recipe.epochs):
         loss_sum, num_correct = 0.0, 0
         model.train()
@@ -65,6 +83,8 @@ def train(model, data, recipe, world_size=1):
                 if part:
                     for name, buffer in model.named_buffers():
                         buffer.copy_(before[name])
+            if recipe.optimizer == "muon":
+                step_kernels(model, recipe, torch.tensor(rate).item(), velocities)
             sgd.step()
             new = torch.tensor(1 - min(decay, (1 + step) / (10 + step))).item()  # also a float32
             for name in average:

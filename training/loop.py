@@ -27,6 +27,7 @@ from models import NETWORKS
 from training import checkpoint, history, messages
 from training.cuda_graph import FastStep, pick_compile
 from training.ema import ModelEma
+from training.muon import Muon
 from training.recipe import Recipe
 from training.signals import StopSignals
 from utils import CosineSchedule, TrainLoader, eval_batch_size, normalize, predict, steps_per_epoch
@@ -271,7 +272,7 @@ def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Optimizer:
-    """SGD. Its learning rate is a tensor on the device: a captured CUDA graph reads the current value from it.
+    """SGD or Muon. The learning rate is a tensor on the device: a captured CUDA graph reads the current value from it.
 
     The momentum buffers exist from the start, filled with zeros, which gives the same first step.
     """
@@ -281,7 +282,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Op
         {"params": norms_and_biases} | ({} if recipe.decay_norms else {"weight_decay": 0.0}),
     ]
     settings = {"lr": torch.zeros((), device=device), "weight_decay": recipe.weight_decay, "fused": True}
-    optimizer = torch.optim.SGD(groups, **settings, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    kind = {"sgd": torch.optim.SGD, "muon": Muon}[recipe.optimizer]
+    optimizer = kind(groups, **settings, momentum=recipe.momentum, nesterov=recipe.nesterov)
     # A CUDA graph needs fixed addresses: a step with learning rate zero allocates the buffers now.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -25,13 +25,14 @@ COMPILE = ("auto", "none", "graph", "inductor", "both")
 COMPILE_HELP = (
     "graph: a step is one CUDA graph; inductor: torch.compile; both: both; none: eager; auto: graph on CUDA, else none"
 )
+OPTIMIZER_HELP = "sgd, or muon: SGD whose updates of convolutions are orthogonal (Jordan et al. 2024)"
 PRECISION_HELP = "bfloat16: autocast; auto: bfloat16 on CUDA and on CPUs with bfloat16 instructions, else float32"
 # The original project's recipe for all three networks. --recipe baseline uses it instead of the script's own.
 BASELINE = {
     "epochs": 200, "batch_size": 64, "base_lr": 0.01, "base_min_lr": 0.0001, "warmup": 0.0, "schedule_step": "epoch",
-    "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True, "label_smoothing": 0.0,
-    "ema_horizon": 0.0, "crop_padding": 4, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2,
-    "flip": 0.5, "randaugment_ops": 2, "randaugment_magnitude": 9, "cutout": 0,
+    "optimizer": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True,
+    "label_smoothing": 0.0, "ema_horizon": 0.0, "crop_padding": 4, "brightness": 0.2, "contrast": 0.2,
+    "saturation": 0.2, "hue": 0.2, "flip": 0.5, "randaugment_ops": 2, "randaugment_magnitude": 9, "cutout": 0,
     "augment_until": 1.0,
 }  # fmt: skip
 
@@ -78,9 +79,10 @@ class Recipe:
     base_min_lr: float = flag(f"final learning rate for batch size {REFERENCE_BATCH}; scaled with it", at_least=0)
     warmup: float = flag("fraction of the run in which the learning rate rises linearly", at_least=0, at_most=0.9)
     schedule_step: str = flag("update the learning rate every epoch or every batch", choices=("epoch", "batch"))
-    momentum: float = flag("momentum of SGD", at_least=0, at_most=1)
+    optimizer: str = flag(OPTIMIZER_HELP, choices=("muon", "sgd"))
+    momentum: float = flag("momentum of the optimizer", at_least=0, at_most=1)
     nesterov: bool = flag("Nesterov momentum")
-    weight_decay: float = flag("weight decay of SGD", at_least=0, at_most=1e30)
+    weight_decay: float = flag("weight decay; with muon, not of convolutions", at_least=0, at_most=1e30)
     decay_norms: bool = flag("also apply weight decay to norm layers and biases")
     label_smoothing: float = flag("fraction of each target spread evenly over all classes", at_least=0, at_most=1)
     ema_horizon: float = flag("test and save an EMA over this fraction of the run (0: no EMA)", at_least=0, at_most=1)
