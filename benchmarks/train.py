@@ -1,7 +1,7 @@
 """Measure the speed of training (augmentation, step, optimizer): of this project's loop and of plain loops.
 
-ours      the recipe, network and batch size of each script, with loop.Trainer as in loop.fit; ours_float32 is the same
-          in float32; ours_none, ours_graph, ours_inductor and ours_both have that --compile
+ours      the recipe, network and batch size of each script, with loop.Trainer as in loop.fit; ours_sgd is the same with
+          SGD, ours_float32 in float32; ours_none, ours_graph, ours_inductor and ours_both have that --compile
 baseline  a plain loop like the original project's: batches of 64 in float32 (with TF32 on CUDA), torchvision's
           transforms in a DataLoader with two workers, .item() of loss and correct predictions after every step
 tuned     the plain loop, optimized: one worker per core, larger batches, channels-last; on CUDA also bfloat16 (AMP) and
@@ -53,7 +53,9 @@ from training.recipe import COMPILE, Recipe
 RECIPES = {module.RECIPE.network: module.RECIPE for module in (dense, mobilenetv2, resnext)}
 # Each variant of ours, and the fields of the recipe that it replaces.
 COMPILED = {f"ours_{choice}": {"compile": choice} for choice in COMPILE if choice != "auto"}
-OURS: dict[str, dict[str, str]] = {"ours": {}, "ours_float32": {"precision": "float32"}} | COMPILED
+OURS: dict[str, dict[str, str]] = {
+    "ours": {}, "ours_sgd": {"optimizer": "sgd"}, "ours_float32": {"precision": "float32"}, **COMPILED,
+}  # fmt: skip
 KINDS = (*OURS, *plain.WORKERS)
 
 # A step, an endless iterator of batches, and information for the results.

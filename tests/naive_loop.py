@@ -39,7 +39,7 @@ def step_kernels(model, recipe, lr, velocities):
         for _ in range(3):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
         update, norm = (u * s @ v).view(kernel.shape), kernel.norm()
-        kernel -= lr * norm * update / update.norm()
+        kernel -= recipe.muon_scale * lr * norm * update / update.norm()
         kernel *= norm / kernel.norm()
         kernel.grad = None
 

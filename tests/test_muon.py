@@ -18,7 +18,7 @@ def test_singular_values_become_similar_and_singular_vectors_stay(shape):
 
 
 def step(kernel, gradient):
-    optimizer = Muon([kernel], lr=torch.tensor(0.1), momentum=0.9, nesterov=True, weight_decay=0.1)
+    optimizer = Muon([kernel], lr=torch.tensor(0.2), momentum=0.9, nesterov=True, weight_decay=0.1, scale=0.5)
     kernel.grad = gradient.clone()
     optimizer.step()
     return kernel.detach()

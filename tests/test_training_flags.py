@@ -174,3 +174,13 @@ def test_fit_does_not_replace_a_checkpoint_without_overwrite(train, tiny, tiny_d
     with pytest.raises(UserError, match=r"tiny\.pt already exists; --resume continues"):
         loop.fit(tiny(), tiny_data(), tiny_recipe(epochs=1))
     assert loop.fit(tiny(), tiny_data(), tiny_recipe(epochs=1, overwrite=True)).epoch == 1
+
+
+def test_a_short_run_also_ends_with_only_crop_and_flip(tiny_recipe, tiny_data):
+    train = tiny_data().train
+    starts = [
+        loop.train_loader(tiny_recipe(epochs=epochs, augment_until=0.85), train).crop_and_flip_from
+        for epochs in (3, 8, 20, 100)
+    ]
+    assert starts == [2, 6, 17, 85]
+    assert loop.train_loader(tiny_recipe(epochs=3, augment_until=1.0), train).crop_and_flip_from == 3

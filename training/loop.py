@@ -6,6 +6,7 @@ saving overlaps training); on the CPU a resumed run is bit-identical to an unint
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -266,7 +267,7 @@ def fit(
 
 
 def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu") -> TrainLoader:
-    crop_and_flip_from = math.ceil(recipe.augment_until * recipe.epochs)
+    crop_and_flip_from = math.floor(recipe.augment_until * recipe.epochs)
     settings = {"seed": recipe.seed, "device": device, "crop_and_flip_from": crop_and_flip_from}
     return TrainLoader(train, recipe.batch_size, recipe.augmentation(), **settings)
 
@@ -282,7 +283,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Op
         {"params": norms_and_biases} | ({} if recipe.decay_norms else {"weight_decay": 0.0}),
     ]
     settings = {"lr": torch.zeros((), device=device), "weight_decay": recipe.weight_decay, "fused": True}
-    kind = {"sgd": torch.optim.SGD, "muon": Muon}[recipe.optimizer]
+    kind = functools.partial(Muon, scale=recipe.muon_scale) if recipe.optimizer == "muon" else torch.optim.SGD
     optimizer = kind(groups, **settings, momentum=recipe.momentum, nesterov=recipe.nesterov)
     # A CUDA graph needs fixed addresses: a step with learning rate zero allocates the buffers now.
     for parameter in model.parameters():

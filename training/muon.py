@@ -8,6 +8,9 @@ kept, airbench94_muon.py in github.com/KellerJordan/cifar10-airbench.
 Not torch.optim.Muon, which accepts only matrices and computes in bfloat16, which is slow on many CPUs.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,9 +23,13 @@ ITERATIONS = 3
 class Muon(torch.optim.SGD):
     """SGD for all parameters except kernels, (out, in, H, W). A kernel is one matrix with a row per output channel.
 
-    A step changes a kernel by the learning rate times its norm, and then restores the norm. The norm would only change
-    the effective learning rate, because a norm layer follows (see models/__init__.py). So kernels need no weight decay.
+    A step changes a kernel by `scale` × learning rate × its norm, then restores the norm. A norm layer follows, so that
+    another norm would only change the effective learning rate (see models/__init__.py). Kernels need no weight decay.
     """
+
+    def __init__(self, params: Iterable, *, scale: float, **settings: Any):
+        super().__init__(params, **settings)
+        self.scale = scale
 
     @torch.no_grad()
     def step(self) -> None:
@@ -44,7 +51,7 @@ class Muon(torch.optim.SGD):
         matrices = rows.reshape(len(kernel), 1, -1) if kernel.shape[1] == 1 else rows.reshape(1, len(kernel), -1)
         update = orthogonalize(matrices).view(rows.shape).permute(0, 3, 1, 2)
         norm = kernel.norm()
-        kernel.sub_(update * (lr * norm / update.norm().clamp(min=1e-12)))
+        kernel.sub_(update * (self.scale * lr * norm / update.norm().clamp(min=1e-12)))
         kernel.mul_(norm / kernel.norm().clamp(min=1e-12))
 
 

@@ -80,6 +80,7 @@ class Recipe:
     warmup: float = flag("fraction of the run in which the learning rate rises linearly", at_least=0, at_most=0.9)
     schedule_step: str = flag("update the learning rate every epoch or every batch", choices=("epoch", "batch"))
     optimizer: str = flag(OPTIMIZER_HELP, choices=("muon", "sgd"))
+    muon_scale: float = flag("muon: a step changes a kernel by this × learning rate × its norm", above=0, at_most=100)
     momentum: float = flag("momentum of the optimizer", at_least=0, at_most=1)
     nesterov: bool = flag("Nesterov momentum")
     weight_decay: float = flag("weight decay; with muon, not of convolutions", at_least=0, at_most=1e30)
