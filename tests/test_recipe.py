@@ -77,6 +77,7 @@ def test_recipe_baseline_has_the_baselines_values_and_other_flags_override_it(sc
     # The baseline sets everything that determines the training; all other flags select images, network and files.
     which_images = {"image_size", "train_size", "test_size", "val_size", "split_seed", "test_split"}
     free = FREE - {"epochs"} | which_images | {"recipe", "init", "seed", "precision", "sync_bn"}
+    free.add("muon_scale")  # SGD does not use it
     assert recipe.BASELINE.keys() == {item.name for item in recipe.flags(recipe.Recipe)} - free
     assert baseline.network_arguments() == script.RECIPE.network_arguments() == {
         dense: {"depth": 121, "growth_rate": 32},
