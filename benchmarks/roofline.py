@@ -1,7 +1,7 @@
 """Count operations, bytes and kernels of a training step for one 32×32 image, and compute the speed limits.
 
 Operations: of convolutions and matrix products, forward and backward. Bytes: of activations in bfloat16, traced through
-PyTorch's operators. Weights and the optimizer do not count: with 512 images per step they are less than 1 %.
+PyTorch's operators. Weights and the optimizer do not count: with 512 images, less than 1 % with SGD, more with Muon.
 
 eager       every operator reads its inputs and writes its outputs, also ReLU, addition and concatenation. A norm reads
             its input twice (for statistics and values); its backward pass reads input and gradient twice. The backward

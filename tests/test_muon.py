@@ -45,3 +45,9 @@ def test_a_gradient_or_a_kernel_of_zeros_changes_nothing():
     assert torch.equal(step(nn.Parameter(kernel.clone()), torch.zeros_like(kernel)), kernel)
     zeros = torch.zeros_like(kernel)
     assert torch.equal(step(nn.Parameter(zeros.clone()), kernel), zeros)
+
+
+def test_a_frozen_kernel_is_skipped():
+    kernel = nn.Parameter(torch.ones(2, 2, 3, 3))
+    Muon([kernel], lr=torch.tensor(0.2), momentum=0.9, nesterov=True, weight_decay=0.1, scale=0.5).step()
+    assert torch.equal(kernel, torch.ones(2, 2, 3, 3))

@@ -35,7 +35,7 @@ class Muon(torch.optim.SGD):
     def step(self) -> None:
         for group in self.param_groups:
             for kernel in group["params"]:
-                if kernel.ndim == 4:
+                if kernel.ndim == 4 and kernel.grad is not None:  # None: its layer is frozen
                     self.step_kernel(kernel, group["lr"], group["momentum"], group["nesterov"])
                     kernel.grad = None  # SGD skips parameters without a gradient
         super().step()
