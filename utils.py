@@ -40,6 +40,17 @@ def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, 
     return images.to(torch.float32, memory_format=torch.channels_last).sub_(shift).div_(scale)
 
 
+def small_size(size: int) -> int:
+    """About 3/4 of the side of an image, as a multiple of 8, which the networks' strides divide."""
+    return max(8, round(0.75 * size / 8) * 8)
+
+
+def center(images: Tensor, size: int) -> Tensor:
+    """The central `size`×`size` pixels of (B, C, H, W)."""
+    start = (images.shape[-1] - size) // 2
+    return images[..., start : start + size, start : start + size]
+
+
 @functools.cache  # copying them to the device for each batch would synchronize host and device
 def _scale_to_255(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).mul_(255).view(1, 3, 1, 1)
@@ -67,7 +78,8 @@ class TrainLoader:
 
     The order of the images and their random augmentation depend only on (seed, epoch), not on the batch or chunk size.
     The last batch may be smaller (see `steps_per_epoch`). With several processes, each gets its part of every batch.
-    From epoch `crop_and_flip_from` on, only crop and flip are applied.
+    From epoch `crop_and_flip_from` on, only crop and flip are applied. Before epoch `full_size_from`, each image is cut
+    down to its center (see `small_size`).
 
     On CUDA, a thread samples the random parameters of the next epoch during an epoch, and a second stream augments the
     next chunk in parallel with the training steps on the current one.
@@ -82,6 +94,7 @@ class TrainLoader:
         seed: int = 0,
         device: torch.device | str = "cpu",
         crop_and_flip_from: float = math.inf,
+        full_size_from: int = 0,
         chunk_size: int | None = None,
     ):
         self.images = torch.from_numpy(split.images).to(device)
@@ -89,6 +102,7 @@ class TrainLoader:
         self.device = self.images.device
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
         self.image_size, self.crop_and_flip_from = self.images.shape[-1], crop_and_flip_from
+        self.full_size_from = full_size_from
         self.augmenters = {
             settings: transforms.Augmenter(self.image_size, settings, device)
             for settings in (augmentation, augmentation.crop_and_flip())
@@ -116,10 +130,13 @@ class TrainLoader:
         size = self.local_batch_size
         for images, labels in self.chunks(plan.to(self.device), self.augmenters[self.settings(epoch)]):
             for batch, targets in zip(images.split(size), labels.split(size), strict=True):
-                yield normalize(batch), targets
+                yield normalize(center(batch, self.size(epoch))), targets
 
     def settings(self, epoch: int) -> transforms.Augmentation:
         return self.augmentation if epoch < self.crop_and_flip_from else self.augmentation.crop_and_flip()
+
+    def size(self, epoch: int) -> int:
+        return self.image_size if epoch >= self.full_size_from else small_size(self.image_size)
 
     def global_batch_size(self, step: int) -> int:
         """The number of images in a step, over all processes."""

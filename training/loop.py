@@ -268,7 +268,9 @@ def fit(
 
 def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu") -> TrainLoader:
     crop_and_flip_from = math.floor(recipe.augment_until * recipe.epochs)
+    full_size_from = math.floor(recipe.small_until * recipe.epochs)
     settings = {"seed": recipe.seed, "device": device, "crop_and_flip_from": crop_and_flip_from}
+    settings["full_size_from"] = full_size_from
     return TrainLoader(train, recipe.batch_size, recipe.augmentation(), **settings)
 
 

@@ -33,7 +33,7 @@ BASELINE = {
     "optimizer": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True,
     "label_smoothing": 0.0, "ema_horizon": 0.0, "crop_padding": 4, "brightness": 0.2, "contrast": 0.2,
     "saturation": 0.2, "hue": 0.2, "flip": 0.5, "randaugment_ops": 2, "randaugment_magnitude": 9, "cutout": 0,
-    "augment_until": 1.0,
+    "augment_until": 1.0, "small_until": 0.0,
 }  # fmt: skip
 
 
@@ -105,6 +105,7 @@ class Recipe:
     randaugment_magnitude: int = augmentation_flag("RandAugment: strength", at_most=30)
     cutout: int = augmentation_flag("Cutout: side of the gray square, in pixels (0: off)")
     augment_until: float = augmentation_flag("after this fraction of the epochs, only crop and flip", at_most=1)
+    small_until: float = augmentation_flag("until this fraction of the epochs, train on 3/4 of the size", at_most=1)
 
     data: str = data_flag("cifar10, cifar100, digits, or a folder of images (see README)", "cifar10", fixed=False)
     data_url: str | None = data_flag("URL to try first for the CIFAR archive", None, fixed=False)
