@@ -41,14 +41,8 @@ def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, 
 
 
 def small_size(size: int) -> int:
-    """About 3/4 of the side of an image, as a multiple of 8, which the networks' strides divide."""
+    """The side of the images in the first part of a run: about 3/4 of `size`, in multiples of 8."""
     return max(8, round(0.75 * size / 8) * 8)
-
-
-def center(images: Tensor, size: int) -> Tensor:
-    """The central `size`×`size` pixels of (B, C, H, W)."""
-    start = (images.shape[-1] - size) // 2
-    return images[..., start : start + size, start : start + size]
 
 
 @functools.cache  # copying them to the device for each batch would synchronize host and device
@@ -78,8 +72,8 @@ class TrainLoader:
 
     The order of the images and their random augmentation depend only on (seed, epoch), not on the batch or chunk size.
     The last batch may be smaller (see `steps_per_epoch`). With several processes, each gets its part of every batch.
-    From epoch `crop_and_flip_from` on, only crop and flip are applied. Before epoch `full_size_from`, each image is cut
-    down to its center (see `small_size`).
+    Before epoch `full_size_from`, the batches have the centers of the augmented images (see `small_size`). From epoch
+    `crop_and_flip_from` on, only crop and flip are applied.
 
     On CUDA, a thread samples the random parameters of the next epoch during an epoch, and a second stream augments the
     next chunk in parallel with the training steps on the current one.
@@ -101,8 +95,8 @@ class TrainLoader:
         self.labels = torch.from_numpy(split.labels).to(device)
         self.device = self.images.device
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
-        self.image_size, self.crop_and_flip_from = self.images.shape[-1], crop_and_flip_from
-        self.full_size_from = full_size_from
+        self.image_size, self.small_size = self.images.shape[-1], small_size(self.images.shape[-1])
+        self.crop_and_flip_from, self.full_size_from = crop_and_flip_from, full_size_from
         self.augmenters = {
             settings: transforms.Augmenter(self.image_size, settings, device)
             for settings in (augmentation, augmentation.crop_and_flip())
@@ -120,23 +114,24 @@ class TrainLoader:
         return steps_per_epoch(len(self.images), self.batch_size, self.device)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from batch `start` on: images, float32 (B, 3, H, W), and labels, int64 (B,)."""
+        """The batches of an epoch, from batch `start` on: images, float32 (B, 3, S, S), and labels, int64 (B,)."""
         if start >= len(self):
             return
         planned = self.planned.pop((epoch, start), None)
         plan = planned.result() if planned else self.plan(epoch, start)
         if self.thread:
             self.planned = {(epoch + 1, 0): self.thread.submit(self.plan, epoch + 1)}
-        size = self.local_batch_size
+        size, border = self.local_batch_size, (self.image_size - self.size(epoch)) // 2
+        inside = slice(border, border + self.size(epoch))
         for images, labels in self.chunks(plan.to(self.device), self.augmenters[self.settings(epoch)]):
             for batch, targets in zip(images.split(size), labels.split(size), strict=True):
-                yield normalize(center(batch, self.size(epoch))), targets
+                yield normalize(batch[..., inside, inside]), targets
 
     def settings(self, epoch: int) -> transforms.Augmentation:
         return self.augmentation if epoch < self.crop_and_flip_from else self.augmentation.crop_and_flip()
 
     def size(self, epoch: int) -> int:
-        return self.image_size if epoch >= self.full_size_from else small_size(self.image_size)
+        return self.small_size if epoch < self.full_size_from else self.image_size
 
     def global_batch_size(self, step: int) -> int:
         """The number of images in a step, over all processes."""

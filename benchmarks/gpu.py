@@ -41,7 +41,7 @@ def main() -> int:
             rate = figures["images_per_second"]
             seconds = figures["start_up_seconds"] + recipe.epochs * figures["num_images"] / rate
             rows[f"{way}, images/s"][network] = f"{rate:,.0f}"
-            rows[f"{way}, start-up and default epochs"][network] = f"{seconds / 60:.1f} min"
+            rows[f"{way}, start-up and default epochs at full size"][network] = f"{seconds / 60:.1f} min"
         for kind, figures in read(f"plain-{network}.json").get("networks", {}).get(network, {}).items():
             if "ratio" in figures:
                 rows[f"ours / {kind}"][network] = f"{figures['ratio']:.2f}"

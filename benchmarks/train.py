@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace, name: str, kind: str, device_type: str,
     keeps = kind in OURS or device_type != "cpu"
     device = set_up_device(device_type) if keeps else torch.device("cpu")
     data = harness.load_images(options)
-    recipe = replace(RECIPES[name], image_size=options.image_size, **OURS.get(kind, {}))
+    recipe = replace(RECIPES[name], image_size=options.image_size, small_until=0.0, **OURS.get(kind, {}))
     batch_sizes = {"baseline": plain.BASELINE_BATCH_SIZE} | dict.fromkeys(OURS, options.batch_size or recipe.batch_size)
     batch_size = min(batch_sizes.get(kind, options.tuned_batch_size), len(data.train))
     split = data.train.take(slice(len(data.train) // batch_size * batch_size))  # only whole batches

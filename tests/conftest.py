@@ -104,7 +104,7 @@ def tiny_recipe_in(folder: Path, **changes) -> TinyRecipe:
         "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True, "label_smoothing": 0.0,
         "ema_horizon": 0.0, "compile": "none", "crop_padding": 2, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2,
         "hue": 0.2, "flip": 0.5, "randaugment_ops": 1, "randaugment_magnitude": 9, "cutout": 0, "augment_until": 1.0,
-        "image_size": 8, "device": "cpu",
+        "small_until": 0.0, "image_size": 8, "device": "cpu",
         "checkpoint_dir": str(folder / "checkpoints"), "plot_dir": str(folder / "plots"),
     }  # fmt: skip
     return TinyRecipe(**{**values, **changes})

@@ -128,7 +128,7 @@ def test_gpu_prints_what_is_there_and_names_what_is_missing(tmp_path):
     minutes = (10 + 50 * train.RECIPES["resnext29"].epochs) / 60
     for label, text in {
         "norms eager, ms": "1.50",
-        "ours_graph, start-up and default epochs": f"{minutes:.1f} min",
+        "ours_graph, start-up and default epochs at full size": f"{minutes:.1f} min",
         "ours / tuned": "2.50",
         "baseline: accuracy, loss": "50.00%, 1.0000",
         "baseline: time": "1.0 min | 1.0 min | 1.0 min | 1.5 min",

@@ -195,15 +195,16 @@ def test_a_run_deletes_its_graphs_at_the_end(train, monkeypatch):
     assert trainers[0].fast_step.prepared == {}
 
 
-def test_a_step_is_prepared_by_the_batch_size_over_all_processes():
+def test_a_step_is_prepared_by_the_batch_size_over_all_processes_and_the_size_of_the_images():
     prepared = []
     fast_step = FastStep(None, nn.Linear(1, 1), list, choice="none", batch_size=9)
     fast_step.prepare = lambda images, labels, is_full_batch: (
         prepared.append(is_full_batch) or (lambda images, labels: None)
     )
-    for global_batch_size in (9, 9, 7):  # 3 images each time: a third of 9, or the largest part of 7
-        fast_step(torch.zeros(3, 1), torch.zeros(3), global_batch_size)
-    assert prepared == [True, False]
+    # 3 images each time: a third of 9, or the largest part of 7
+    for global_batch_size, size in ((9, 24), (9, 24), (7, 24), (9, 32), (7, 32), (9, 24)):
+        fast_step(torch.zeros(3, 3, size, size), torch.zeros(3), global_batch_size)
+    assert prepared == [True, False, True, False]
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")

@@ -7,10 +7,12 @@ from dataclasses import replace
 from common.errors import UserError
 from common.text import pluralize
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same, without_times
 
+from dataset import Split
 from training import checkpoint, loop, messages
 
 
@@ -184,3 +186,15 @@ def test_a_short_run_also_ends_with_only_crop_and_flip(tiny_recipe, tiny_data):
     ]
     assert starts == [2, 6, 17, 85]
     assert loop.train_loader(tiny_recipe(epochs=3, augment_until=1.0), train).crop_and_flip_from == 3
+
+
+def test_the_cost_of_the_epochs_with_smaller_images(tiny, tiny_recipe, tiny_data):
+    train = Split(np.zeros((22, 3, 32, 32), np.uint8), tiny_data().train.labels)
+    recipe = tiny_recipe(epochs=4, batch_size=11, image_size=32, small_until=0.7)  # 2 of 4 epochs, 2 steps each
+    run = loop.Run(tiny(), loop.make_optimizer(tiny(), recipe, torch.device("cpu")))
+    trainer = loop.Trainer(run, train, recipe, torch.device("cpu"))
+    assert trainer.loader.full_size_from == 2
+    small = (24 / 32) ** 2
+    assert [trainer.work(*done) for done in ((0,), (0, 1), (1,), (2,), (2, 1), (4,))] == [
+        0, small, 2 * small, 4 * small, 4 * small + 1, 4 * small + 4,
+    ]  # fmt: skip

@@ -340,6 +340,24 @@ def test_in_the_last_epochs_there_is_only_crop_and_flip(split):
         assert all(map(torch.equal, epoch_of(loader, epoch), epoch_of(expected, epoch))), epoch
 
 
+def test_the_first_epochs_are_of_the_centers():
+    split = Split(photos(100, 32).numpy(), np.arange(100))
+    loader = TrainLoader(split, 64, Augmentation(), seed=3, full_size_from=2)
+    for epoch in (0, 1, 2, 1):
+        images, labels = epoch_of(TrainLoader(split, 64, Augmentation(), seed=3), epoch)
+        expected = images[..., 4:28, 4:28] if epoch < 2 else images
+        found = epoch_of(loader, epoch)
+        assert torch.equal(found[0], expected)
+        assert torch.equal(found[1], labels)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, 8), (9, 8), (16, 16), (24, 16), (28, 24), (32, 24), (64, 48)])
+def test_the_small_size_is_a_multiple_of_8(size, expected):
+    images = Split(np.zeros((2, 3, size, size), np.uint8), np.zeros(2, np.int64))
+    loader = TrainLoader(images, 2, Augmentation(), full_size_from=1)
+    assert [next(loader.epoch(epoch))[0].shape[2:] for epoch in (0, 1)] == [(expected, expected), (size, size)]
+
+
 @pytest.mark.parametrize(("seed", "epoch"), [(3, 3), (4, 2), (2, 3), (0, 2), (3, 0)])
 def test_another_epoch_or_seed_gives_other_random_parameters(split, usual, seed, epoch):
     images, labels = epoch_of(TrainLoader(split, 64, Augmentation(), seed=seed), epoch=epoch)

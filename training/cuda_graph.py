@@ -31,8 +31,9 @@ class FastStep:
     """A training step in the mode that --compile selects: "none", "graph", "inductor" or "both".
 
     `step` takes images, labels, and the model or its compiled version. It may change only the tensors in the list that
-    `state` returns, always the same ones. At the first batch of each size (over all processes), the step is compiled
-    or captured, which runs it. Then the state is restored, so that these runs do not train.
+    `state` returns, always the same ones. At the first batch of each size (over all processes; and of
+    each size of images), the step is compiled or captured, which runs it. Then the state is restored, so that these
+    runs do not train.
 
     Raises UserError if that fails. There is no fallback to eager mode: in PyTorch 2.11, the memory allocator does not
     work after a failed capture (github.com/pytorch/pytorch/issues/180395).
@@ -40,16 +41,18 @@ class FastStep:
 
     def __init__(self, step: Callable, model: nn.Module, state: Callable, *, choice: str, batch_size: int):
         self.step, self.model, self.state, self.choice, self.batch_size = step, model, state, choice, batch_size
-        # By the batch size over all processes, so that all processes prepare the same step at the same time.
-        self.prepared: dict[int, Callable[[Tensor, Tensor], None]] = {}
+        # By the batch size over all processes, so that all processes prepare the same step at the same time, and by the
+        # side of the images.
+        self.prepared: dict[tuple[int, int], Callable[[Tensor, Tensor], None]] = {}
         # The graphs never run concurrently, so they can share one memory pool.
         self.pool = torch.cuda.graph_pool_handle() if choice in ("graph", "both") else None
         self.compiled = torch.compile(model, dynamic=False) if choice in ("inductor", "both") else None
 
     def __call__(self, images: Tensor, labels: Tensor, global_batch_size: int) -> None:
-        if global_batch_size not in self.prepared:
-            self.prepared[global_batch_size] = self.prepare(images, labels, global_batch_size == self.batch_size)
-        self.prepared[global_batch_size](images, labels)
+        size = global_batch_size, images.shape[-1]
+        if size not in self.prepared:
+            self.prepared[size] = self.prepare(images, labels, global_batch_size == self.batch_size)
+        self.prepared[size](images, labels)
 
     def prepare(self, images: Tensor, labels: Tensor, is_full_batch: bool) -> Callable[[Tensor, Tensor], None]:
         """Return the step for batches of this size. The state is the same before and after."""

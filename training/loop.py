@@ -73,7 +73,7 @@ class Trainer:
         self.label_smoothing, self.precision = recipe.label_smoothing, pick_precision(recipe.precision, device)
         # Of the current epoch: summed loss, correct predictions, steps until a loss is not finite. MPS has no float64.
         self.sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        self.remaining_time = messages.RemainingTime(run.epoch * steps + run.step, recipe.epochs * steps)
+        self.remaining_time = messages.RemainingTime(self.work(run.epoch, run.step), self.work(recipe.epochs))
         self.global_batch_size = recipe.batch_size  # images of the current batch, over all processes
         choice = pick_compile(recipe.compile, device)
         self.fast_step = FastStep(self.step, self.model, self.state, choice=choice, batch_size=recipe.batch_size)
@@ -107,6 +107,13 @@ class Trainer:
             self.ema.set_update_rate(epoch * len(self.loader) + step)
         self.global_batch_size = self.loader.global_batch_size(step)
         self.fast_step(images, labels, self.global_batch_size)
+
+    def work(self, epochs: int, steps: int = 0) -> float:
+        """The cost of the first `epochs` epochs and of `steps` steps of the next one, in steps of full-size images."""
+        loader = self.loader
+        total = epochs * len(loader) + steps
+        small = min(total, loader.full_size_from * len(loader))
+        return total - small * (1 - (loader.small_size / loader.image_size) ** 2)
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
@@ -269,9 +276,8 @@ def fit(
 def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu") -> TrainLoader:
     crop_and_flip_from = math.floor(recipe.augment_until * recipe.epochs)
     full_size_from = math.floor(recipe.small_until * recipe.epochs)
-    settings = {"seed": recipe.seed, "device": device, "crop_and_flip_from": crop_and_flip_from}
-    settings["full_size_from"] = full_size_from
-    return TrainLoader(train, recipe.batch_size, recipe.augmentation(), **settings)
+    starts = {"crop_and_flip_from": crop_and_flip_from, "full_size_from": full_size_from}
+    return TrainLoader(train, recipe.batch_size, recipe.augmentation(), seed=recipe.seed, device=device, **starts)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Optimizer:

@@ -132,11 +132,11 @@ class EpochReport:
 class RemainingTime:
     """Estimates how long a run still takes, from the steps of this process. Prints it once, after 60 s."""
 
-    def __init__(self, steps_done: int, total_steps: int):
+    def __init__(self, steps_done: float, total_steps: float):
         self.first, self.total, self.started = steps_done, total_steps, time.monotonic()
         self.printed = False
 
-    def estimate(self, steps_done: int) -> str:
+    def estimate(self, steps_done: float) -> str:
         seconds = time.monotonic() - self.started
         left = duration((self.total - steps_done) * seconds / (steps_done - self.first))
         if seconds >= 60 and not self.printed and distributed.is_main_process():
@@ -164,7 +164,7 @@ class ProgressBar(tqdm):
         run, trainer = self.run, self.trainer
         loss_sum, num_correct = trainer.read_sums(run.epoch, run.step)
         part = self.images_seen() / distributed.world_size()  # of this process
-        left = trainer.remaining_time.estimate(run.epoch * len(trainer.loader) + run.step)
+        left = trainer.remaining_time.estimate(trainer.work(run.epoch, run.step))
         self.set_postfix_str(f"loss {loss_sum / part:.4f}, accuracy {num_correct / part:.2%}, run: {left} left", False)
         self.update(self.images_seen() - self.n)
         self.last_read = time.monotonic()
@@ -173,7 +173,8 @@ class ProgressBar(tqdm):
 def dry_run(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> None:
     """Train two steps and print size, memory, speed and expected time. `images`: the test's, uint8 (N, 3, S, S)."""
     device, loader = trainer.device, trainer.loader
-    for step, batch in zip(range(2), loader.epoch(0), strict=False):
+    last = recipe.epochs - 1  # of full-size images
+    for step, batch in zip(range(2), loader.epoch(last), strict=False):
         started = time.perf_counter()
         trainer.train_step(0, step, *batch)
         trainer.read_sums(0, step + 1)  # waits for the device
@@ -183,7 +184,8 @@ def dry_run(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> N
     predict(lambda batch: model(normalize(batch)), part, device, precision=trainer.precision)
     test_seconds = (time.perf_counter() - started) * len(images) / len(part)
 
-    epoch_seconds = len(loader) * step_seconds + test_seconds
+    work_seconds = step_seconds / (trainer.work(last, 1) - trainer.work(last))
+    run_seconds = trainer.work(recipe.epochs) * work_seconds + recipe.epochs * test_seconds
     layers = sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in run.model.modules())
     memory = "device memory" if device.type == "cuda" else "memory"
     peak = peak_memory(device)
@@ -191,5 +193,5 @@ def dry_run(run: "Run", trainer: "Trainer", images: Tensor, recipe: Recipe) -> N
     distributed.print_rank0(
         f"{layers} layers with weights, {multiply_adds(run.model, recipe.image_size) / 1e6:,.1f} M multiply-adds\n"
         f"{loader.batch_size / step_seconds:,.0f} images/s in the last step, {peak_text}\n"
-        f"{pluralize(recipe.epochs, 'epoch')} in about {duration(recipe.epochs * epoch_seconds)}"
+        f"{pluralize(recipe.epochs, 'epoch')} in about {duration(run_seconds)}"
     )
