@@ -188,7 +188,7 @@ def test_a_short_run_also_ends_with_only_crop_and_flip(tiny_recipe, tiny_data):
     assert loop.train_loader(tiny_recipe(epochs=3, augment_until=1.0), train).crop_and_flip_from == 3
 
 
-def test_the_cost_of_the_epochs_with_smaller_images(tiny, tiny_recipe, tiny_data):
+def test_the_epochs_with_smaller_images_are_announced_and_cost_less(tiny, tiny_recipe, tiny_data, capsys):
     train = Split(np.zeros((22, 3, 32, 32), np.uint8), tiny_data().train.labels)
     recipe = tiny_recipe(epochs=4, batch_size=11, image_size=32, small_until=0.7)  # 2 of 4 epochs, 2 steps each
     run = loop.Run(tiny(), loop.make_optimizer(tiny(), recipe, torch.device("cpu")))
@@ -198,3 +198,5 @@ def test_the_cost_of_the_epochs_with_smaller_images(tiny, tiny_recipe, tiny_data
     assert [trainer.work(*done) for done in ((0,), (0, 1), (1,), (2,), (2, 1), (4,))] == [
         0, small, 2 * small, 4 * small, 4 * small + 1, 4 * small + 4,
     ]  # fmt: skip
+    messages.announce(run, trainer, replace(tiny_data(), train=train), recipe)
+    assert "before epoch 3, training on the central 24×24 pixels" in capsys.readouterr().out

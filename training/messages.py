@@ -40,6 +40,9 @@ def announce(run: "Run", trainer: "Trainer", data: Dataset, recipe: Recipe) -> N
         f"{recipe.image_size}, {len(data.classes)} classes; {pluralize(recipe.epochs, 'epoch')} of "
         f"{pluralize(len(trainer.loader), 'step')}"
     )
+    if trainer.loader.size(0) < recipe.image_size:
+        small, first = trainer.loader.small_size, trainer.loader.full_size_from + 1
+        print_rank0(f"before epoch {first}, training on the central {small}×{small} pixels (--small-until)")
     if data.test_split is not None:
         print_rank0(
             f"{data.source} has no test set: {100 * data.test_split:.0f} % of each class is used as one "
