@@ -31,8 +31,8 @@ class FastStep:
     """A training step in the mode that --compile selects: "none", "graph", "inductor" or "both".
 
     `step` takes images, labels, and the model or its compiled version. It may change only the tensors in the list that
-    `state` returns, always the same ones. At the first batch of each size (over all processes; and of
-    each size of images), the step is compiled or captured, which runs it. Then the state is restored, so that these
+    `state` returns, always the same ones. At the first batch of each number of images (over all processes)
+    and each image size, the step is compiled or captured, which runs it. Then the state is restored, so that these
     runs do not train.
 
     Raises UserError if that fails. There is no fallback to eager mode: in PyTorch 2.11, the memory allocator does not

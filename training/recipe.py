@@ -105,7 +105,7 @@ class Recipe:
     randaugment_magnitude: int = augmentation_flag("RandAugment: strength", at_most=30)
     cutout: int = augmentation_flag("Cutout: side of the gray square, in pixels (0: off)")
     augment_until: float = augmentation_flag("after this fraction of the epochs, only crop and flip", at_most=1)
-    small_until: float = augmentation_flag("until this fraction of the epochs, 3/4 of the size: cheaper", at_most=1)
+    small_until: float = augmentation_flag("until this fraction of the epochs, the central 3/4 (faster)", at_most=1)
 
     data: str = data_flag("cifar10, cifar100, digits, or a folder of images (see README)", "cifar10", fixed=False)
     data_url: str | None = data_flag("URL to try first for the CIFAR archive", None, fixed=False)
