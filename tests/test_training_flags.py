@@ -143,7 +143,9 @@ def test_plots_between_epochs_take_at_most_5_percent_of_the_time(tiny_recipe, mo
 def test_the_remaining_time_is_printed_after_a_minute(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(messages.time, "monotonic", lambda: now[0])
-    remaining_time = messages.RemainingTime(10, 1000)  # resumed at step 10
+    remaining_time = messages.RemainingTime(1000)
+    now[0] += 500  # testing, in a run that was stopped before its test
+    assert remaining_time.estimate(10) == "?"
     now[0] += 30
     assert remaining_time.estimate(20) == "49.0 min"
     assert capsys.readouterr().out == ""

@@ -73,7 +73,7 @@ class Trainer:
         self.label_smoothing, self.precision = recipe.label_smoothing, pick_precision(recipe.precision, device)
         # Of the current epoch: summed loss, correct predictions, steps until a loss is not finite. MPS has no float64.
         self.sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        self.remaining_time = messages.RemainingTime(self.work(run.epoch, run.step), self.work(recipe.epochs))
+        self.remaining_time = messages.RemainingTime(self.work(recipe.epochs))
         self.global_batch_size = recipe.batch_size  # images of the current batch, over all processes
         choice = pick_compile(recipe.compile, device)
         self.fast_step = FastStep(self.step, self.model, self.state, choice=choice, batch_size=recipe.batch_size)

@@ -133,13 +133,18 @@ class EpochReport:
 
 
 class RemainingTime:
-    """Estimates how long a run still takes, from the steps of this process. Prints it once, after 60 s."""
+    """Estimates how long a run still takes. Prints it once, after 60 s.
 
-    def __init__(self, steps_done: float, total_steps: float):
-        self.first, self.total, self.started = steps_done, total_steps, time.monotonic()
-        self.printed = False
+    It measures from the first call on: before, a resumed run may have tested, and a new one compiled kernels.
+    """
+
+    def __init__(self, total_steps: float):
+        self.total, self.first, self.started, self.printed = total_steps, None, 0.0, False
 
     def estimate(self, steps_done: float) -> str:
+        if self.first is None:
+            self.first, self.started = steps_done, time.monotonic()
+            return "?"
         seconds = time.monotonic() - self.started
         left = duration((self.total - steps_done) * seconds / (steps_done - self.first))
         if seconds >= 60 and not self.printed and distributed.is_main_process():
