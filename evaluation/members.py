@@ -58,8 +58,9 @@ def read_all(paths: Sequence[str | Path], cascade: float | None = None) -> Conte
     if not paths:
         raise UserError("an ensemble needs at least one checkpoint; none is given")
     paths = [Path(path) for path in paths]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UserError("a checkpoint is given twice; it would count twice in the average")
+    resolved = [path.resolve() for path in paths]
+    if twice := [str(path) for path, file in zip(paths, resolved, strict=True) if resolved.count(file) > 1]:
+        raise UserError(f"{twice[-1]}: the checkpoint is given twice; it would count twice in the average")
     contents = []
     for path in paths:
         if path.name in SCRIPTS and not path.exists():

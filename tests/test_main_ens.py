@@ -338,7 +338,7 @@ def test_changed_data_and_broken_weights_are_errors(folder, tmp_path, change, wo
     [
         (["--batch-size", "0"], "--batch-size is 0; it must be 1 to 1,000,000"),
         (["--test-size", "7000"], "--test-size 7000"),
-        (["checkpoints/resnext.pt", "checkpoints/../checkpoints/resnext.pt"], "a checkpoint is given twice"),
+        (["checkpoints/resnext.pt", "checkpoints/../checkpoints/resnext.pt"], "resnext.pt: the checkpoint is given"),
         (["--temperature", "0"], "--temperature is 0; it must be 0.05 to 20"),
         (["--temperature", "warm"], "--temperature: found warm, expected fit or a number"),
         (["--data", "digits", "--data-url", "http://localhost"], "--data-url is for CIFAR, not for --data 'digits'"),
