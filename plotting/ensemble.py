@@ -37,7 +37,7 @@ def plot_ensemble(rows: list[dict], *, confusion_matrix: np.ndarray, classes: Se
     accuracy_dots.get_yticklabels()[-1].set_fontweight("bold")
     loss_dots.set_yticks([])
 
-    left.supxlabel("broad lines: 95 % intervals over the test images", color=GRAY)
+    left.supxlabel("pale bars: 95 % intervals over the test images", color=GRAY)
     _draw_lines(accuracy_lines, rows, "accuracy", 100, "running accuracy (%)")
     _draw_lines(loss_lines, rows, "loss", 1, "running loss (nats)")
     _draw_confusion(right.subplots(), confusion_matrix, classes)
@@ -240,7 +240,7 @@ def _draw_confusion(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> N
     image = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
     axes.set_title("confusion matrix of the ensemble (%)")
     axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    axes.set_ylabel("true class (each row: 100 %)")
 
     step = math.ceil(size / 25)
     ticks = range(0, size, step)

@@ -144,8 +144,8 @@ def _reference_note(
     paths = [Path(*Path(name).parts[-3:]).as_posix() for name in names]
     named = [f"{shorten(path, 60)} · {_summary(rows)}" for path, rows in zip(paths, references, strict=True)]
     is_longer = any(len(rows) > len(history) for rows, history in zip(references, histories, strict=True))
-    note = f"dashed: reference {', '.join(named)}" + is_longer * "; dotted: test result after its last epoch"
-    return textwrap.fill(note, 130)
+    note = "dashed: reference" + is_longer * "; dotted: its test result after the last epoch"
+    return textwrap.fill(f"{note} ({', '.join(named)})", 130)
 
 
 def _summary(history: list[dict]) -> str:

@@ -193,8 +193,9 @@ def test_training_plot_alone_and_with_the_baseline(tmp_path, epochs, name, resul
     assert list(path.parent.iterdir()) == [path]
     accuracy, is_cut = figure.axes[1], epochs < 200
     assert legend_texts(accuracy)[1].endswith(f"(reference {result:.2f} %)")
-    note = f"dashed: reference docs/baseline/{name}.csv · 200 epochs, {hours} h"
-    assert figure.get_supxlabel() == note + is_cut * "; dotted: test result after its last epoch"
+    note = "dashed: reference" + is_cut * "; dotted: its test result after the last epoch"
+    note += f" (docs/baseline/{name}.csv · 200 epochs, {hours} h)"
+    assert " ".join(figure.get_supxlabel().split()) == note
     dotted = [line.get_ydata()[0] for line in accuracy.lines if line.get_linestyle() == ":"]
     assert dotted == ([pytest.approx(result)] if is_cut else [])
     dashed = [len(line.get_xdata()) for line in accuracy.lines if line.get_linestyle() == "--"]
@@ -280,7 +281,7 @@ def test_labels_of_the_ensemble_plot():
             means = [scale * row["per_image"][metric][:seen].mean() for seen in range(1, 301)]
             assert list(line.get_ydata()) == pytest.approx(means)
     assert [label.get_text() for label in matrix.get_yticklabels()] == list(CIFAR10)
-    assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("predicted class", "true class")
+    assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("predicted class", "true class (each row: 100 %)")
     percent, counts = np.asarray(matrix.images[0].get_array()), result["confusion_matrix"]
     assert percent == pytest.approx(100 * counts / counts.sum(axis=1, keepdims=True))
 
@@ -368,5 +369,5 @@ def test_several_runs_with_references(tmp_path):
     assert [line.get_color() for line in dashed] == [line.get_color() for line in accuracy.lines[:2]]
     assert len([line for line in accuracy.lines if line.get_linestyle() == ":"]) == 1, "only one reference is longer"
     assert figure.axes[0].get_xlim()[1] > 7
-    assert figure.get_supxlabel().startswith("dashed: reference old/a.csv · 5 epochs")
+    assert "(old/a.csv · 5 epochs" in figure.get_supxlabel()
     assert [text.get_text()[:6] for text in figure.legends[0].get_texts()] == ["short:", "long: "]
