@@ -49,9 +49,10 @@ def main() -> int:
         return 0
     ours, seconds = train_ours(options)
     curves = {"ours": ours, "baseline": harness.in_subprocess(time.time(), seconds)}
-    draw(options.picture, curves, harness.device_name(torch.device("cpu")))
     rows = {name: {"after": line(points[-1])} for name, points in curves.items()}
-    return harness.report(options, torch.device("cpu"), rows, **curves)
+    status = harness.report(options, torch.device("cpu"), rows, **curves)
+    draw(options.picture, curves, harness.device_name(torch.device("cpu")))
+    return status
 
 
 def train_ours(options: argparse.Namespace) -> tuple[list[Point], float]:
@@ -126,6 +127,7 @@ def draw(curves: dict[str, list[Point]], device: str) -> Figure:
     axes.set_xlabel(f"minutes on {device}")
     axes.set_ylabel("test accuracy (%)")
     axes.set_xlim(left=0)
+    axes.set_ylim(0, 100)
     axes.grid(color=PALE)
     axes.legend(loc="lower right")
     axes.set_title("MobileNetV2 on CIFAR-10, equal time")
