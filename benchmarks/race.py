@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import errors
+from common.errors import UserError
 
 import torch
 from matplotlib.figure import Figure
@@ -62,7 +63,9 @@ def train_ours(options: argparse.Namespace) -> tuple[list[Point], float]:
         flags = ["--epochs", str(options.epochs), "--data", options.data, "--image-size", str(options.image_size)]
         flags += ["--train-size", str(options.train_size)] if options.train_size else []
         flags += ["--device", "cpu", "--checkpoint-dir", folder, "--plot-dir", folder]
-        subprocess.run([sys.executable, str(harness.ROOT / "mobilenetv2.py"), *flags], check=True)
+        command = [sys.executable, str(harness.ROOT / "mobilenetv2.py"), *flags]
+        if status := subprocess.run(command, check=False).returncode:
+            raise UserError(f"mobilenetv2.py ended with status {status}; see its message above")
         seconds = time.time() - started
         history = read_csv(Path(folder) / "mobilenetv2.csv")
     points, passed = [], seconds - sum(row["seconds"] for row in history)  # the start-up comes first

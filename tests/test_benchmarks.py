@@ -50,7 +50,7 @@ def test_augment(tmp_path):
     assert f"{rates['ours']:,.0f}" in printed
 
 
-@pytest.mark.parametrize("script", ["augment.py", "train.py"])
+@pytest.mark.parametrize("script", ["augment.py", "train.py", "race.py"])
 def test_missing_data_is_an_error(tmp_path, script):
     done = run(tmp_path, script, "--data", "nowhere", "--output", "out.json")
     assert done.returncode == 2
