@@ -30,8 +30,8 @@ TIMES = ("seconds", "images_per_second")  # the columns that differ between two 
 
 # All options that the baseline's recipe does not use, at once.
 ALL_ON = {
-    "nesterov": True, "decay_norms": False, "label_smoothing": 0.1, "ema_horizon": 0.1, "warmup": 0.4,
-    "schedule_step": "batch", "optimizer": "muon", "cutout": 3, "augment_until": 0.5,
+    "nesterov": True, "norm_lr_factor": 3.0, "decay_norms": False, "label_smoothing": 0.1, "ema_horizon": 0.1,
+    "warmup": 0.4, "schedule_step": "batch", "optimizer": "muon", "cutout": 3, "augment_until": 0.5,
 }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def tiny_network(num_classes: int = 3, channels: int = 4) -> Tiny:
 def tiny_recipe_in(folder: Path, **changes) -> TinyRecipe:
     values = {
         "name": "tiny", "channels": 4, "epochs": 3, "batch_size": 4, "base_lr": 0.8, "base_min_lr": 0.016,
-        "warmup": 0.0, "schedule_step": "epoch", "optimizer": "sgd", "muon_scale": 0.5,
+        "warmup": 0.0, "schedule_step": "epoch", "norm_lr_factor": 1.0, "optimizer": "sgd", "muon_scale": 0.5,
         "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True, "label_smoothing": 0.0,
         "ema_horizon": 0.0, "compile": "none", "crop_padding": 2, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2,
         "hue": 0.2, "flip": 0.5, "randaugment_ops": 1, "randaugment_magnitude": 9, "cutout": 0, "augment_until": 1.0,

@@ -69,7 +69,8 @@ def train(model, data, recipe, world_size=1):
         for step, (images, labels) in enumerate(loader.epoch(epoch), epoch * len(loader)):
             rate = lr_of(recipe, step, len(loader))
             for group in sgd.param_groups:
-                group["lr"] = torch.tensor(rate).item()  # in training/loop.py it is a float32
+                factor = 1 if group["params"][0].ndim > 1 else recipe.norm_lr_factor
+                group["lr"] = torch.tensor(rate * factor).item()  # in training/loop.py it is a float32
             sgd.zero_grad()
             for part in range(world_size):
                 own = local_slice(len(labels), part, world_size)

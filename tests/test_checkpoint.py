@@ -197,7 +197,7 @@ def test_an_earlier_version_has_usable_weights_but_cannot_be_resumed(tiny_recipe
     assert_same(dict(built.network.state_dict()), dict(model.state_dict()))
     assert not built.training
     with (
-        pytest.raises(UserError, match=r"tiny\.pt is from an earlier version .*\(format 1, here 5\).* train again"),
+        pytest.raises(UserError, match=r"tiny\.pt is from an earlier version .*\(format 1, here 6\).* train again"),
         checkpoint.previous_run(recipe),
     ):
         pass

@@ -87,10 +87,12 @@ def test_a_step_writes_only_its_state_and_neither_synchronizes_nor_copies_activa
 
 
 def test_tensors_keep_their_addresses(trainer):
-    before = [tensor.data_ptr() for tensor in (*trainer.state(), trainer.lr_tensor, trainer.ema.update_rate)]
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    before = [tensor.data_ptr() for tensor in (*trainer.state(), *rates, trainer.ema.update_rate)]
     for number in range(3):
         trainer.train_step(0, number, torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
-    after = [tensor.data_ptr() for tensor in (*trainer.state(), trainer.lr_tensor, trainer.ema.update_rate)]
+    assert all(group["lr"] is rate for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True))
+    after = [tensor.data_ptr() for tensor in (*trainer.state(), *rates, trainer.ema.update_rate)]
     assert after == before
     assert len(set(before)) == len(before)
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from training.loop import Run
 
 FORMAT = "cifar10-ensemble checkpoint"
-VERSION = 5  # versions 1 to 4 had other recipes: their weights can be used, but their runs cannot be resumed
+VERSION = 6  # versions 1 to 5 had other recipes: their weights can be used, but their runs cannot be resumed
 DIGEST_PREFIX = b"sha256:"
 COMMENT_LENGTH = len(DIGEST_PREFIX) + 64
 ADVICE = "train again, or use another copy"

@@ -69,7 +69,6 @@ class Trainer:
         self.loader = train_loader(recipe, train, device)
         steps = len(self.loader)
         self.lr_at = CosineSchedule(recipe.lr, recipe.min_lr, recipe.epochs, steps, recipe.warmup, recipe.schedule_step)
-        self.lr_tensor = run.optimizer.param_groups[0]["lr"]  # shared by all parameter groups
         self.label_smoothing, self.precision = recipe.label_smoothing, pick_precision(recipe.precision, device)
         # Of the current epoch: summed loss, correct predictions, steps until a loss is not finite. MPS has no float64.
         self.sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -102,7 +101,8 @@ class Trainer:
 
     def train_step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> None:
         """Run one step, compiled or captured as --compile says; `epoch` and `step` count from 0."""
-        self.lr_tensor.fill_(self.lr_at(epoch, step))
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(self.lr_at(epoch, step) * group["lr_factor"])
         if self.ema:
             self.ema.set_update_rate(epoch * len(self.loader) + step)
         self.global_batch_size = self.loader.global_batch_size(step)
@@ -281,16 +281,19 @@ def train_loader(recipe: Recipe, train: Split, device: torch.device | str = "cpu
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Optimizer:
-    """SGD or Muon. The learning rate is a tensor on the device: a captured CUDA graph reads the current value from it.
+    """SGD or Muon. Learning rates are tensors on the device: a captured CUDA graph reads the current values from them.
 
     The momentum buffers exist from the start, filled with zeros, which gives the same first step.
     """
     norms_and_biases = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [
-        {"params": [parameter for parameter in model.parameters() if parameter.ndim >= 2]},
-        {"params": norms_and_biases} | ({} if recipe.decay_norms else {"weight_decay": 0.0}),
+        {"params": [parameter for parameter in model.parameters() if parameter.ndim >= 2], "lr_factor": 1.0},
+        {"params": norms_and_biases, "lr_factor": recipe.norm_lr_factor}
+        | ({} if recipe.decay_norms else {"weight_decay": 0.0}),
     ]
-    settings = {"lr": torch.zeros((), device=device), "weight_decay": recipe.weight_decay, "fused": True}
+    for group in groups:
+        group["lr"] = torch.zeros((), device=device)
+    settings = {"weight_decay": recipe.weight_decay, "fused": True}
     kind = functools.partial(Muon, scale=recipe.muon_scale) if recipe.optimizer == "muon" else torch.optim.SGD
     optimizer = kind(groups, **settings, momentum=recipe.momentum, nesterov=recipe.nesterov)
     # A CUDA graph needs fixed addresses: a step with learning rate zero allocates the buffers now.

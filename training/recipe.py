@@ -30,7 +30,8 @@ PRECISION_HELP = "bfloat16: autocast; auto: bfloat16 on CUDA and on CPUs with bf
 # The original project's recipe for all three networks. --recipe baseline uses it instead of the script's own.
 BASELINE = {
     "epochs": 200, "batch_size": 64, "base_lr": 0.01, "base_min_lr": 0.0001, "warmup": 0.0, "schedule_step": "epoch",
-    "optimizer": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "decay_norms": True,
+    "norm_lr_factor": 1.0, "optimizer": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4,
+    "decay_norms": True,
     "label_smoothing": 0.0, "ema_horizon": 0.0, "crop_padding": 4, "brightness": 0.2, "contrast": 0.2,
     "saturation": 0.2, "hue": 0.2, "flip": 0.5, "randaugment_ops": 2, "randaugment_magnitude": 9, "cutout": 0,
     "augment_until": 1.0, "small_until": 0.0,
@@ -77,6 +78,7 @@ class Recipe:
     batch_size: int = flag("images per step, over all processes", at_least=2, at_most=10**6)
     base_lr: float = flag(f"peak learning rate for batch size {REFERENCE_BATCH}; scaled with it", above=0, at_most=1e30)
     base_min_lr: float = flag(f"final learning rate for batch size {REFERENCE_BATCH}; scaled with it", at_least=0)
+    norm_lr_factor: float = flag("norms and biases learn at this × the learning rate", above=0, at_most=1e6)
     warmup: float = flag("fraction of the run in which the learning rate rises linearly", at_least=0, at_most=0.9)
     schedule_step: str = flag("update the learning rate every epoch or every batch", choices=("epoch", "batch"))
     optimizer: str = flag(OPTIMIZER_HELP, choices=("muon", "sgd"))
