@@ -17,8 +17,9 @@ def test_singular_values_become_similar_and_singular_vectors_stay(shape):
     assert ((new > 0.68) & (new < 1.21)).all()
 
 
-def step(kernel, gradient):
-    optimizer = Muon([kernel], lr=torch.tensor(0.2), momentum=0.9, nesterov=True, weight_decay=0.1, scale=0.5)
+def step(kernel, gradient, **settings):
+    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "scale": 0.5} | settings
+    optimizer = Muon([kernel], lr=torch.tensor(0.2), **settings)
     kernel.grad = gradient.clone()
     optimizer.step()
     return kernel.detach()
@@ -30,6 +31,14 @@ def test_a_step_keeps_the_norm_of_a_kernel_and_changes_it_by_the_learning_rate()
     assert after.norm().item() == pytest.approx(before.norm().item())
     # The step is almost orthogonal to the kernel, as almost all directions are in many dimensions.
     assert ((after - before).norm() / before.norm()).item() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [(8, 24, 3, 3), (24, 8, 1, 1), (24, 1, 3, 3)])
+def test_bfloat16_rounds_the_update_and_not_the_kernel(shape):
+    before, gradient = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    exact, rounded = (step(nn.Parameter(before.clone()), gradient, dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert 0 < (rounded - exact).norm() < 0.02 * (exact - before).norm()
+    assert rounded.norm().item() == pytest.approx(before.norm().item())
 
 
 def test_the_channels_of_a_depthwise_convolution_do_not_influence_each_other():

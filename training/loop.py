@@ -294,7 +294,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> Op
     for group in groups:
         group["lr"] = torch.zeros((), device=device)
     settings = {"weight_decay": recipe.weight_decay, "fused": True}
-    kind = functools.partial(Muon, scale=recipe.muon_scale) if recipe.optimizer == "muon" else torch.optim.SGD
+    kind = torch.optim.SGD
+    if recipe.optimizer == "muon":
+        dtype = torch.bfloat16 if pick_precision(recipe.precision, device) == "bfloat16" else None
+        kind = functools.partial(Muon, scale=recipe.muon_scale, dtype=dtype)
     optimizer = kind(groups, **settings, momentum=recipe.momentum, nesterov=recipe.nesterov)
     # A CUDA graph needs fixed addresses: a step with learning rate zero allocates the buffers now.
     for parameter in model.parameters():

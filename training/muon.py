@@ -5,7 +5,7 @@ all of them about the same length, so that short runs learn much more (benchmark
 optimizer for hidden layers in neural networks", kellerjordan.github.io/posts/muon; for convolutions and norms that are
 kept, airbench94_muon.py in github.com/KellerJordan/cifar10-airbench.
 
-Not torch.optim.Muon, which accepts only matrices and computes in bfloat16, which is slow on many CPUs.
+Not torch.optim.Muon, which accepts only matrices and always computes in bfloat16, which is slow on many CPUs.
 """
 
 from collections.abc import Iterable
@@ -25,11 +25,12 @@ class Muon(torch.optim.SGD):
 
     A step changes a kernel by `scale` × learning rate × its norm, then restores the norm. A norm layer follows, so that
     another norm would only change the effective learning rate (see models/__init__.py). Kernels need no weight decay.
+    Updates are made orthogonal in `dtype` (bfloat16 for speed; None: the kernel's).
     """
 
-    def __init__(self, params: Iterable, *, scale: float, **settings: Any):
+    def __init__(self, params: Iterable, *, scale: float, dtype: torch.dtype | None = None, **settings: Any):
         super().__init__(params, **settings)
-        self.scale = scale
+        self.scale, self.dtype = scale, dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -45,11 +46,11 @@ class Muon(torch.optim.SGD):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(kernel)
         buffer = state["momentum_buffer"].mul_(momentum).add_(kernel.grad)
-        update = kernel.grad + momentum * buffer if nesterov else buffer
-        rows = update.permute(0, 2, 3, 1)  # in memory order, if channels-last
+        update = kernel.grad.add_(buffer, alpha=momentum) if nesterov else buffer
+        rows = update.permute(0, 2, 3, 1).to(self.dtype or kernel.dtype)  # in memory order, if channels-last
         # A depthwise convolution has no matrix to share between its channels: each is a matrix of one row.
         matrices = rows.reshape(len(kernel), 1, -1) if kernel.shape[1] == 1 else rows.reshape(1, len(kernel), -1)
-        update = orthogonalize(matrices).view(rows.shape).permute(0, 3, 1, 2)
+        update = orthogonalize(matrices).to(kernel.dtype).view(rows.shape).permute(0, 3, 1, 2)
         norm = kernel.norm()
         kernel.sub_(update * (self.scale * lr * norm / update.norm().clamp(min=1e-12)))
         kernel.mul_(norm / kernel.norm().clamp(min=1e-12))
@@ -63,5 +64,6 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b·gram + c·gram @ gram
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a·x + polynomial @ x
     return x.mT if is_tall else x
